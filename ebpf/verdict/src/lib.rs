@@ -1,0 +1,35 @@
+//! The packet verdict: who sends, what shape, to whom.
+//!
+//! This crate is the only place where a frame is judged. It has no I/O, no allocation and no
+//! `unsafe`: the kernel programs (`ebpf/programs`), the native tests, the fuzz targets and other
+//! platforms are shells that give it a [`Frame`] and a [`Guard`] and carry out its [`Verdict`].
+//!
+//! *Egress* is what the guest sends, *ingress* what is sent to it.
+#![no_std]
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod answer;
+mod decide;
+mod endpoint;
+mod event;
+mod frame;
+mod guard;
+mod link;
+mod network;
+mod policy;
+mod reason;
+mod table;
+mod transport;
+
+pub use answer::{Answer, ANSWER_CAPACITY};
+pub use decide::{egress, ingress, Verdict};
+pub use endpoint::{Endpoint, EndpointParseError, Protocol};
+pub use event::{EventRecord, EVENT_FRAME_BYTES};
+pub use frame::Frame;
+pub use guard::{Flow, Guard};
+pub use link::{Mac, MacParseError};
+pub use network::Address;
+pub use policy::{Mode, Policy, MAX_ADDRESSES, MAX_GATEWAYS};
+pub use reason::{Direction, Outcome, Reason};
+pub use table::{Bucket, Table, BUCKET_RULES, MAX_PROBES};

@@ -1,0 +1,169 @@
+//! The one vocabulary of outcomes. A reason's word is the map index, the log field, the metric
+//! label, what the CLI prints and what the documents say.
+
+use core::fmt;
+
+/// Which way a frame travels, seen from the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Direction {
+    /// From the guest.
+    Egress = 0,
+    /// To the guest.
+    Ingress = 1,
+}
+
+impl Direction {
+    /// Both directions, in index order.
+    pub const ALL: [Self; 2] = [Self::Egress, Self::Ingress];
+
+    /// The word used in logs, labels and JSON.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Egress => "egress",
+            Self::Ingress => "ingress",
+        }
+    }
+
+    /// The direction whose discriminant is `index`.
+    pub fn from_index(index: u8) -> Option<Self> {
+        Self::ALL.get(index as usize).copied()
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $name:ident = $word:literal,)+) => {
+        /// Why a frame was dropped.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[repr(u8)]
+        pub enum Reason { $($(#[doc = $doc])+ $name,)+ }
+
+        impl Reason {
+            /// Every reason, in index order.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The word used in logs, labels, JSON and documents.
+            pub const fn word(self) -> &'static str {
+                match self { $(Self::$name => $word),+ }
+            }
+
+            /// What the reason means, for `omerta guard reasons` and the documents made from it.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$name => concat!($($doc),+)),+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The guard has no policy it can read; everything is dropped.
+    NoPolicy = "no_policy",
+    /// The kernel could not make the frame's headers readable.
+    Unreadable = "unreadable",
+    /// Shorter than its headers say it is, or than an Ethernet header.
+    Runt = "runt",
+    /// Carries a VLAN tag, in its bytes or beside them.
+    Vlan = "vlan",
+    /// Not Ethernet II: an 802.3 length stands where the EtherType should.
+    Llc = "llc",
+    /// An EtherType other than ARP, IPv4 or IPv6.
+    Ethertype = "ethertype",
+    /// The sender's MAC is not the guest's, or a group address.
+    SourceMac = "source_mac",
+    /// Not sent to the gateway's MAC (egress) or to the guest's (ingress).
+    DestinationMac = "destination_mac",
+    /// ARP whose fields are not Ethernet/IPv4, or contradict the frame.
+    ArpMalformed = "arp_malformed",
+    /// ARP that claims an address that the sender does not own, or is unsolicited.
+    ArpSender = "arp_sender",
+    /// ARP for an address other than the gateway's (egress) or the guest's (ingress).
+    ArpTarget = "arp_target",
+    /// The source address is not the guest's.
+    SourceAddress = "source_address",
+    /// The destination address is not the guest's.
+    DestinationAddress = "destination_address",
+    /// The IP version does not match the EtherType, or the header length is wrong.
+    IpHeader = "ip_header",
+    /// IPv4 options.
+    IpOptions = "ip_options",
+    /// The IP length does not agree with the frame's.
+    IpLength = "ip_length",
+    /// A fragment.
+    Fragment = "fragment",
+    /// An IPv6 extension header.
+    ExtensionHeader = "extension_header",
+    /// A transport protocol other than UDP, TCP and ICMP.
+    Protocol = "protocol",
+    /// A transport header that is cut short or whose lengths are wrong.
+    TransportHeader = "transport_header",
+    /// An ICMP message other than echo, or in the wrong direction.
+    IcmpType = "icmp_type",
+    /// Neighbour discovery other than a solicitation of the gateway (egress) or guest (ingress).
+    Neighbour = "neighbour",
+    /// The peer is not on the allowlist.
+    Endpoint = "endpoint",
+    /// Conntrack mode: the guest opened no such flow, or it has timed out.
+    NoFlow = "no_flow",
+    /// Conntrack mode: the flow table could not take one more flow.
+    FlowQuota = "flow_quota",
+    /// The guard's own answer could not be written into the frame.
+    AnswerFailed = "answer_failed",
+}
+
+impl Reason {
+    /// The reason whose index is `index`.
+    pub fn from_index(index: u8) -> Option<Self> {
+        Self::ALL.get(index as usize).copied()
+    }
+
+    /// The reason whose word is `word`.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|reason| reason.word() == word)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// What became of a frame: the index of its counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Passed on.
+    Allowed,
+    /// Answered by the guard itself.
+    Answered,
+    /// Dropped.
+    Dropped(Reason),
+}
+
+impl Outcome {
+    /// How many outcomes one direction has.
+    pub const COUNT: usize = Reason::ALL.len() + 2;
+
+    /// The outcome's counter within its direction.
+    pub const fn index(self) -> usize {
+        match self {
+            Self::Allowed => 0,
+            Self::Answered => 1,
+            Self::Dropped(reason) => reason as usize + 2,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_names_one_reason() {
+        for (index, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(Reason::from_index(index as u8), Some(*reason));
+            assert_eq!(Reason::from_word(reason.word()), Some(*reason));
+            assert!(!reason.meaning().is_empty());
+        }
+        assert_eq!(Reason::from_index(Reason::ALL.len() as u8), None);
+    }
+}
