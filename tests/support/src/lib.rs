@@ -1,1 +1,23 @@
-//! See ARCHITECTURE.md.
+//! A stage for tests and for the demo: network namespaces, taps, veth pairs, captures, raw frames
+//! and processes that do not outlive their owner.
+//!
+//! Everything here needs root. Everything is removed when it is dropped, so that a test that fails
+//! half-way leaves no interface, namespace or process behind.
+
+mod capture;
+mod error;
+mod frame_sender;
+mod interface;
+mod namespace;
+mod process;
+mod tap;
+mod veth;
+
+pub use capture::{Capture, CapturedFrame, Travel};
+pub use error::StageError;
+pub use frame_sender::FrameSender;
+pub use interface::{bring_up, index_of, ip, mac_of};
+pub use namespace::Namespace;
+pub use process::Process;
+pub use tap::Tap;
+pub use veth::Veth;
