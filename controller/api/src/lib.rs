@@ -1,1 +1,18 @@
-//! See ARCHITECTURE.md.
+//! The wire types of omertad's API: HTTP/1.1 with JSON bodies on a unix socket.
+//!
+//! Requests refuse unknown fields; answers may gain fields in later versions, so readers of
+//! answers ignore what they do not know. `openapi.yaml` beside this crate describes the same API
+//! and a test holds the two together.
+#![forbid(unsafe_code)]
+
+mod error;
+mod event;
+mod guest;
+pub mod route;
+mod version;
+
+pub use error::{ApiError, ErrorKind};
+pub use event::{Event, EventsQuery, Occurrence};
+pub use guest::{Ended, Guest, GuestList, GuestsQuery, RunRequest, StopRequest};
+pub use omerta_engine::{Cause, GuestState, OnViolation};
+pub use version::Version;

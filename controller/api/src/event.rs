@@ -1,0 +1,169 @@
+//! Events on the wire: `GET /v1/events` answers one JSON object a line.
+
+use omerta_engine::{Cause, OnViolation};
+use serde::{Deserialize, Serialize};
+
+/// Query of `GET /v1/events`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventsQuery {
+    /// Whether the stream stays open for what happens next.
+    #[serde(default)]
+    pub follow: bool,
+    /// Only this guest's events.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<String>,
+}
+
+/// One line of the event stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When, RFC 3339 with microseconds, UTC.
+    pub at: String,
+    /// The guest; absent for `lost`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<String>,
+    /// What happened.
+    #[serde(flatten)]
+    pub what: Occurrence,
+}
+
+/// What happened. The variant's name is the line's `kind`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Occurrence {
+    /// The guest was asked for and admitted.
+    Requested {
+        /// Its image's name.
+        image: String,
+    },
+    /// The process exists, paused, on its tap.
+    Launched {
+        /// The host-side interface.
+        interface: String,
+        /// The hypervisor's process id.
+        pid: u32,
+    },
+    /// The guard is attached, pinned and proven by a canary.
+    Guarded {
+        /// What the guest may reach.
+        allow: Vec<String>,
+    },
+    /// The guest runs.
+    Started {},
+    /// The guest reported its WireGuard public key.
+    PublicKey {
+        /// The key, base64.
+        public_key: String,
+    },
+    /// The guest reported a handshake with its consumer.
+    Handshake {},
+    /// The guest sent a frame that its guard dropped.
+    Rogue {
+        /// The drop reason.
+        reason: String,
+        /// Always `egress`: what the guest sent.
+        direction: String,
+        /// The frame in one line.
+        frame: String,
+        /// The frame's length in bytes.
+        length: u32,
+        /// What is done about it.
+        action: OnViolation,
+        /// Rogue frames of this guest and reason that were counted but not published since the
+        /// last one that was.
+        suppressed: u64,
+    },
+    /// The guest is paused.
+    Paused {
+        /// Why.
+        cause: Cause,
+        /// The drop reason of the rogue frame, where that was the cause.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+        /// The rogue frame in one line, where that was the cause.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        frame: Option<String>,
+        /// Microseconds from the kernel's timestamp of the frame to the paused guest.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        frame_to_paused_us: Option<u64>,
+    },
+    /// The guest could not be paused; it is killed instead.
+    PauseFailed {
+        /// What went wrong.
+        message: String,
+    },
+    /// The guest rebooted itself.
+    Reset {},
+    /// The guest's kernel panicked; the guest is paused.
+    Panicked {},
+    /// The guest was asked to power down.
+    Stopping {
+        /// Seconds it has.
+        deadline_seconds: u32,
+    },
+    /// Nothing of the guest is left.
+    Ended(crate::Ended),
+    /// The reader was too slow, or the history too short: this many events are missing here.
+    Lost {
+        /// How many.
+        events: u64,
+    },
+    /// A kind that this reader does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rogue_line_has_the_documented_fields() {
+        let event = Event {
+            at: "2026-01-01T00:00:00.000001Z".into(),
+            guest: Some("alpha".into()),
+            what: Occurrence::Rogue {
+                reason: "endpoint".into(),
+                direction: "egress".into(),
+                frame: "udp 10.77.0.2:1234 → 198.51.100.1:53".into(),
+                length: 98,
+                action: OnViolation::Terminate,
+                suppressed: 0,
+            },
+        };
+        let line = serde_json::to_value(&event).unwrap();
+        assert_eq!(line["kind"], "rogue");
+        assert_eq!(line["action"], "terminate");
+        assert_eq!(line["guest"], "alpha");
+        assert_eq!(serde_json::from_value::<Event>(line).unwrap(), event);
+    }
+
+    #[test]
+    fn ended_line_is_flat_and_omits_what_does_not_apply() {
+        let event = Event {
+            at: "2026-01-01T00:00:00.000001Z".into(),
+            guest: Some("alpha".into()),
+            what: Occurrence::Ended(crate::Ended {
+                cause: Cause::Killed,
+                reason: None,
+                frame: None,
+                frame_to_paused_us: None,
+                frame_to_ended_us: None,
+                frame_to_tap_removed_us: None,
+                message: None,
+            }),
+        };
+        assert_eq!(
+            serde_json::to_string(&event).unwrap(),
+            r#"{"at":"2026-01-01T00:00:00.000001Z","guest":"alpha","kind":"ended","cause":"killed"}"#
+        );
+    }
+
+    #[test]
+    fn later_kinds_are_readable() {
+        let line = r#"{"at":"2026-01-01T00:00:00Z","guest":"a","kind":"migrated","to":"b"}"#;
+        let event: Event = serde_json::from_str(line).unwrap();
+        assert_eq!(event.what, Occurrence::Unknown);
+    }
+}

@@ -1,0 +1,140 @@
+//! Guests on the wire.
+
+use std::net::Ipv4Addr;
+
+use omerta_engine::{GuestState, OnViolation};
+use serde::{Deserialize, Serialize};
+
+use crate::Cause;
+
+/// Body of `POST /v1/guests`. Text fields are validated by the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRequest {
+    /// The guest's name: 1–32 of `a`–`z`, `0`–`9`, `-`, starting with a letter.
+    pub name: String,
+    /// The image's name: a directory below the daemon's image directory.
+    pub image: String,
+    /// The consumer's WireGuard: `PUBLIC_KEY@ADDRESS:PORT`.
+    pub consumer: String,
+    /// The guest's address inside the tunnel, `ADDRESS/PREFIX`; 10.66.0.2/24 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel_address: Option<String>,
+    /// The consumer's address inside the tunnel; 10.66.0.1 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel_peer: Option<Ipv4Addr>,
+    /// Virtual CPUs; 1 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u8>,
+    /// Memory in MiB; 256 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u32>,
+    /// The guard's mode: `filtered`, `conntrack`, `sampled` or `direct`; `filtered` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// What rogue traffic does to the guest; the daemon's default when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_violation: Option<OnViolation>,
+    /// Whether the console gives a shell rather than only a log.
+    #[serde(default)]
+    pub console_shell: bool,
+}
+
+/// Body of `POST /v1/guests/{name}/stop`; may be empty.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// Seconds (1–600) after which a guest that has not powered down is killed; 10 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_seconds: Option<u32>,
+}
+
+/// Query of `GET /v1/guests`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestsQuery {
+    /// Whether the records of ended guests are listed too.
+    #[serde(default)]
+    pub ended: bool,
+}
+
+/// Answer of `GET /v1/guests`, in order of name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestList {
+    /// The guests.
+    pub guests: Vec<Guest>,
+}
+
+/// One guest: answer of run, show, stop and kill.
+///
+/// An ended guest keeps its record (`state` is `ended`, `ended` tells why) until its name is used
+/// again or many others have ended since.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guest {
+    /// The name.
+    pub name: String,
+    /// Where it stands in its life.
+    pub state: GuestState,
+    /// The host-side interface (tap).
+    pub interface: String,
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// The gateway that it sees.
+    pub gateway: Ipv4Addr,
+    /// The guest's MAC.
+    pub mac: String,
+    /// The WireGuard public key that the guest reported; null until then.
+    pub public_key: Option<String>,
+    /// Whether the guest reported a WireGuard handshake with its consumer.
+    pub handshake: bool,
+    /// The consumer: `PUBLIC_KEY@ADDRESS:PORT`.
+    pub consumer: String,
+    /// What rogue traffic does to the guest.
+    pub on_violation: OnViolation,
+    /// The guard's mode.
+    pub mode: String,
+    /// The image's name.
+    pub image: String,
+    /// Virtual CPUs.
+    pub cpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// The hypervisor's process id; null while launching and once ended.
+    pub pid: Option<u32>,
+    /// Path of the unix socket of the serial console; null while launching and once ended.
+    pub console: Option<String>,
+    /// Path of the console's log; null while launching and once ended.
+    pub log: Option<String>,
+    /// Rogue frames that reached the daemon.
+    pub rogue_frames: u64,
+    /// Since when the guest is in its state, RFC 3339.
+    pub since: String,
+    /// How it ended; null before.
+    pub ended: Option<Ended>,
+}
+
+/// How a guest ended. Times are counted from the kernel's timestamp of the rogue frame and are
+/// null where rogue traffic was not the cause.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Why.
+    pub cause: Cause,
+    /// The drop reason of the rogue frame.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The rogue frame in one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frame: Option<String>,
+    /// Microseconds from the frame to the paused guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frame_to_paused_us: Option<u64>,
+    /// Microseconds from the frame to the reaped process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frame_to_ended_us: Option<u64>,
+    /// Microseconds from the frame to the removed tap.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frame_to_tap_removed_us: Option<u64>,
+    /// What went wrong, where something did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}

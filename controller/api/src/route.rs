@@ -1,0 +1,57 @@
+//! The paths of the API.
+
+/// `POST` runs a guest, `GET` lists guests.
+pub const GUESTS: &str = "/v1/guests";
+/// `GET` shows a guest.
+pub const GUEST: &str = "/v1/guests/{name}";
+/// `POST` asks a guest to power down, and kills it at the deadline.
+pub const GUEST_STOP: &str = "/v1/guests/{name}/stop";
+/// `POST` ends a guest at once.
+pub const GUEST_KILL: &str = "/v1/guests/{name}/kill";
+/// `GET` reads a guest's console log as plain text.
+pub const GUEST_LOG: &str = "/v1/guests/{name}/log";
+/// `GET` reads events, one JSON object a line.
+pub const EVENTS: &str = "/v1/events";
+/// `GET` tells which omertad answers.
+pub const VERSION: &str = "/v1/version";
+
+/// Every path with the methods it answers.
+pub const ALL: [(&str, &[&str]); 7] = [
+    (GUESTS, &["get", "post"]),
+    (GUEST, &["get"]),
+    (GUEST_STOP, &["post"]),
+    (GUEST_KILL, &["post"]),
+    (GUEST_LOG, &["get"]),
+    (EVENTS, &["get"]),
+    (VERSION, &["get"]),
+];
+
+/// `route` with `{name}` replaced by a guest's name.
+///
+/// Names are validated by the daemon; bytes that cannot stand in a path segment are
+/// percent-encoded here, so that a bad name reaches it as one segment.
+pub fn of_guest(route: &str, name: &str) -> String {
+    let mut segment = String::with_capacity(name.len());
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
+            segment.push(char::from(byte));
+        } else {
+            segment.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    route.replace("{name}", &segment)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_name_stands_in_its_segment() {
+        assert_eq!(of_guest(GUEST_LOG, "alpha-1"), "/v1/guests/alpha-1/log");
+        assert_eq!(
+            of_guest(GUEST, "../events?x"),
+            "/v1/guests/%2E%2E%2Fevents%3Fx"
+        );
+    }
+}

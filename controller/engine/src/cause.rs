@@ -1,0 +1,52 @@
+//! Why guests are paused and end.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a guest was paused or has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// It sent rogue traffic.
+    Rogue,
+    /// It was asked to stop and powered down.
+    Stopped,
+    /// It was asked to stop and did not power down in time.
+    StopDeadline,
+    /// It was killed by request.
+    Killed,
+    /// It powered itself down, or its process exited.
+    Exited,
+    /// Its kernel panicked.
+    Panicked,
+    /// It could not be launched, guarded or resumed.
+    LaunchFailed,
+    /// Its guard could no longer be watched.
+    GuardFailed,
+    /// The daemon is shutting down.
+    Shutdown,
+}
+
+impl Cause {
+    /// The word used in JSON and logs.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Rogue => "rogue",
+            Self::Stopped => "stopped",
+            Self::StopDeadline => "stop_deadline",
+            Self::Killed => "killed",
+            Self::Exited => "exited",
+            Self::Panicked => "panicked",
+            Self::LaunchFailed => "launch_failed",
+            Self::GuardFailed => "guard_failed",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
