@@ -1,10 +1,26 @@
 //! The state of guests and of their rogue traffic: events in, actions out.
+//!
+//! The engine does no I/O and reads no clock: [`Engine::handle`] is told what happened and when,
+//! and answers what to do. Whoever executes the actions tells the engine how they went.
 #![forbid(unsafe_code)]
 
+mod action;
 mod cause;
+mod engine;
+mod event;
+mod frame;
+mod guest;
+mod monotonic;
 mod policy;
 mod state;
+mod tally;
 
+pub use action::{Action, Ending, Record, Refusal};
 pub use cause::Cause;
+pub use engine::{ENDED_KEPT, Engine};
+pub use event::{Event, GuestEvent, GuestId};
+pub use frame::{Incident, RogueFrame};
+pub use guest::Guest;
+pub use monotonic::Monotonic;
 pub use policy::{OnViolation, OnViolationParseError};
 pub use state::GuestState;

@@ -1,0 +1,108 @@
+//! What the engine wants done, in the imperative.
+
+use thiserror::Error;
+
+use crate::{Cause, GuestId, GuestState, Incident, OnViolation, RogueFrame};
+
+/// Something to do, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Make the guest's tap and process, paused. Answer with `Launched` or `LaunchFailed`.
+    Launch(GuestId),
+    /// Attach, verify and prove its guard. Answer with `Guarded` or `LaunchFailed`.
+    Guard(GuestId),
+    /// Let it run. Answer with `Resumed` or `LaunchFailed`.
+    Resume(GuestId),
+    /// Make it stand still, now. Answer with `Paused` or `PauseFailed`.
+    Pause(GuestId),
+    /// Ask it to power down. Answer with `Exited` or, after that many seconds,
+    /// `StopDeadlinePassed`.
+    PowerDown {
+        /// Which guest.
+        guest: GuestId,
+        /// Seconds it has.
+        deadline_seconds: u32,
+    },
+    /// End its process, remove its guard, then its tap. Answer with `Reaped` and `TapRemoved`.
+    Kill(GuestId),
+    /// Publish a record of it.
+    Publish(GuestId, Record),
+    /// Forget what is kept of an ended guest.
+    Forget(GuestId),
+    /// Tell whoever asked for the guest that there will be none.
+    Refuse {
+        /// The name asked for.
+        name: String,
+        /// Why not.
+        refusal: Refusal,
+    },
+}
+
+/// Why a guest is not admitted.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// Another guest of that name is alive.
+    #[error("it exists and is {0}: choose another name, or end it with `omerta vm kill`")]
+    NameTaken(GuestState),
+    /// As many guests as may live at once do.
+    #[error("{0} guests are alive and that is the limit: end one with `omerta vm kill`")]
+    Full(usize),
+    /// The daemon is going away.
+    #[error("omertad is shutting down: start it again first")]
+    ShuttingDown,
+}
+
+/// Something worth publishing about a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// It was asked for and admitted.
+    Requested,
+    /// Its process exists.
+    Launched,
+    /// Its guard is proven.
+    Guarded,
+    /// It runs.
+    Started,
+    /// It reported its public key.
+    PublicKey(String),
+    /// It reported a handshake.
+    Handshake,
+    /// It sent a rogue frame.
+    Rogue {
+        /// The frame.
+        frame: RogueFrame,
+        /// What is done about it.
+        action: OnViolation,
+        /// Frames of this reason that were counted and not published since the last that was.
+        suppressed: u64,
+    },
+    /// It stands still after a rogue frame.
+    Paused(Incident),
+    /// It could not be paused.
+    PauseFailed {
+        /// What went wrong.
+        message: String,
+    },
+    /// It rebooted itself.
+    Reset,
+    /// Its kernel panicked.
+    Panicked,
+    /// It was asked to power down.
+    Stopping {
+        /// Seconds it has.
+        deadline_seconds: u32,
+    },
+    /// Nothing of it is left.
+    Ended(Ending),
+}
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ending {
+    /// Why.
+    pub cause: Cause,
+    /// The rogue frame and its times, where one condemned the guest.
+    pub incident: Option<Incident>,
+    /// What went wrong, where something did.
+    pub message: Option<String>,
+}

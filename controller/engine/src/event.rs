@@ -1,0 +1,88 @@
+//! What the engine is told, in the past tense.
+
+use crate::{Cause, Monotonic, OnViolation, RogueFrame};
+
+/// One guest in one life. A name that is used again gets a new id, so that what is late about the
+/// old guest never touches the new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestId(pub u64);
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Someone asked for a guest.
+    GuestRequested {
+        /// Its name, already validated.
+        name: String,
+        /// What rogue traffic does to it.
+        on_violation: OnViolation,
+    },
+    /// The daemon began to shut down: no guest is admitted from here on.
+    ShutdownBegan,
+    /// Something happened to a guest.
+    Guest(GuestId, GuestEvent),
+}
+
+/// Something that happened to one guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestEvent {
+    /// Its process exists, paused, on its tap.
+    Launched,
+    /// Its guard is attached, verified and proven.
+    Guarded,
+    /// Its first instruction may have run.
+    Resumed,
+    /// It could not be launched, guarded or resumed, and nothing of it is left.
+    LaunchFailed {
+        /// What went wrong.
+        message: String,
+    },
+    /// It reported its WireGuard public key.
+    PublicKeyReported(String),
+    /// It reported a handshake with its consumer.
+    HandshakeSeen,
+    /// Its guard dropped a frame.
+    RogueFrameSeen(RogueFrame),
+    /// It stands still.
+    Paused {
+        /// Since when.
+        at: Monotonic,
+    },
+    /// It could not be paused.
+    PauseFailed {
+        /// What went wrong.
+        message: String,
+    },
+    /// It rebooted itself.
+    Reset,
+    /// Its kernel panicked and it stands still.
+    Panicked,
+    /// Its guard can no longer be watched, or is no longer what was attached.
+    GuardLost {
+        /// What is wrong.
+        message: String,
+    },
+    /// Someone asked it to power down.
+    StopRequested {
+        /// Seconds it has.
+        deadline_seconds: u32,
+    },
+    /// The time it had for powering down is over.
+    StopDeadlinePassed,
+    /// Someone asked for its end: [`Cause::Killed`] or [`Cause::Shutdown`].
+    EndRequested(Cause),
+    /// Its process exited by itself.
+    Exited,
+    /// Its process is reaped.
+    Reaped {
+        /// Since when.
+        at: Monotonic,
+    },
+    /// Its guard and its tap are removed: nothing of it is left.
+    TapRemoved {
+        /// Since when.
+        at: Monotonic,
+        /// What could not be removed, where something could not.
+        fault: Option<String>,
+    },
+}

@@ -1,0 +1,437 @@
+//! One guest: its state and every transition of it.
+
+use omerta_verdict::{Direction, Reason};
+
+use crate::tally::{Limiter, Tally};
+use crate::{
+    Action, Cause, Ending, GuestEvent, GuestId, GuestState, Incident, Monotonic, OnViolation,
+    Record, RogueFrame,
+};
+
+/// What the engine knows of one guest.
+#[derive(Debug)]
+pub struct Guest {
+    id: GuestId,
+    name: String,
+    on_violation: OnViolation,
+    state: GuestState,
+    since: Monotonic,
+    /// Frames older than this were not sent by the guest: it had not run yet. The canary that
+    /// proves the guard is one of them.
+    resume_ordered_at: Option<Monotonic>,
+    public_key: Option<String>,
+    handshake: bool,
+    key_limiter: Limiter,
+    reset_limiter: Limiter,
+    tally: Tally,
+    incident: Option<Incident>,
+    /// Why it has to end as soon as the step under way is over.
+    end_wanted: Option<Cause>,
+    ending: Option<Ending>,
+}
+
+impl Guest {
+    pub(crate) fn request(
+        id: GuestId,
+        name: String,
+        on_violation: OnViolation,
+        now: Monotonic,
+        actions: &mut Vec<Action>,
+    ) -> Self {
+        actions.push(Action::Launch(id));
+        actions.push(Action::Publish(id, Record::Requested));
+        Self {
+            id,
+            name,
+            on_violation,
+            state: GuestState::Launching,
+            since: now,
+            resume_ordered_at: None,
+            public_key: None,
+            handshake: false,
+            key_limiter: Limiter::default(),
+            reset_limiter: Limiter::default(),
+            tally: Tally::default(),
+            incident: None,
+            end_wanted: None,
+            ending: None,
+        }
+    }
+
+    /// Its id.
+    pub const fn id(&self) -> GuestId {
+        self.id
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What rogue traffic does to it.
+    pub const fn on_violation(&self) -> OnViolation {
+        self.on_violation
+    }
+
+    /// Its state.
+    pub const fn state(&self) -> GuestState {
+        self.state
+    }
+
+    /// Since when it is in its state.
+    pub const fn since(&self) -> Monotonic {
+        self.since
+    }
+
+    /// Whether nothing but this record is left of it.
+    pub const fn is_ended(&self) -> bool {
+        matches!(self.state, GuestState::Ended)
+    }
+
+    /// The WireGuard public key that it reported last.
+    pub fn public_key(&self) -> Option<&str> {
+        self.public_key.as_deref()
+    }
+
+    /// Whether it reported a handshake with that key.
+    pub const fn handshake(&self) -> bool {
+        self.handshake
+    }
+
+    /// Its rogue frames that the engine was told of, by reason.
+    pub fn rogue_frames(&self) -> impl Iterator<Item = (Reason, u64)> + '_ {
+        self.tally.counts()
+    }
+
+    /// How it ended, once it did.
+    pub fn ending(&self) -> Option<&Ending> {
+        self.ending.as_ref().filter(|_| self.is_ended())
+    }
+
+    pub(crate) fn handle(&mut self, now: Monotonic, event: GuestEvent, out: &mut Vec<Action>) {
+        match event {
+            GuestEvent::Launched => self.launched(now, out),
+            GuestEvent::Guarded => self.guarded(now, out),
+            GuestEvent::Resumed => self.resumed(now, out),
+            GuestEvent::LaunchFailed { message } => self.launch_failed(now, message, out),
+            GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
+            GuestEvent::HandshakeSeen => self.handshake_seen(out),
+            GuestEvent::RogueFrameSeen(frame) => self.rogue_frame_seen(now, frame, out),
+            GuestEvent::Paused { at } => self.paused(now, at, out),
+            GuestEvent::PauseFailed { message } => self.pause_failed(now, message, out),
+            GuestEvent::Reset => self.reset(now, out),
+            GuestEvent::Panicked => self.panicked(now, out),
+            GuestEvent::GuardLost { message } => {
+                self.end(now, Cause::GuardFailed, Some(message), out);
+            }
+            GuestEvent::StopRequested { deadline_seconds } => {
+                self.stop_requested(now, deadline_seconds, out);
+            }
+            GuestEvent::StopDeadlinePassed => {
+                if self.state == GuestState::Stopping {
+                    self.end(now, Cause::StopDeadline, None, out);
+                }
+            }
+            GuestEvent::EndRequested(cause) => self.end(now, cause, None, out),
+            GuestEvent::Exited => self.exited(now, out),
+            GuestEvent::Reaped { at } => {
+                if let (GuestState::Ending, Some(incident)) = (self.state, &mut self.incident) {
+                    incident.ended_at.get_or_insert(at);
+                }
+            }
+            GuestEvent::TapRemoved { at, fault } => self.tap_removed(now, at, fault, out),
+        }
+    }
+
+    fn launched(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Launching {
+            self.enter(now, GuestState::Paused);
+            self.continue_or_end(now, Action::Guard(self.id), Record::Launched, out);
+        }
+    }
+
+    fn guarded(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Paused {
+            self.enter(now, GuestState::Guarded);
+            if self.end_wanted.is_none() {
+                self.resume_ordered_at = Some(now);
+            }
+            self.continue_or_end(now, Action::Resume(self.id), Record::Guarded, out);
+        }
+    }
+
+    fn continue_or_end(
+        &mut self,
+        now: Monotonic,
+        action: Action,
+        record: Record,
+        out: &mut Vec<Action>,
+    ) {
+        match self.end_wanted {
+            Some(cause) => self.kill(now, cause, None, out),
+            None => out.push(action),
+        }
+        self.publish(record, out);
+    }
+
+    fn resumed(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Guarded {
+            self.enter(now, GuestState::Running);
+            if let Some(cause) = self.end_wanted {
+                self.kill(now, cause, None, out);
+            }
+            self.publish(Record::Started, out);
+        }
+    }
+
+    fn launch_failed(&mut self, now: Monotonic, message: String, out: &mut Vec<Action>) {
+        use GuestState::{Condemned, Ending, Guarded, Launching, Paused};
+        if !matches!(
+            self.state,
+            Launching | Paused | Guarded | Condemned | Ending
+        ) {
+            return;
+        }
+        let cause = match &self.ending {
+            Some(ending) => ending.cause,
+            None => self.condemned_cause(Cause::LaunchFailed),
+        };
+        let incident = self.incident.clone();
+        self.ending = Some(crate::Ending {
+            cause,
+            incident,
+            message: Some(message),
+        });
+        self.finish(now, out);
+    }
+
+    fn public_key_reported(&mut self, now: Monotonic, key: String, out: &mut Vec<Action>) {
+        // A late report of a guest that no longer runs may still be the only one.
+        let known = self.public_key.as_deref() == Some(key.as_str());
+        if !self.has_run() || known || self.key_limiter.pass(now).is_none() {
+            return;
+        }
+        self.handshake = false;
+        self.public_key = Some(key.clone());
+        self.publish(Record::PublicKey(key), out);
+    }
+
+    fn handshake_seen(&mut self, out: &mut Vec<Action>) {
+        if self.has_run() && self.public_key.is_some() && !self.handshake {
+            self.handshake = true;
+            self.publish(Record::Handshake, out);
+        }
+    }
+
+    fn rogue_frame_seen(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
+        let sent_by_guest = frame.direction == Direction::Egress
+            && self
+                .resume_ordered_at
+                .is_some_and(|ordered| frame.at >= ordered);
+        if !sent_by_guest || self.is_ended() {
+            return;
+        }
+        self.tally.count(frame.reason);
+        match self.on_violation {
+            OnViolation::Drop => {}
+            OnViolation::Alert => {
+                if let Some(suppressed) = self.tally.pass(frame.reason, now) {
+                    self.publish_rogue(frame, suppressed, out);
+                }
+            }
+            OnViolation::Pause | OnViolation::Terminate => self.condemn(now, frame, out),
+        }
+    }
+
+    fn condemn(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
+        use GuestState::{Guarded, Running, Stopping, Suspended};
+        let condemned = match self.state {
+            Guarded | Running => true,
+            Stopping => {
+                self.end_wanted.get_or_insert(Cause::Stopped);
+                true
+            }
+            // It stands still already, after a panic: only termination has anything to add.
+            Suspended => self.on_violation == OnViolation::Terminate,
+            _ => false,
+        };
+        if !condemned {
+            return;
+        }
+        self.enter(now, GuestState::Condemned);
+        out.push(Action::Pause(self.id));
+        self.incident = Some(Incident::new(frame.clone()));
+        let suppressed = self.tally.pass(frame.reason, now).unwrap_or_default();
+        self.publish_rogue(frame, suppressed, out);
+    }
+
+    fn paused(&mut self, now: Monotonic, at: Monotonic, out: &mut Vec<Action>) {
+        if self.state != GuestState::Condemned {
+            return;
+        }
+        if let Some(incident) = &mut self.incident {
+            incident.paused_at.get_or_insert(at);
+        }
+        let paused = self.incident.clone().map(Record::Paused);
+        match (self.on_violation, self.end_wanted) {
+            (OnViolation::Terminate, _) => self.kill(now, Cause::Rogue, None, out),
+            (_, Some(cause)) => self.kill(now, cause, None, out),
+            (_, None) => self.enter(now, GuestState::Suspended),
+        }
+        if let Some(record) = paused {
+            self.publish(record, out);
+        }
+    }
+
+    fn pause_failed(&mut self, now: Monotonic, message: String, out: &mut Vec<Action>) {
+        if self.state == GuestState::Condemned {
+            // What cannot be held still is not left running.
+            self.kill(now, Cause::Rogue, Some(message.clone()), out);
+            self.publish(Record::PauseFailed { message }, out);
+        }
+    }
+
+    fn reset(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if !self.has_run() {
+            return;
+        }
+        // The key lives in the guest's memory: the next boot makes another.
+        self.public_key = None;
+        self.handshake = false;
+        if self.reset_limiter.pass(now).is_some() {
+            self.publish(Record::Reset, out);
+        }
+    }
+
+    fn panicked(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Running {
+            self.enter(now, GuestState::Suspended);
+            self.publish(Record::Panicked, out);
+        }
+    }
+
+    fn stop_requested(&mut self, now: Monotonic, deadline_seconds: u32, out: &mut Vec<Action>) {
+        use GuestState::{Condemned, Guarded, Launching, Paused, Running, Suspended};
+        match self.state {
+            Running => {
+                self.enter(now, GuestState::Stopping);
+                out.push(Action::PowerDown {
+                    guest: self.id,
+                    deadline_seconds,
+                });
+                self.publish(Record::Stopping { deadline_seconds }, out);
+            }
+            // What stands still cannot power down.
+            Suspended => self.kill(now, Cause::Stopped, None, out),
+            Launching | Paused | Guarded | Condemned => {
+                self.end_wanted.get_or_insert(Cause::Stopped);
+            }
+            GuestState::Stopping | GuestState::Ending | GuestState::Ended => {}
+        }
+    }
+
+    fn exited(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        let cause = match self.state {
+            GuestState::Stopping => Cause::Stopped,
+            _ => Cause::Exited,
+        };
+        self.end(now, cause, None, out);
+    }
+
+    /// Ends the guest, now if nothing is under way, else after the step that is.
+    fn end(
+        &mut self,
+        now: Monotonic,
+        cause: Cause,
+        message: Option<String>,
+        out: &mut Vec<Action>,
+    ) {
+        use GuestState::{Condemned, Guarded, Launching, Paused, Running, Stopping, Suspended};
+        match self.state {
+            // The executor is inside a step that owns the half-made guest.
+            Launching | Paused | Guarded => self.end_wanted = Some(cause),
+            Running | Suspended | Stopping => self.kill(now, cause, message, out),
+            // The pause was ordered and may hang: the end does not wait for it.
+            Condemned => self.kill(now, self.condemned_cause(cause), message, out),
+            GuestState::Ending | GuestState::Ended => {}
+        }
+    }
+
+    fn condemned_cause(&self, cause: Cause) -> Cause {
+        match self.on_violation {
+            OnViolation::Terminate if self.incident.is_some() => Cause::Rogue,
+            _ => cause,
+        }
+    }
+
+    fn kill(
+        &mut self,
+        now: Monotonic,
+        cause: Cause,
+        message: Option<String>,
+        out: &mut Vec<Action>,
+    ) {
+        self.enter(now, GuestState::Ending);
+        self.ending = Some(Ending {
+            cause,
+            incident: None,
+            message,
+        });
+        out.push(Action::Kill(self.id));
+    }
+
+    fn tap_removed(
+        &mut self,
+        now: Monotonic,
+        at: Monotonic,
+        fault: Option<String>,
+        out: &mut Vec<Action>,
+    ) {
+        if self.state != GuestState::Ending {
+            return;
+        }
+        if let Some(incident) = &mut self.incident {
+            incident.tap_removed_at.get_or_insert(at);
+        }
+        if let Some(ending) = &mut self.ending {
+            ending.incident = self.incident.clone();
+            ending.message = match (ending.message.take(), fault) {
+                (Some(message), Some(fault)) => Some(format!("{message}; {fault}")),
+                (message, fault) => message.or(fault),
+            };
+        }
+        self.finish(now, out);
+    }
+
+    fn finish(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        self.enter(now, GuestState::Ended);
+        if let Some(ending) = self.ending.clone() {
+            self.publish(Record::Ended(ending), out);
+        }
+    }
+
+    const fn has_run(&self) -> bool {
+        use GuestState::{Condemned, Running, Stopping, Suspended};
+        matches!(self.state, Running | Condemned | Suspended | Stopping)
+    }
+
+    fn enter(&mut self, now: Monotonic, state: GuestState) {
+        self.state = state;
+        self.since = now;
+    }
+
+    fn publish(&self, record: Record, out: &mut Vec<Action>) {
+        out.push(Action::Publish(self.id, record));
+    }
+
+    fn publish_rogue(&self, frame: RogueFrame, suppressed: u64, out: &mut Vec<Action>) {
+        self.publish(
+            Record::Rogue {
+                frame,
+                action: self.on_violation,
+                suppressed,
+            },
+            out,
+        );
+    }
+}

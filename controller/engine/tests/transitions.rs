@@ -1,0 +1,399 @@
+//! Every state against every event: which state follows and what is to be done.
+
+use omerta_engine::{
+    Action, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic, OnViolation, Record,
+    RogueFrame,
+};
+use omerta_verdict::{Direction, Reason};
+
+const ID: GuestId = GuestId(0);
+const ORDERED: u64 = 1_000;
+
+fn frame_at(at: u64) -> RogueFrame {
+    RogueFrame {
+        at: Monotonic(at),
+        direction: Direction::Egress,
+        reason: Reason::Endpoint,
+        length: 98,
+        description: "udp 10.77.0.2:1234 → 198.51.100.1:53".into(),
+    }
+}
+
+fn tell(engine: &mut Engine, event: GuestEvent) -> Vec<Action> {
+    engine.handle(Monotonic(ORDERED), Event::Guest(ID, event))
+}
+
+fn rogue() -> GuestEvent {
+    GuestEvent::RogueFrameSeen(frame_at(ORDERED + 1))
+}
+
+fn stop() -> GuestEvent {
+    GuestEvent::StopRequested {
+        deadline_seconds: 10,
+    }
+}
+
+fn kill() -> GuestEvent {
+    GuestEvent::EndRequested(Cause::Killed)
+}
+
+fn paused() -> GuestEvent {
+    GuestEvent::Paused {
+        at: Monotonic(ORDERED + 5_000),
+    }
+}
+
+fn failed() -> GuestEvent {
+    GuestEvent::LaunchFailed {
+        message: "no".into(),
+    }
+}
+
+/// An engine whose only guest is in the state.
+fn engine_in(state: GuestState, on_violation: OnViolation) -> Engine {
+    use GuestEvent::{Guarded, Launched, Resumed};
+    use GuestState as S;
+    let mut engine = Engine::new(8);
+    engine.handle(
+        Monotonic(ORDERED),
+        Event::GuestRequested {
+            name: "alpha".into(),
+            on_violation,
+        },
+    );
+    let suspended = match on_violation {
+        OnViolation::Pause => vec![rogue(), paused()],
+        _ => vec![GuestEvent::Panicked],
+    };
+    let path = match state {
+        S::Launching => vec![],
+        S::Paused => vec![Launched],
+        S::Guarded => vec![Launched, Guarded],
+        S::Running => vec![Launched, Guarded, Resumed],
+        S::Condemned => vec![Launched, Guarded, Resumed, rogue()],
+        S::Suspended => [vec![Launched, Guarded, Resumed], suspended].concat(),
+        S::Stopping => vec![Launched, Guarded, Resumed, stop()],
+        S::Ending => vec![Launched, Guarded, Resumed, kill()],
+        S::Ended => vec![failed()],
+    };
+    for event in path {
+        tell(&mut engine, event);
+    }
+    assert_eq!(engine.find("alpha").unwrap().state(), state);
+    engine
+}
+
+/// What an action is, without what it says.
+fn words(actions: &[Action]) -> Vec<&'static str> {
+    actions
+        .iter()
+        .map(|action| match action {
+            Action::Launch(_) => "launch",
+            Action::Guard(_) => "guard",
+            Action::Resume(_) => "resume",
+            Action::Pause(_) => "pause",
+            Action::PowerDown { .. } => "power down",
+            Action::Kill(_) => "kill",
+            Action::Forget(_) => "forget",
+            Action::Refuse { .. } => "refuse",
+            Action::Publish(_, record) => match record {
+                Record::Requested => "requested",
+                Record::Launched => "launched",
+                Record::Guarded => "guarded",
+                Record::Started => "started",
+                Record::PublicKey(_) => "public key",
+                Record::Handshake => "handshake",
+                Record::Rogue { .. } => "rogue",
+                Record::Paused(_) => "paused",
+                Record::PauseFailed { .. } => "pause failed",
+                Record::Reset => "reset",
+                Record::Panicked => "panicked",
+                Record::Stopping { .. } => "stopping",
+                Record::Ended(_) => "ended",
+            },
+        })
+        .collect()
+}
+
+#[test]
+fn table_of_transitions_under_terminate() {
+    use GuestState::*;
+    type Row = (GuestState, GuestEvent, GuestState, &'static [&'static str]);
+    let guard_lost = || GuestEvent::GuardLost {
+        message: "detached".into(),
+    };
+    let removed = || GuestEvent::TapRemoved {
+        at: Monotonic(9_000),
+        fault: None,
+    };
+    let rows: Vec<Row> = vec![
+        (
+            Launching,
+            GuestEvent::Launched,
+            Paused,
+            &["guard", "launched"],
+        ),
+        (Launching, failed(), Ended, &["ended"]),
+        (Launching, rogue(), Launching, &[]),
+        (Launching, stop(), Launching, &[]),
+        (Launching, kill(), Launching, &[]),
+        (Launching, GuestEvent::Resumed, Launching, &[]),
+        (Paused, GuestEvent::Guarded, Guarded, &["resume", "guarded"]),
+        (Paused, failed(), Ended, &["ended"]),
+        (Paused, rogue(), Paused, &[]),
+        (Paused, kill(), Paused, &[]),
+        (Paused, GuestEvent::Resumed, Paused, &[]),
+        (Guarded, GuestEvent::Resumed, Running, &["started"]),
+        (Guarded, failed(), Ended, &["ended"]),
+        (Guarded, rogue(), Condemned, &["pause", "rogue"]),
+        (Guarded, kill(), Guarded, &[]),
+        (Running, rogue(), Condemned, &["pause", "rogue"]),
+        (Running, stop(), Stopping, &["power down", "stopping"]),
+        (Running, kill(), Ending, &["kill"]),
+        (Running, GuestEvent::Exited, Ending, &["kill"]),
+        (Running, guard_lost(), Ending, &["kill"]),
+        (Running, GuestEvent::Panicked, Suspended, &["panicked"]),
+        (Running, GuestEvent::Reset, Running, &["reset"]),
+        (Running, paused(), Running, &[]),
+        (
+            Running,
+            GuestEvent::PublicKeyReported("k".into()),
+            Running,
+            &["public key"],
+        ),
+        (Running, GuestEvent::HandshakeSeen, Running, &[]),
+        (Running, GuestEvent::StopDeadlinePassed, Running, &[]),
+        (Running, failed(), Running, &[]),
+        (Condemned, paused(), Ending, &["kill", "paused"]),
+        (
+            Condemned,
+            GuestEvent::PauseFailed {
+                message: "no".into(),
+            },
+            Ending,
+            &["kill", "pause failed"],
+        ),
+        (Condemned, rogue(), Condemned, &[]),
+        (Condemned, kill(), Ending, &["kill"]),
+        (Condemned, stop(), Condemned, &[]),
+        (Condemned, GuestEvent::Resumed, Condemned, &[]),
+        (Condemned, GuestEvent::Exited, Ending, &["kill"]),
+        (Suspended, rogue(), Condemned, &["pause", "rogue"]),
+        (Suspended, stop(), Ending, &["kill"]),
+        (Suspended, kill(), Ending, &["kill"]),
+        (Suspended, GuestEvent::Resumed, Suspended, &[]),
+        (Stopping, rogue(), Condemned, &["pause", "rogue"]),
+        (Stopping, GuestEvent::StopDeadlinePassed, Ending, &["kill"]),
+        (Stopping, GuestEvent::Exited, Ending, &["kill"]),
+        (Stopping, stop(), Stopping, &[]),
+        (Stopping, kill(), Ending, &["kill"]),
+        (Ending, removed(), Ended, &["ended"]),
+        (Ending, kill(), Ending, &[]),
+        (Ending, rogue(), Ending, &[]),
+        (Ending, paused(), Ending, &[]),
+        (Ending, GuestEvent::Exited, Ending, &[]),
+        (Ended, removed(), Ended, &[]),
+        (Ended, kill(), Ended, &[]),
+        (Ended, rogue(), Ended, &[]),
+        (Ended, GuestEvent::Launched, Ended, &[]),
+    ];
+    for (before, event, after, expected) in rows {
+        let mut engine = engine_in(before, OnViolation::Terminate);
+        let label = format!("{before} + {event:?}");
+        let actions = tell(&mut engine, event);
+        assert_eq!(words(&actions), expected, "{label}");
+        assert_eq!(engine.find("alpha").unwrap().state(), after, "{label}");
+    }
+}
+
+#[test]
+fn each_policy_answers_a_rogue_frame_in_its_way() {
+    for (policy, after, expected) in [
+        (OnViolation::Drop, GuestState::Running, &[] as &[&str]),
+        (OnViolation::Alert, GuestState::Running, &["rogue"]),
+        (
+            OnViolation::Pause,
+            GuestState::Condemned,
+            &["pause", "rogue"],
+        ),
+        (
+            OnViolation::Terminate,
+            GuestState::Condemned,
+            &["pause", "rogue"],
+        ),
+    ] {
+        let mut engine = engine_in(GuestState::Running, policy);
+        assert_eq!(words(&tell(&mut engine, rogue())), expected, "{policy}");
+        let guest = engine.find("alpha").unwrap();
+        assert_eq!(guest.state(), after, "{policy}");
+        assert_eq!(
+            guest.rogue_frames().collect::<Vec<_>>(),
+            [(Reason::Endpoint, 1)]
+        );
+    }
+}
+
+#[test]
+fn policy_pause_holds_the_guest_until_it_is_ended() {
+    let mut engine = engine_in(GuestState::Condemned, OnViolation::Pause);
+    assert_eq!(words(&tell(&mut engine, paused())), ["paused"]);
+    assert_eq!(words(&tell(&mut engine, rogue())), [] as [&str; 0]);
+    assert_eq!(words(&tell(&mut engine, kill())), ["kill"]);
+}
+
+#[test]
+fn stopping_guest_that_turns_rogue_under_pause_is_ended_once_paused() {
+    let mut engine = engine_in(GuestState::Stopping, OnViolation::Pause);
+    assert_eq!(words(&tell(&mut engine, rogue())), ["pause", "rogue"]);
+    assert_eq!(
+        words(&tell(&mut engine, GuestEvent::StopDeadlinePassed)),
+        [] as [&str; 0]
+    );
+    assert_eq!(words(&tell(&mut engine, paused())), ["kill", "paused"]);
+}
+
+#[test]
+fn the_canary_and_what_comes_in_are_no_violation() {
+    for state in [GuestState::Guarded, GuestState::Running] {
+        let mut engine = engine_in(state, OnViolation::Terminate);
+        let canary = frame_at(ORDERED - 1);
+        let ingress = RogueFrame {
+            direction: Direction::Ingress,
+            ..frame_at(ORDERED + 1)
+        };
+        for frame in [canary, ingress] {
+            assert!(tell(&mut engine, GuestEvent::RogueFrameSeen(frame)).is_empty());
+        }
+        assert_eq!(engine.find("alpha").unwrap().rogue_frames().count(), 0);
+    }
+}
+
+#[test]
+fn kill_wanted_while_launching_happens_when_the_step_is_over() {
+    for state in [
+        GuestState::Launching,
+        GuestState::Paused,
+        GuestState::Guarded,
+    ] {
+        let mut engine = engine_in(state, OnViolation::Alert);
+        assert!(tell(&mut engine, kill()).is_empty());
+        let done = match state {
+            GuestState::Launching => GuestEvent::Launched,
+            GuestState::Paused => GuestEvent::Guarded,
+            _ => GuestEvent::Resumed,
+        };
+        assert_eq!(words(&tell(&mut engine, done))[0], "kill");
+        tell(
+            &mut engine,
+            GuestEvent::TapRemoved {
+                at: Monotonic(2_000),
+                fault: None,
+            },
+        );
+        let guest = engine.find("alpha").unwrap();
+        assert_eq!(guest.ending().unwrap().cause, Cause::Killed, "{state}");
+    }
+}
+
+#[test]
+fn the_end_tells_the_frame_and_how_long_each_step_took() {
+    let mut engine = engine_in(GuestState::Condemned, OnViolation::Terminate);
+    tell(&mut engine, paused());
+    tell(
+        &mut engine,
+        GuestEvent::Reaped {
+            at: Monotonic(ORDERED + 7_001),
+        },
+    );
+    tell(
+        &mut engine,
+        GuestEvent::TapRemoved {
+            at: Monotonic(ORDERED + 9_001),
+            fault: None,
+        },
+    );
+    let ending = engine.find("alpha").unwrap().ending().unwrap();
+    assert_eq!(ending.cause, Cause::Rogue);
+    let incident = ending.incident.as_ref().unwrap();
+    assert_eq!(incident.frame, frame_at(ORDERED + 1));
+    assert_eq!(incident.frame_to_paused_us(), Some(4));
+    assert_eq!(incident.frame_to_ended_us(), Some(7));
+    assert_eq!(incident.frame_to_tap_removed_us(), Some(9));
+}
+
+#[test]
+fn a_reboot_forgets_the_key_and_takes_the_next() {
+    let mut engine = engine_in(GuestState::Running, OnViolation::Alert);
+    let key = |text: &str| GuestEvent::PublicKeyReported(text.into());
+    assert_eq!(words(&tell(&mut engine, key("one"))), ["public key"]);
+    assert_eq!(words(&tell(&mut engine, key("one"))), [] as [&str; 0]);
+    assert_eq!(
+        words(&tell(&mut engine, GuestEvent::HandshakeSeen)),
+        ["handshake"]
+    );
+    assert_eq!(
+        words(&tell(&mut engine, GuestEvent::HandshakeSeen)),
+        [] as [&str; 0]
+    );
+    tell(&mut engine, GuestEvent::Reset);
+    assert_eq!(engine.find("alpha").unwrap().public_key(), None);
+    let later = Monotonic(ORDERED + 2 * Monotonic::SECOND);
+    let actions = engine.handle(later, Event::Guest(ID, key("two")));
+    assert_eq!(words(&actions), ["public key"]);
+    assert!(!engine.find("alpha").unwrap().handshake());
+}
+
+#[test]
+fn name_is_refused_while_taken_and_free_once_ended() {
+    let request = || Event::GuestRequested {
+        name: "alpha".into(),
+        on_violation: OnViolation::Drop,
+    };
+    let mut engine = engine_in(GuestState::Running, OnViolation::Drop);
+    assert_eq!(words(&engine.handle(Monotonic(0), request())), ["refuse"]);
+    let mut engine = engine_in(GuestState::Ended, OnViolation::Drop);
+    let actions = engine.handle(Monotonic(0), request());
+    assert_eq!(words(&actions), ["forget", "launch", "requested"]);
+    assert_eq!(engine.find("alpha").unwrap().id(), GuestId(1));
+}
+
+#[test]
+fn limit_and_shutdown_refuse_new_guests() {
+    let mut engine = Engine::new(1);
+    let request = |name: &str| Event::GuestRequested {
+        name: name.into(),
+        on_violation: OnViolation::Drop,
+    };
+    assert_eq!(
+        words(&engine.handle(Monotonic(0), request("a"))),
+        ["launch", "requested"]
+    );
+    assert_eq!(
+        words(&engine.handle(Monotonic(0), request("b"))),
+        ["refuse"]
+    );
+    tell(&mut engine, failed());
+    engine.handle(Monotonic(0), Event::ShutdownBegan);
+    assert_eq!(
+        words(&engine.handle(Monotonic(0), request("b"))),
+        ["refuse"]
+    );
+}
+
+#[test]
+fn only_so_many_ended_guests_are_remembered() {
+    let mut engine = Engine::new(1);
+    let total = omerta_engine::ENDED_KEPT as u64 + 3;
+    for id in 0..total {
+        engine.handle(
+            Monotonic(0),
+            Event::GuestRequested {
+                name: format!("g{id}"),
+                on_violation: OnViolation::Drop,
+            },
+        );
+        engine.handle(Monotonic(0), Event::Guest(GuestId(id), failed()));
+    }
+    assert_eq!(engine.guests().count(), omerta_engine::ENDED_KEPT);
+    assert!(engine.find("g0").is_none() && engine.find(&format!("g{}", total - 1)).is_some());
+}
