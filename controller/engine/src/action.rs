@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::{Cause, GuestId, GuestState, Incident, OnViolation, RogueFrame};
+use crate::{Cause, GuestId, GuestState, Incident, Monotonic, OnViolation, RogueFrame};
 
 /// Something to do, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +26,14 @@ pub enum Action {
     /// End its process, remove its guard, then its tap. Answer with `Reaped` and `TapRemoved`.
     Kill(GuestId),
     /// Publish a record of it.
-    Publish(GuestId, Record),
+    Publish {
+        /// Which guest.
+        guest: GuestId,
+        /// When what is recorded happened.
+        at: Monotonic,
+        /// What happened.
+        record: Record,
+    },
     /// Forget what is kept of an ended guest.
     Forget(GuestId),
     /// Tell whoever asked for the guest that there will be none.

@@ -39,7 +39,11 @@ impl Guest {
         actions: &mut Vec<Action>,
     ) -> Self {
         actions.push(Action::Launch(id));
-        actions.push(Action::Publish(id, Record::Requested));
+        actions.push(Action::Publish {
+            guest: id,
+            at: now,
+            record: Record::Requested,
+        });
         Self {
             id,
             name,
@@ -115,7 +119,7 @@ impl Guest {
             GuestEvent::Resumed => self.resumed(now, out),
             GuestEvent::LaunchFailed { message } => self.launch_failed(now, message, out),
             GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
-            GuestEvent::HandshakeSeen => self.handshake_seen(out),
+            GuestEvent::HandshakeSeen => self.handshake_seen(now, out),
             GuestEvent::RogueFrameSeen(frame) => self.rogue_frame_seen(now, frame, out),
             GuestEvent::Paused { at } => self.paused(now, at, out),
             GuestEvent::PauseFailed { message } => self.pause_failed(now, message, out),
@@ -171,7 +175,7 @@ impl Guest {
             Some(cause) => self.kill(now, cause, None, out),
             None => out.push(action),
         }
-        self.publish(record, out);
+        self.publish(now, record, out);
     }
 
     fn resumed(&mut self, now: Monotonic, out: &mut Vec<Action>) {
@@ -180,7 +184,7 @@ impl Guest {
             if let Some(cause) = self.end_wanted {
                 self.kill(now, cause, None, out);
             }
-            self.publish(Record::Started, out);
+            self.publish(now, Record::Started, out);
         }
     }
 
@@ -213,13 +217,13 @@ impl Guest {
         }
         self.handshake = false;
         self.public_key = Some(key.clone());
-        self.publish(Record::PublicKey(key), out);
+        self.publish(now, Record::PublicKey(key), out);
     }
 
-    fn handshake_seen(&mut self, out: &mut Vec<Action>) {
+    fn handshake_seen(&mut self, now: Monotonic, out: &mut Vec<Action>) {
         if self.has_run() && self.public_key.is_some() && !self.handshake {
             self.handshake = true;
-            self.publish(Record::Handshake, out);
+            self.publish(now, Record::Handshake, out);
         }
     }
 
@@ -272,22 +276,27 @@ impl Guest {
         if let Some(incident) = &mut self.incident {
             incident.paused_at.get_or_insert(at);
         }
-        let paused = self.incident.clone().map(Record::Paused);
+        if let Some(incident) = self.incident.clone() {
+            self.publish(at, Record::Paused(incident), out);
+        }
         match (self.on_violation, self.end_wanted) {
             (OnViolation::Terminate, _) => self.kill(now, Cause::Rogue, None, out),
             (_, Some(cause)) => self.kill(now, cause, None, out),
             (_, None) => self.enter(now, GuestState::Suspended),
-        }
-        if let Some(record) = paused {
-            self.publish(record, out);
         }
     }
 
     fn pause_failed(&mut self, now: Monotonic, message: String, out: &mut Vec<Action>) {
         if self.state == GuestState::Condemned {
             // What cannot be held still is not left running.
-            self.kill(now, Cause::Rogue, Some(message.clone()), out);
-            self.publish(Record::PauseFailed { message }, out);
+            self.publish(
+                now,
+                Record::PauseFailed {
+                    message: message.clone(),
+                },
+                out,
+            );
+            self.kill(now, Cause::Rogue, Some(message), out);
         }
     }
 
@@ -299,14 +308,14 @@ impl Guest {
         self.public_key = None;
         self.handshake = false;
         if self.reset_limiter.pass(now).is_some() {
-            self.publish(Record::Reset, out);
+            self.publish(now, Record::Reset, out);
         }
     }
 
     fn panicked(&mut self, now: Monotonic, out: &mut Vec<Action>) {
         if self.state == GuestState::Running {
             self.enter(now, GuestState::Suspended);
-            self.publish(Record::Panicked, out);
+            self.publish(now, Record::Panicked, out);
         }
     }
 
@@ -319,7 +328,7 @@ impl Guest {
                     guest: self.id,
                     deadline_seconds,
                 });
-                self.publish(Record::Stopping { deadline_seconds }, out);
+                self.publish(now, Record::Stopping { deadline_seconds }, out);
             }
             // What stands still cannot power down.
             Suspended => self.kill(now, Cause::Stopped, None, out),
@@ -406,7 +415,7 @@ impl Guest {
     fn finish(&mut self, now: Monotonic, out: &mut Vec<Action>) {
         self.enter(now, GuestState::Ended);
         if let Some(ending) = self.ending.clone() {
-            self.publish(Record::Ended(ending), out);
+            self.publish(now, Record::Ended(ending), out);
         }
     }
 
@@ -420,12 +429,18 @@ impl Guest {
         self.since = now;
     }
 
-    fn publish(&self, record: Record, out: &mut Vec<Action>) {
-        out.push(Action::Publish(self.id, record));
+    fn publish(&self, at: Monotonic, record: Record, out: &mut Vec<Action>) {
+        out.push(Action::Publish {
+            guest: self.id,
+            at,
+            record,
+        });
     }
 
     fn publish_rogue(&self, frame: RogueFrame, suppressed: u64, out: &mut Vec<Action>) {
+        let at = frame.at;
         self.publish(
+            at,
             Record::Rogue {
                 frame,
                 action: self.on_violation,

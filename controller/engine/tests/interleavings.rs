@@ -1,5 +1,8 @@
 //! Whatever happens in whatever order, what must never be asked of the executor is not asked.
 
+// Helpers outside of test functions may fail the test, too.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use omerta_engine::{
@@ -124,8 +127,12 @@ impl Watcher {
                     trace.rogue_accounted += 1 + suppressed;
                     (id, "rogue")
                 }
-                Action::Publish(id, Record::Ended(_)) => (id, "ended"),
-                Action::Publish(id, _) => (id, "publish"),
+                Action::Publish {
+                    guest: id,
+                    record: Record::Ended(_),
+                    ..
+                } => (id, "ended"),
+                Action::Publish { guest: id, .. } => (id, "publish"),
                 Action::Refuse { .. } => {
                     assert!(matches!(event, Event::GuestRequested { .. }));
                     continue;
@@ -330,7 +337,7 @@ impl Run {
                     GuestEvent::TapRemoved { at, fault: None },
                 ]
             }
-            (Action::Publish(..) | Action::Forget(_) | Action::Refuse { .. }, _) => vec![],
+            (Action::Publish { .. } | Action::Forget(_) | Action::Refuse { .. }, _) => vec![],
         };
         for event in answers {
             self.tell(engine, watcher, Event::Guest(GuestId(0), event));

@@ -1,5 +1,8 @@
 //! Every state against every event: which state follows and what is to be done.
 
+// Helpers outside of test functions may fail the test, too.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use omerta_engine::{
     Action, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic, OnViolation, Record,
     RogueFrame,
@@ -96,7 +99,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
             Action::Kill(_) => "kill",
             Action::Forget(_) => "forget",
             Action::Refuse { .. } => "refuse",
-            Action::Publish(_, record) => match record {
+            Action::Publish { record, .. } => match record {
                 Record::Requested => "requested",
                 Record::Launched => "launched",
                 Record::Guarded => "guarded",
@@ -164,14 +167,14 @@ fn table_of_transitions_under_terminate() {
         (Running, GuestEvent::HandshakeSeen, Running, &[]),
         (Running, GuestEvent::StopDeadlinePassed, Running, &[]),
         (Running, failed(), Running, &[]),
-        (Condemned, paused(), Ending, &["kill", "paused"]),
+        (Condemned, paused(), Ending, &["paused", "kill"]),
         (
             Condemned,
             GuestEvent::PauseFailed {
                 message: "no".into(),
             },
             Ending,
-            &["kill", "pause failed"],
+            &["pause failed", "kill"],
         ),
         (Condemned, rogue(), Condemned, &[]),
         (Condemned, kill(), Ending, &["kill"]),
@@ -249,7 +252,7 @@ fn stopping_guest_that_turns_rogue_under_pause_is_ended_once_paused() {
         words(&tell(&mut engine, GuestEvent::StopDeadlinePassed)),
         [] as [&str; 0]
     );
-    assert_eq!(words(&tell(&mut engine, paused())), ["kill", "paused"]);
+    assert_eq!(words(&tell(&mut engine, paused())), ["paused", "kill"]);
 }
 
 #[test]
