@@ -112,12 +112,14 @@ impl Watcher {
                     assert!(self.forgotten.insert(*id), "forgotten twice");
                     (id, "forget")
                 }
-                Action::Publish(
-                    id,
-                    Record::Rogue {
-                        frame, suppressed, ..
-                    },
-                ) => {
+                Action::Publish {
+                    guest: id,
+                    record:
+                        Record::Rogue {
+                            frame, suppressed, ..
+                        },
+                    ..
+                } => {
                     let trace = self.traces.entry(*id).or_default();
                     trace
                         .rogue_published
