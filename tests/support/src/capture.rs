@@ -71,10 +71,11 @@ impl Capture {
         &self.interface
     }
 
-    /// Takes out all frames seen since the last call, oldest first, without waiting.
+    /// Takes out all frames seen since the last call, oldest first, without waiting. What an
+    /// interface saw before it went down or was removed can still be taken.
     ///
     /// # Errors
-    /// Where the interface is gone or went down while frames were being taken.
+    /// Where the kernel does not answer.
     pub fn frames(&self) -> Result<Vec<CapturedFrame>, StageError> {
         let mut frames = Vec::new();
         let mut buffer = vec![0; LONGEST_FRAME];
@@ -90,7 +91,8 @@ impl Capture {
             let message = match received {
                 Ok(message) => message,
                 Err(nix::Error::EAGAIN) => return Ok(frames),
-                Err(nix::Error::EINTR) => continue,
+                // That the interface went down is told once, ahead of the frames.
+                Err(nix::Error::EINTR | nix::Error::ENETDOWN) => continue,
                 Err(errno) => return Err(failed("read the capture on", &self.interface)(errno)),
             };
             let outgoing = message

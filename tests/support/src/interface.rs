@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::net::if_::if_nametoindex;
@@ -56,7 +57,9 @@ pub fn ip(arguments: &str) -> Result<(), StageError> {
 }
 
 pub(crate) fn run_ip(mut command: Command, arguments: &str) -> Result<(), StageError> {
+    // A group of its own: the terminal's Ctrl-C must not cut a change in half.
     let output = command
+        .process_group(0)
         .args(arguments.split_whitespace())
         .output()
         .map_err(|source| StageError::Process {

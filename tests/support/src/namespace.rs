@@ -145,10 +145,15 @@ impl Namespace {
     /// # Errors
     /// Where the setting cannot be written.
     pub fn enable_forwarding(&self) -> Result<(), StageError> {
-        self.set("/proc/sys/net/ipv4/ip_forward".to_owned(), "1")
+        self.set("/proc/sys/net/ipv4/ip_forward", "1")
     }
 
-    fn set(&self, path: String, value: &'static str) -> Result<(), StageError> {
+    /// Writes a setting below /proc/sys/net, as the namespace sees it.
+    ///
+    /// # Errors
+    /// Where there is no such setting, or the kernel refuses the value.
+    pub fn set(&self, path: impl Into<String>, value: &'static str) -> Result<(), StageError> {
+        let path = path.into();
         // /proc/sys/net shows the namespace of the task that opens it.
         self.enter(|| fs::write(&path, value))?
             .map_err(|source| StageError::Setting {

@@ -120,6 +120,29 @@ fn veth_joins_two_namespaces() {
 }
 
 #[test]
+fn capture_outlives_its_interface() {
+    let namespace = Namespace::new("omt").unwrap();
+    namespace.disable_ipv6().unwrap();
+    let (tap, capture) = namespace
+        .enter(|| {
+            let tap = Tap::create("tap0").unwrap();
+            tap.up().unwrap();
+            (tap, Capture::open("tap0").unwrap())
+        })
+        .unwrap();
+    tap.send(&frame(3)).unwrap();
+    drop(tap);
+    let seen = capture.frames().unwrap();
+    assert_eq!(
+        seen.into_iter()
+            .map(|frame| frame.bytes)
+            .collect::<Vec<_>>(),
+        [frame(3)]
+    );
+    assert_eq!(capture.frames().unwrap().len(), 0);
+}
+
+#[test]
 fn refusal_of_ip_is_told() {
     let error = ip("link show dev no-such-link").unwrap_err().to_string();
     assert!(error.contains("no-such-link"), "{error}");
