@@ -1,0 +1,52 @@
+# Omerta's commands. Each says what it does and ends in a summary; its exit status tells.
+#
+#   make setup    install what is missing (deploy/setup.sh)
+#   make build    target/release/{omerta,omertad,omerta-demo}
+#   make image    the guest image, in target/image
+#   make demo     setup, build, image, then the demonstration
+#   make test     setup, build, image, then every test
+#   make lint     formatting, clippy, dependencies, scripts, deploy files
+#   make clean    remove target/
+#
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# cargo, rustup and bpf-linker may not be on PATH (sudo, services).
+export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
+
+.PHONY: help setup build image demo test bench lab lint clean
+
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+
+setup:
+	@deploy/setup.sh
+
+build:
+	@echo "build: omerta, omertad, omerta-demo (release)"
+	@cargo build --release --locked -p omerta-cli -p omerta-daemon -p omerta-demo
+	@echo "build: done, in target/release"
+
+image:
+	@vm-launcher/image/build.sh target/image
+
+demo: setup
+	@$(MAKE) --no-print-directory build image
+	@target/release/omerta-demo
+
+test: setup
+	@$(MAKE) --no-print-directory build image
+	@tests/run.sh
+
+lint:
+	@deploy/setup.sh --lint
+	@tests/lint.sh
+
+bench lab:
+	@echo "make $@: not built yet" >&2
+	@exit 1
+
+clean:
+	@cargo clean
+	@rm -rf ebpf/programs/target
+	@echo "clean: done"

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Runs every test of the workspace and ends in one line: `test: N passed, N failed, N skipped`.
+#
+#   tests/run.sh [FILTER]     only the tests whose name contains FILTER
+#
+# A test that cannot run here prints `skipped: REASON` and returns; the runner takes it as passed, so it is counted
+# again from the output. Run as root: without it, whatever needs a namespace or a tap is skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+started=$SECONDS
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+passed=0 failed=0 skipped=0 broken=no
+skips=()
+
+# phase NAME COMMAND...: runs the command, shows and reads what it prints.
+phase() {
+    local name=$1 status=0 before=$SECONDS line
+    shift
+    echo "test: $name"
+    "$@" </dev/null 2>&1 | tee "$log" || status=$?
+    read_counts
+    while IFS= read -r line; do skips+=("$line"); done < <(sed -n 's/^[[:space:]]*\(skipped: .*\)/\1/p' "$log")
+    echo "test: $name took $((SECONDS - before)) s"
+    # A build that fails runs no test and so counts none.
+    [ "$status" = 0 ] || broken=yes
+}
+
+# Adds up what the runner says: a summary line of nextest, or one line of cargo test for each binary.
+read_counts() {
+    local p f
+    read -r p f < <(sed 's/\x1b\[[0-9;]*m//g' "$log" | awk '
+        /^ *Summary \[/ {
+            for (i = 2; i <= NF; i++) {
+                if ($i ~ /^passed/) p += $(i - 1)
+                if ($i ~ /^(failed|timed|exec)/) f += $(i - 1)
+            }
+        }
+        /^test result: / {
+            for (i = 2; i <= NF; i++) {
+                if ($i ~ /^passed/) p += $(i - 1)
+                if ($i ~ /^failed/) f += $(i - 1)
+            }
+        }
+        END { print p + 0, f + 0 }')
+    passed=$((passed + p))
+    failed=$((failed + f))
+}
+
+[ "$(id -u)" = 0 ] || echo "test: not root, so tests that need namespaces, taps or guests are skipped (sudo make test)"
+
+if cargo nextest --version >/dev/null 2>&1; then
+    phase "unit, property, kernel and guest tests (nextest)" \
+        cargo nextest run --workspace --locked --no-fail-fast --success-output immediate --no-tests fail ${1:+"$1"}
+    phase "documentation examples" cargo test --workspace --locked --no-fail-fast --doc -- ${1:+"$1"}
+else
+    phase "unit, property, kernel and guest tests, documentation examples (cargo test)" \
+        cargo test --workspace --locked --no-fail-fast -- --show-output ${1:+"$1"}
+fi
+
+skipped=${#skips[@]}
+if [ "$skipped" -gt 0 ]; then
+    echo "test: skipped, by reason:"
+    printf '%s\n' "${skips[@]}" | sort | uniq -c
+fi
+echo "test: took $((SECONDS - started)) s in all"
+echo "test: $((passed - skipped)) passed, $failed failed, $skipped skipped"
+if [ "$broken" = yes ] || [ "$failed" -gt 0 ]; then
+    [ "$failed" -gt 0 ] || echo "test: a phase failed before or after its tests: see above" >&2
+    exit 1
+fi
+[ "$passed" -gt 0 ] || {
+    echo "test: no test ran" >&2
+    exit 1
+}
