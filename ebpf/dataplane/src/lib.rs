@@ -1,1 +1,26 @@
-//! See ARCHITECTURE.md.
+//! Loads the guard's programs, attaches them to one interface, keeps its policy and reads its
+//! counters and events.
+//!
+//! Everything that a guard is lives in the kernel and is pinned under bpffs, so it outlives the
+//! process that made it: [`Guard`] is a handle, and dropping it changes nothing. All functions
+//! act on the network namespace of the calling thread.
+
+mod bpffs;
+mod counters;
+mod error;
+mod events;
+mod guard;
+mod interface;
+mod object;
+mod rules;
+mod status;
+mod store;
+
+pub use counters::{Count, Counters, DirectionCounters};
+pub use error::{ErrorKind, GuardError};
+pub use events::{EventStream, FrameEvent};
+pub use guard::{Guard, GuardConfig};
+pub use object::{Programs, kernel_support};
+pub use rules::MAX_ENDPOINTS;
+pub use status::{DirectionStatus, GuardStatus};
+pub use store::PolicyStore;

@@ -94,14 +94,23 @@ impl FromStr for Endpoint {
         if !address.is_possible_peer() {
             return Err(EndpointParseError::Unreachable);
         }
-        Ok(Self { protocol, address, port })
+        Ok(Self {
+            protocol,
+            address,
+            port,
+        })
     }
 }
 
 fn split_address(text: &str) -> Result<(IpAddr, Option<&str>), EndpointParseError> {
     if let Some(bracketed) = text.strip_prefix('[') {
-        let (address, rest) = bracketed.split_once(']').ok_or(EndpointParseError::Address)?;
+        let (address, rest) = bracketed
+            .split_once(']')
+            .ok_or(EndpointParseError::Address)?;
         let address: Ipv6Addr = address.parse().map_err(|_| EndpointParseError::Address)?;
+        if address.to_ipv4_mapped().is_some() {
+            return Err(EndpointParseError::Unreachable);
+        }
         let port = match rest {
             "" => None,
             _ => Some(rest.strip_prefix(':').ok_or(EndpointParseError::Port)?),
@@ -148,7 +157,12 @@ mod tests {
 
     #[test]
     fn text_round_trips() {
-        for text in ["udp:192.0.2.1:51820", "tcp:[2001:db8::1]:443", "icmp:192.0.2.9", "icmp:[2001:db8::9]"] {
+        for text in [
+            "udp:192.0.2.1:51820",
+            "tcp:[2001:db8::1]:443",
+            "icmp:192.0.2.9",
+            "icmp:[2001:db8::9]",
+        ] {
             let endpoint: Endpoint = text.parse().unwrap();
             assert_eq!(endpoint.to_string(), text);
         }

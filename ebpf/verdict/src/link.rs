@@ -22,6 +22,17 @@ impl Mac {
         self.0[0] & 1 != 0
     }
 
+    #[inline(always)]
+    pub(crate) const fn number(self) -> u64 {
+        let [a, b, c, d, e, f] = self.0;
+        u64::from_be_bytes([0, 0, a, b, c, d, e, f])
+    }
+
+    #[inline(always)]
+    pub(crate) const fn equals(self, other: Self) -> bool {
+        self.number() == other.number()
+    }
+
     const fn is_zero(self) -> bool {
         let [a, b, c, d, e, f] = self.0;
         a | b | c | d | e | f == 0

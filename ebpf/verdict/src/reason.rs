@@ -118,7 +118,10 @@ impl Reason {
 
     /// The reason whose word is `word`.
     pub fn from_word(word: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|reason| reason.word() == word)
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|reason| reason.word() == word)
     }
 }
 

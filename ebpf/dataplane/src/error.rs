@@ -1,0 +1,171 @@
+//! What can go wrong with a guard.
+
+use std::io;
+use std::path::PathBuf;
+
+use aya::maps::MapError;
+use aya::programs::ProgramError;
+use aya::programs::links::LinkError;
+
+/// What kind of failure an error is, for exit codes and API answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The interface or its guard does not exist.
+    NotFound,
+    /// The request cannot be right.
+    Usage,
+    /// The state of the interface forbids the request.
+    Refused,
+    /// The system failed.
+    Failed,
+}
+
+/// An operation on a guard that did not take place.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardError {
+    /// No interface of that name in this network namespace.
+    #[error("no interface {interface} in this network namespace (see `ip link`)")]
+    NoInterface {
+        /// Its name.
+        interface: String,
+    },
+    /// The interface has no guard.
+    #[error("{interface} has no guard: attach one with `omerta guard attach {interface} ...`")]
+    NotGuarded {
+        /// Its name.
+        interface: String,
+    },
+    /// The interface has a guard already.
+    #[error(
+        "{interface} is guarded already: change its policy, or `omerta guard detach {interface}` first"
+    )]
+    AlreadyGuarded {
+        /// Its name.
+        interface: String,
+    },
+    /// The pins of a guard exist but the kernel does not run it on this interface.
+    #[error(
+        "the guard of {interface} is not in force ({why}): attach it again with `omerta guard attach {interface} ...`"
+    )]
+    NotInForce {
+        /// Its name.
+        interface: String,
+        /// What is missing.
+        why: &'static str,
+    },
+    /// The configuration contradicts itself.
+    #[error("{problem}")]
+    Config {
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// More endpoints than the allowlist has room for.
+    #[error(
+        "{count} endpoints do not fit the allowlist of {interface}, which holds {limit}; nothing was changed"
+    )]
+    AllowlistFull {
+        /// The interface's name.
+        interface: String,
+        /// How many were asked for.
+        count: usize,
+        /// How many fit.
+        limit: usize,
+    },
+    /// The endpoint to revoke is not on the allowlist.
+    #[error("{endpoint} is not on the allowlist of {interface}; nothing was changed")]
+    NotListed {
+        /// The interface's name.
+        interface: String,
+        /// The endpoint.
+        endpoint: String,
+    },
+    /// No TCX in this kernel.
+    #[error("this kernel ({release}) has no TCX, which guards need: use Linux 6.6 or newer")]
+    KernelTooOld {
+        /// `uname -r`.
+        release: String,
+    },
+    /// The caller may not load BPF programs.
+    #[error("guards need root (CAP_BPF and CAP_NET_ADMIN): run with sudo")]
+    NotPermitted,
+    /// bpffs could not be used.
+    #[error("cannot {action} {path}: is bpffs mounted at /sys/fs/bpf?")]
+    Bpffs {
+        /// What was attempted.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The programs could not be loaded.
+    #[error("the kernel did not load the guard's programs for {interface}")]
+    Load {
+        /// The interface's name.
+        interface: String,
+        /// Why.
+        #[source]
+        source: Box<aya::EbpfError>,
+    },
+    /// A program could not be verified or attached.
+    #[error("the kernel did not accept the guard's program {program} on {interface}")]
+    Program {
+        /// The program's name.
+        program: &'static str,
+        /// The interface's name.
+        interface: String,
+        /// Why.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A link could not be read or made.
+    #[error("cannot {action} the guard's link on {interface}")]
+    Link {
+        /// What was attempted.
+        action: &'static str,
+        /// The interface's name.
+        interface: String,
+        /// Why it failed.
+        #[source]
+        source: LinkError,
+    },
+    /// A map could not be read or written.
+    #[error("cannot {action} the guard's map {map} of {interface}")]
+    Map {
+        /// What was attempted.
+        action: &'static str,
+        /// The map.
+        map: &'static str,
+        /// The interface's name.
+        interface: String,
+        /// Why it failed.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// Another system call failed.
+    #[error("cannot {action} for the guard of {interface}")]
+    System {
+        /// What was attempted.
+        action: &'static str,
+        /// The interface's name.
+        interface: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl GuardError {
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoInterface { .. } | Self::NotGuarded { .. } | Self::NotListed { .. } => {
+                ErrorKind::NotFound
+            }
+            Self::Config { .. } => ErrorKind::Usage,
+            Self::AlreadyGuarded { .. } | Self::AllowlistFull { .. } => ErrorKind::Refused,
+            _ => ErrorKind::Failed,
+        }
+    }
+}

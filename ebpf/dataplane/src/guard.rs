@@ -1,0 +1,414 @@
+//! A guard: the programs, maps and links that enforce one interface's policy.
+
+use std::fs::File;
+use std::net::IpAddr;
+
+use aya::maps::{MapData, PerCpuArray};
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use omerta_verdict::{Address, Direction, Endpoint, MAX_ADDRESSES, Mac, Mode, Policy};
+
+use crate::bpffs::{self, Pins};
+use crate::counters::{self, Count, Counters};
+use crate::events::EventStream;
+use crate::object::{Programs, program_name};
+use crate::status::{DirectionStatus, GuardStatus};
+use crate::store::{POLICY_MAPS, PolicyStore, map_error};
+use crate::{GuardError, interface};
+
+/// One frame in this many is judged against the allowlist in sampled mode.
+const SAMPLE_EVERY: u32 = 16;
+
+/// Whose interface it is and whom its guest may reach.
+#[derive(Clone, Debug)]
+pub struct GuardConfig {
+    /// The guest's MAC.
+    pub mac: Mac,
+    /// The guest's addresses: one to eight.
+    pub addresses: Vec<IpAddr>,
+    /// At most one gateway for each family.
+    pub gateways: Vec<IpAddr>,
+    /// Where the guest's IP frames must go; `None` for the interface's own MAC.
+    pub gateway_mac: Option<Mac>,
+    /// How frames are judged.
+    pub mode: Mode,
+    /// The allowlist.
+    pub allow: Vec<Endpoint>,
+}
+
+/// A handle on the guard of one interface. Dropping it leaves the guard in force.
+#[derive(Debug)]
+pub struct Guard {
+    interface: String,
+    ifindex: u32,
+    pins: Pins,
+}
+
+impl Guard {
+    /// Guards `interface`, which may be down and should be: attach before the guest can send.
+    pub fn attach(interface: &str, config: &GuardConfig) -> Result<Self, GuardError> {
+        let ifindex = interface::index(interface)?;
+        let policy = policy_of(interface, config)?;
+        let mut programs = Programs::load(interface, config.mode)?;
+        PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
+
+        let pins = Pins::of(interface)?;
+        let _lock = pins.lock()?;
+        let guard = Self {
+            interface: interface.to_owned(),
+            ifindex,
+            pins,
+        };
+        if guard.pins.exist() && guard.verify().is_ok() {
+            return Err(GuardError::AlreadyGuarded {
+                interface: interface.to_owned(),
+            });
+        }
+        // What is pinned is left over from an interface that is gone, or from a crash half-way.
+        // The new programs are attached before it is removed: in doubt, two guards judge.
+        let links = guard.link(&mut programs)?;
+        guard.pins.remove()?;
+        let pinned = guard
+            .pin(&mut programs, links)
+            .and_then(|()| guard.verify());
+        if let Err(error) = pinned {
+            // The error to report is the first; whatever stays is removed by the next attach.
+            let _ = guard.pins.remove();
+            return Err(error);
+        }
+        Ok(guard)
+    }
+
+    fn link(&self, programs: &mut Programs) -> Result<[(Direction, FdLink); 2], GuardError> {
+        let mut link = |direction| {
+            let failed = |source| GuardError::Program {
+                program: program_name(direction),
+                interface: self.interface.clone(),
+                source: Box::new(source),
+            };
+            let program = programs.program(direction)?;
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let id = program
+                .attach_with_options(&self.interface, hook(direction), options)
+                .map_err(failed)?;
+            let link = program.take_link(id).map_err(failed)?;
+            FdLink::try_from(link)
+                .map(|link| (direction, link))
+                .map_err(|source| GuardError::Link {
+                    action: "make",
+                    interface: self.interface.clone(),
+                    source,
+                })
+        };
+        Ok([link(Direction::Ingress)?, link(Direction::Egress)?])
+    }
+
+    fn pin(
+        &self,
+        programs: &mut Programs,
+        links: [(Direction, FdLink); 2],
+    ) -> Result<(), GuardError> {
+        self.pins.create()?;
+        for (name, map) in programs.ebpf().maps() {
+            if name.starts_with('.') {
+                continue;
+            }
+            let path = self.pins.path(name);
+            map.pin(&path).map_err(|error| pin_failed(path, error))?;
+        }
+        for (direction, link) in links {
+            let path = self.pins.path(link_pin(direction));
+            link.pin(&path).map_err(|error| pin_failed(path, error))?;
+        }
+        Ok(())
+    }
+
+    /// The guard in force on `interface`.
+    pub fn open(interface: &str) -> Result<Self, GuardError> {
+        let ifindex = interface::index(interface)?;
+        let pins = Pins::of(interface)?;
+        if !pins.exist() {
+            return Err(GuardError::NotGuarded {
+                interface: interface.to_owned(),
+            });
+        }
+        let guard = Self {
+            interface: interface.to_owned(),
+            ifindex,
+            pins,
+        };
+        guard.verify()?;
+        Ok(guard)
+    }
+
+    /// The interfaces of this network namespace whose guard is in force, sorted by name.
+    pub fn list() -> Result<Vec<String>, GuardError> {
+        let mut names = bpffs::pinned_interfaces()?;
+        names.retain(|name| Self::open(name).is_ok());
+        Ok(names)
+    }
+
+    /// Proves that both links are pinned and that the kernel runs their programs first on this
+    /// very interface.
+    pub fn verify(&self) -> Result<(), GuardError> {
+        let why = |why| GuardError::NotInForce {
+            interface: self.interface.clone(),
+            why,
+        };
+        if interface::index(&self.interface)? != self.ifindex {
+            return Err(why("the interface was re-created"));
+        }
+        for direction in Direction::ALL {
+            let path = self.pins.path(link_pin(direction));
+            if !path.exists() {
+                return Err(why("a link is not pinned"));
+            }
+            let link_failed = |source| GuardError::Link {
+                action: "read",
+                interface: self.interface.clone(),
+                source,
+            };
+            let link = FdLink::from(PinnedLink::from_pin(&path).map_err(link_failed)?);
+            let ours = link.info().map_err(link_failed)?.program_id();
+            let (_, attached) = SchedClassifier::query_tcx(&self.interface, hook(direction))
+                .map_err(|source| GuardError::Program {
+                    program: program_name(direction),
+                    interface: self.interface.clone(),
+                    source: Box::new(source),
+                })?;
+            match attached.iter().position(|program| program.id() == ours) {
+                Some(0) => {}
+                Some(_) => return Err(why("another program stands before it on the hook")),
+                None => return Err(why("the interface was re-created or the link was cut")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds endpoints to the allowlist. Returns the epoch in force.
+    pub fn allow(&self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
+        self.change(|listed| {
+            listed.extend(endpoints);
+            Ok(())
+        })
+    }
+
+    /// Removes endpoints from the allowlist, all or none. Returns the epoch in force.
+    pub fn revoke(&self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
+        self.change(|listed| {
+            for endpoint in endpoints {
+                if !listed.contains(endpoint) {
+                    return Err(GuardError::NotListed {
+                        interface: self.interface.clone(),
+                        endpoint: endpoint.to_string(),
+                    });
+                }
+            }
+            listed.retain(|listed| !endpoints.contains(listed));
+            Ok(())
+        })
+    }
+
+    /// Puts `endpoints` in place of the whole allowlist, all or nothing. Returns the epoch in
+    /// force.
+    pub fn replace(&self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
+        self.change(|listed| {
+            *listed = endpoints.to_vec();
+            Ok(())
+        })
+    }
+
+    fn change(
+        &self,
+        edit: impl FnOnce(&mut Vec<Endpoint>) -> Result<(), GuardError>,
+    ) -> Result<u64, GuardError> {
+        let (_lock, mut store) = self.locked_store()?;
+        let policy = store.policy()?;
+        let before = store.endpoints()?;
+        let mut after = before.clone();
+        edit(&mut after)?;
+        after.sort();
+        after.dedup();
+        if after == before {
+            return Ok(policy.epoch);
+        }
+        store.commit(policy, &after)
+    }
+
+    fn locked_store(&self) -> Result<(File, PolicyStore<MapData>), GuardError> {
+        let lock = self.pins.lock()?;
+        self.verify()?;
+        Ok((lock, PolicyStore::open(&self.interface, &self.pins)?))
+    }
+
+    /// Everything that `omerta guard show` prints.
+    pub fn status(&self) -> Result<GuardStatus, GuardError> {
+        let (policy, allow) = {
+            let (_lock, store) = self.locked_store()?;
+            (store.policy()?, store.endpoints()?)
+        };
+        let counters = self.counters()?;
+        let present = |address: &&Address| !address.is_unspecified();
+        Ok(GuardStatus {
+            interface: self.interface.clone(),
+            ifindex: self.ifindex,
+            mode: Mode::from_number(policy.mode).map_or("none", Mode::word),
+            epoch: policy.epoch,
+            mac: policy.mac.to_string(),
+            addresses: policy
+                .addresses
+                .iter()
+                .filter(present)
+                .map(ToString::to_string)
+                .collect(),
+            gateways: policy
+                .gateways
+                .iter()
+                .filter(present)
+                .map(ToString::to_string)
+                .collect(),
+            gateway_mac: policy.gateway_mac.to_string(),
+            allow: allow.iter().map(ToString::to_string).collect(),
+            egress: DirectionStatus::from(&counters.egress),
+            ingress: DirectionStatus::from(&counters.ingress),
+            events_lost: counters.events_lost.packets,
+        })
+    }
+
+    /// The counters since the guard was attached.
+    pub fn counters(&self) -> Result<Counters, GuardError> {
+        let open = |name: &'static str| -> Result<PerCpuArray<MapData, Count>, GuardError> {
+            let data = MapData::from_pin(self.pins.path(name));
+            data.and_then(|data| aya::maps::Map::PerCpuArray(data).try_into())
+                .map_err(|source| map_error(&self.interface, "open", name, source))
+        };
+        counters::read(&self.interface, &open("COUNTERS")?, &open("LOST")?)
+    }
+
+    /// The guard's events. Two streams of one guard would each see a part: keep one.
+    pub fn events(&self) -> Result<EventStream, GuardError> {
+        EventStream::open(&self.interface, &self.pins)
+    }
+
+    /// Removes the guard: the interface is then open. Take it down first, or its guest leaves.
+    pub fn detach(self) -> Result<(), GuardError> {
+        let _lock = self.pins.lock()?;
+        self.pins.remove()
+    }
+
+    /// The interface's name.
+    pub fn interface(&self) -> &str {
+        &self.interface
+    }
+
+    /// The interface's index.
+    pub fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    /// Removes what is pinned for `interface` where that interface no longer exists or its guard
+    /// is not in force. A guard in force is left alone. Returns whether anything was removed.
+    pub fn remove_stale(interface: &str) -> Result<bool, GuardError> {
+        let pins = Pins::of(interface)?;
+        if !pins.exist() {
+            return Ok(false);
+        }
+        let _lock = pins.lock()?;
+        if Self::open(interface).is_ok() {
+            return Ok(false);
+        }
+        pins.remove()?;
+        Ok(true)
+    }
+
+    /// The names under which a guard is pinned: maps of policy, then links.
+    pub fn pin_names() -> impl Iterator<Item = &'static str> {
+        POLICY_MAPS.into_iter().chain(Direction::ALL.map(link_pin))
+    }
+}
+
+/// What the guest sends enters the host by the interface's ingress hook, and the other way round.
+fn hook(direction: Direction) -> TcAttachType {
+    match direction {
+        Direction::Egress => TcAttachType::Ingress,
+        Direction::Ingress => TcAttachType::Egress,
+    }
+}
+
+fn link_pin(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Egress => "link_egress",
+        Direction::Ingress => "link_ingress",
+    }
+}
+
+fn pin_failed(path: std::path::PathBuf, error: aya::pin::PinError) -> GuardError {
+    GuardError::Bpffs {
+        action: "pin",
+        path,
+        source: std::io::Error::other(error),
+    }
+}
+
+fn policy_of(interface: &str, config: &GuardConfig) -> Result<Policy, GuardError> {
+    let refuse = |problem: String| Err(GuardError::Config { problem });
+    if !config.mac.is_unicast() {
+        return refuse(format!(
+            "{} is not a unicast MAC: a guest's MAC must be",
+            config.mac
+        ));
+    }
+    let gateway_mac = match config.gateway_mac {
+        Some(mac) => mac,
+        None => interface::mac(interface)?,
+    };
+    if !gateway_mac.is_unicast() || gateway_mac == config.mac {
+        return refuse(format!(
+            "{gateway_mac} cannot be the gateway's MAC: give a unicast MAC other than the guest's"
+        ));
+    }
+    let count = config.addresses.len();
+    if count == 0 || count > MAX_ADDRESSES {
+        return refuse(format!(
+            "a guest owns 1 to {MAX_ADDRESSES} addresses, not {count}"
+        ));
+    }
+    let mut policy = Policy {
+        mode: config.mode as u32,
+        sample_every: SAMPLE_EVERY,
+        mac: config.mac,
+        gateway_mac,
+        ..Policy::EMPTY
+    };
+    for (index, address) in config.addresses.iter().enumerate() {
+        let owned = Address::from(*address);
+        let mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        if mapped || !owned.is_possible_peer() {
+            return refuse(format!(
+                "{address} cannot be a guest's address: give a unicast address"
+            ));
+        }
+        if policy.addresses.contains(&owned) {
+            return refuse(format!("the address {address} is given twice"));
+        }
+        policy.addresses[index] = owned;
+    }
+    for gateway in &config.gateways {
+        let place = usize::from(gateway.is_ipv6());
+        let address = Address::from(*gateway);
+        let mapped = matches!(gateway, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        if mapped || !address.is_possible_peer() || policy.owns(address) {
+            return refuse(format!(
+                "{gateway} cannot be a gateway: give a unicast address that is not the guest's"
+            ));
+        }
+        if !policy.gateways[place].is_unspecified() {
+            return refuse(format!(
+                "a second gateway of one family: {gateway}; give one for each family"
+            ));
+        }
+        policy.gateways[place] = address;
+    }
+    Ok(policy)
+}

@@ -1,0 +1,33 @@
+//! Interfaces of the calling thread's network namespace.
+
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::if_nametoindex;
+use omerta_verdict::Mac;
+
+use crate::GuardError;
+
+/// The index of `interface`.
+pub fn index(interface: &str) -> Result<u32, GuardError> {
+    if_nametoindex(interface).map_err(|_| GuardError::NoInterface {
+        interface: interface.to_owned(),
+    })
+}
+
+/// The MAC of `interface`.
+pub fn mac(interface: &str) -> Result<Mac, GuardError> {
+    // Not /sys/class/net: its mount may belong to another network namespace.
+    let addresses = getifaddrs().map_err(|errno| GuardError::System {
+        action: "list the interfaces",
+        interface: interface.to_owned(),
+        source: errno.into(),
+    })?;
+    addresses
+        .filter(|entry| entry.interface_name == interface)
+        .find_map(|entry| entry.address?.as_link_addr()?.addr().map(Mac))
+        .filter(|mac| mac.is_unicast())
+        .ok_or_else(|| GuardError::Config {
+            problem: format!(
+                "{interface} has no Ethernet address: only Ethernet interfaces can be guarded"
+            ),
+        })
+}

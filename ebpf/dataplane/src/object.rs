@@ -1,0 +1,107 @@
+//! The kernel programs: one instance, with maps of its own, for each guard.
+
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::util::KernelVersion;
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use omerta_verdict::{Direction, Mode};
+
+use crate::GuardError;
+use crate::rules::BUCKETS;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
+
+/// Flows that conntrack mode remembers for one guest.
+const FLOWS: u32 = 4096;
+
+/// The name of the program that judges `direction`, as the kernel shows it.
+pub const fn program_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Egress => "guest_egress",
+        Direction::Ingress => "guest_ingress",
+    }
+}
+
+/// Fails where this kernel cannot run guards.
+pub fn kernel_support() -> Result<(), GuardError> {
+    let needed = KernelVersion::new(6, 6, 0);
+    if KernelVersion::current().is_ok_and(|current| current >= needed) {
+        return Ok(());
+    }
+    let release = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_else(|_| "unknown release".to_owned());
+    Err(GuardError::KernelTooOld { release })
+}
+
+/// Programs that are verified but attached to nothing yet.
+pub struct Programs {
+    ebpf: Ebpf,
+    interface: String,
+}
+
+impl Programs {
+    /// Loads and verifies the programs. `interface` is for messages only.
+    pub fn load(interface: &str, mode: Mode) -> Result<Self, GuardError> {
+        kernel_support()?;
+        let mut loader = EbpfLoader::new();
+        loader.map_max_entries("RULES", 2 * BUCKETS as u32);
+        if mode == Mode::Conntrack {
+            loader.map_max_entries("FLOWS", FLOWS);
+        }
+        let ebpf = loader.load(OBJECT).map_err(|source| {
+            if is_permission(&source) {
+                GuardError::NotPermitted
+            } else {
+                GuardError::Load {
+                    interface: interface.to_owned(),
+                    source: Box::new(source),
+                }
+            }
+        })?;
+        let mut programs = Self {
+            ebpf,
+            interface: interface.to_owned(),
+        };
+        for direction in Direction::ALL {
+            let program = programs.program(direction)?;
+            program.load().map_err(|source| GuardError::Program {
+                program: program_name(direction),
+                interface: interface.to_owned(),
+                source: Box::new(source),
+            })?;
+        }
+        Ok(programs)
+    }
+
+    /// The program of one direction.
+    pub fn program(&mut self, direction: Direction) -> Result<&mut SchedClassifier, GuardError> {
+        let name = program_name(direction);
+        let missing = |source| GuardError::Program {
+            program: name,
+            interface: self.interface.clone(),
+            source: Box::new(source),
+        };
+        match self.ebpf.program_mut(name) {
+            Some(program) => program.try_into().map_err(missing),
+            None => Err(missing(ProgramError::NotLoaded)),
+        }
+    }
+
+    /// The maps, by name.
+    pub(crate) fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+}
+
+fn is_permission(error: &EbpfError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return io
+                .raw_os_error()
+                .is_some_and(|code| code == libc::EPERM || code == libc::EACCES);
+        }
+        cause = error.source();
+    }
+    false
+}

@@ -1,0 +1,238 @@
+//! The policy in the kernel's maps, and how it changes.
+//!
+//! Two slots; the generation's lowest bit names the one in force. A commit writes the other slot
+//! whole and then the generation, one word: a program sees the old policy or the new one. A
+//! process killed before that last write has changed nothing.
+
+use std::borrow::{Borrow, BorrowMut};
+use std::fs::File;
+use std::io::{self, Read};
+
+use aya::maps::{Array, Map, MapData, MapError};
+use omerta_verdict::{Bucket, Endpoint, Policy, Table};
+
+use crate::GuardError;
+use crate::bpffs::Pins;
+use crate::object::Programs;
+use crate::rules::{self, BUCKETS, MAX_ENDPOINTS};
+
+/// The maps that hold policy, by the names that the programs give them.
+pub const POLICY_MAPS: [&str; 3] = ["GENERATION", "POLICY", "RULES"];
+
+/// A map value of a `repr(C)` type from the verdict crate.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Value<T: Copy>(T);
+
+// SAFETY: `Policy` and `Bucket` are `repr(C)`, hold integers only, and name their padding as
+// fields, so every byte is initialised and every bit pattern is valid.
+unsafe impl aya::Pod for Value<Policy> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Value<Bucket> {}
+
+/// Reads and commits the policy of one guard.
+pub struct PolicyStore<M: Borrow<MapData>> {
+    interface: String,
+    generation: Array<M, u64>,
+    policy: Array<M, Value<Policy>>,
+    rules: Array<M, Value<Bucket>>,
+}
+
+impl PolicyStore<MapData> {
+    /// The store of a guard whose maps are pinned.
+    pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
+        let open = |name: &'static str| {
+            MapData::from_pin(pins.path(name))
+                .map(Map::Array)
+                .map_err(|source| map_error(interface, "open", name, source))
+        };
+        Self::build(interface, open)
+    }
+}
+
+impl<'a> PolicyStore<&'a mut MapData> {
+    /// The store of programs that are not pinned.
+    pub fn of(programs: &'a mut Programs, interface: &str) -> Result<Self, GuardError> {
+        let maps = programs.ebpf().maps_disjoint_mut(POLICY_MAPS);
+        let mut found = POLICY_MAPS.into_iter().zip(maps);
+        let mut next = || -> Result<(&'static str, &'a mut Map), GuardError> {
+            match found.next() {
+                Some((name, Some(map))) => Ok((name, map)),
+                _ => Err(map_error(
+                    interface,
+                    "find",
+                    "of policy",
+                    MapError::InvalidName {
+                        name: "policy".into(),
+                    },
+                )),
+            }
+        };
+        let (generation, policy, rules) = (next()?, next()?, next()?);
+        let error = |name| move |source| map_error(interface, "open", name, source);
+        Ok(Self {
+            interface: interface.to_owned(),
+            generation: generation.1.try_into().map_err(error(generation.0))?,
+            policy: policy.1.try_into().map_err(error(policy.0))?,
+            rules: rules.1.try_into().map_err(error(rules.0))?,
+        })
+    }
+}
+
+impl PolicyStore<MapData> {
+    fn build(
+        interface: &str,
+        mut open: impl FnMut(&'static str) -> Result<Map, GuardError>,
+    ) -> Result<Self, GuardError> {
+        let error = |name| move |source| map_error(interface, "open", name, source);
+        let [generation, policy, rules] = POLICY_MAPS;
+        Ok(Self {
+            interface: interface.to_owned(),
+            generation: open(generation)?.try_into().map_err(error(generation))?,
+            policy: open(policy)?.try_into().map_err(error(policy))?,
+            rules: open(rules)?.try_into().map_err(error(rules))?,
+        })
+    }
+}
+
+impl<M: Borrow<MapData>> PolicyStore<M> {
+    fn generation(&self) -> Result<u64, GuardError> {
+        self.generation
+            .get(&0, 0)
+            .map_err(|e| map_error(&self.interface, "read", "GENERATION", e))
+    }
+
+    /// The policy in force.
+    pub fn policy(&self) -> Result<Policy, GuardError> {
+        let slot = slot_of(self.generation()?);
+        let value = self.policy.get(&slot, 0);
+        Ok(value
+            .map_err(|e| map_error(&self.interface, "read", "POLICY", e))?
+            .0)
+    }
+
+    /// The allowlist in force, sorted.
+    pub fn endpoints(&self) -> Result<Vec<Endpoint>, GuardError> {
+        let start = slot_of(self.generation()?) * BUCKETS as u32;
+        let mut buckets = Vec::with_capacity(BUCKETS);
+        for index in start..start + BUCKETS as u32 {
+            let bucket = self.rules.get(&index, 0);
+            buckets.push(
+                bucket
+                    .map_err(|e| map_error(&self.interface, "read", "RULES", e))?
+                    .0,
+            );
+        }
+        let mut endpoints: Vec<_> = Table::endpoints(&buckets).collect();
+        endpoints.sort();
+        Ok(endpoints)
+    }
+}
+
+impl<M: BorrowMut<MapData>> PolicyStore<M> {
+    /// Puts `policy` with the allowlist `endpoints` in force, all or nothing. Its epoch and table
+    /// parameters are filled in. Returns the new epoch. Callers hold the guard's lock.
+    pub fn commit(
+        &mut self,
+        mut policy: Policy,
+        endpoints: &[Endpoint],
+    ) -> Result<u64, GuardError> {
+        let interface = self.interface.clone();
+        let mut random = Random::open(&interface)?;
+        let bank =
+            rules::build(endpoints, || random.word()).ok_or_else(|| GuardError::AllowlistFull {
+                interface: interface.clone(),
+                count: endpoints.len(),
+                limit: MAX_ENDPOINTS,
+            })?;
+        if let Some(source) = random.failure {
+            return Err(GuardError::System {
+                action: "read random numbers",
+                interface,
+                source,
+            });
+        }
+        let generation = self.generation()?;
+        let next = generation.wrapping_add(1);
+        let slot = slot_of(next);
+        policy.epoch = self.policy()?.epoch + 1;
+        policy.table_seed = bank.seed;
+        policy.table_mask = BUCKETS as u32 - 1;
+
+        wait_for_readers().map_err(|source| GuardError::System {
+            action: "wait for running programs (membarrier)",
+            interface: interface.clone(),
+            source,
+        })?;
+        for (index, bucket) in bank.buckets.iter().enumerate() {
+            self.rules
+                .set(slot * BUCKETS as u32 + index as u32, Value(*bucket), 0)
+                .map_err(|e| map_error(&interface, "write", "RULES", e))?;
+        }
+        self.policy
+            .set(slot, Value(policy), 0)
+            .map_err(|e| map_error(&interface, "write", "POLICY", e))?;
+        self.generation
+            .set(0, next, 0)
+            .map_err(|e| map_error(&interface, "write", "GENERATION", e))?;
+        Ok(policy.epoch)
+    }
+}
+
+fn slot_of(generation: u64) -> u32 {
+    (generation & 1) as u32
+}
+
+/// Waits until no program still reads the slot that was in force before the last commit.
+fn wait_for_readers() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: membarrier takes three integers and touches no memory of ours. GLOBAL waits for an
+    // RCU grace period (kernel/sched/membarrier.c), and BPF programs run inside read sections.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+struct Random {
+    file: File,
+    failure: Option<io::Error>,
+}
+
+impl Random {
+    fn open(interface: &str) -> Result<Self, GuardError> {
+        let file = File::open("/dev/urandom").map_err(|source| GuardError::System {
+            action: "open /dev/urandom",
+            interface: interface.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            file,
+            failure: None,
+        })
+    }
+
+    fn word(&mut self) -> u64 {
+        let mut bytes = [0; 8];
+        if let Err(error) = self.file.read_exact(&mut bytes) {
+            self.failure = Some(error);
+        }
+        u64::from_ne_bytes(bytes)
+    }
+}
+
+pub(crate) fn map_error(
+    interface: &str,
+    action: &'static str,
+    map: &'static str,
+    source: MapError,
+) -> GuardError {
+    GuardError::Map {
+        action,
+        map,
+        interface: interface.to_owned(),
+        source: Box::new(source),
+    }
+}

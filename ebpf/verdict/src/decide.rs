@@ -1,0 +1,235 @@
+//! The order of judgement: first who sends, then shape, then the allowlist. Nothing is allowed
+//! before its source is proven, and what no line allows is dropped.
+
+use crate::answer::{self, Answer};
+use crate::network::{ETHERNET_HEADER, Packet};
+use crate::reason::{Direction, Outcome, Reason};
+use crate::table::lookup;
+use crate::transport::{ICMPV6, Segment};
+use crate::{Flow, Frame, Guard, Mac, Mode, Policy};
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_ARP: u16 = 0x0806;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+/// Smaller values are 802.3 lengths (IEEE 802.3, 3.2.6).
+const ETHERTYPE_MINIMUM: u16 = 0x0600;
+
+/// What to do with a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Pass it on.
+    Allow,
+    /// Send [`Answer`] back the way the frame came and consume the frame.
+    Answer(Answer),
+    /// Discard it.
+    Drop(Reason),
+}
+
+impl Verdict {
+    /// The counter that the verdict belongs to.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::Allow => Outcome::Allowed,
+            Self::Answer(_) => Outcome::Answered,
+            Self::Drop(reason) => Outcome::Dropped(*reason),
+        }
+    }
+}
+
+impl From<Result<Verdict, Reason>> for Verdict {
+    #[inline(always)]
+    fn from(result: Result<Verdict, Reason>) -> Self {
+        match result {
+            Ok(verdict) => verdict,
+            Err(reason) => Self::Drop(reason),
+        }
+    }
+}
+
+/// Judges a frame that the guest sent.
+#[inline(always)]
+pub fn egress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Verdict {
+    judge_egress(frame, guard).into()
+}
+
+/// Judges a frame on its way to the guest.
+#[inline(always)]
+pub fn ingress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Verdict {
+    judge_ingress(frame, guard).into()
+}
+
+#[inline(always)]
+fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+) -> Result<Verdict, Reason> {
+    let policy = guard.policy().ok_or(Reason::NoPolicy)?;
+    let mode = Mode::from_number(policy.mode).ok_or(Reason::NoPolicy)?;
+    let ethernet = Ethernet::read(frame)?;
+    if !ethernet.source.equals(policy.mac) {
+        return Err(Reason::SourceMac);
+    }
+    let packet = match ethernet.payload(frame)? {
+        Payload::Arp => {
+            return answer::arp_for_gateway(frame, policy, &ethernet).map(Verdict::Answer);
+        }
+        Payload::Ip(packet) => packet,
+    };
+    if !policy.owns(packet.source) {
+        return Err(Reason::SourceAddress);
+    }
+    if packet.protocol == ICMPV6 && answer::is_neighbour_discovery(frame, &packet) {
+        packet.shape()?;
+        return answer::neighbour_for_gateway(frame, policy, &packet).map(Verdict::Answer);
+    }
+    if !ethernet.destination.equals(policy.gateway_mac) {
+        return Err(Reason::DestinationMac);
+    }
+    packet.shape()?;
+    let segment = Segment::read(frame, &packet, Direction::Egress)?;
+    let flow = Flow::new(
+        segment.protocol,
+        (packet.source, segment.guest_port),
+        (packet.destination, segment.peer_port),
+    );
+    admit(guard, policy, mode, &segment, &flow)?;
+    if matches!(mode, Mode::Conntrack) && !guard.open_flow(&flow) {
+        return Err(Reason::FlowQuota);
+    }
+    Ok(Verdict::Allow)
+}
+
+#[inline(always)]
+fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+) -> Result<Verdict, Reason> {
+    let policy = guard.policy().ok_or(Reason::NoPolicy)?;
+    let mode = Mode::from_number(policy.mode).ok_or(Reason::NoPolicy)?;
+    let ethernet = Ethernet::read(frame)?;
+    if !ethernet.source.is_unicast() {
+        return Err(Reason::SourceMac);
+    }
+    let packet = match ethernet.payload(frame)? {
+        Payload::Arp => return answer::arp_to_guest(frame, policy, &ethernet),
+        Payload::Ip(packet) => packet,
+    };
+    if packet.protocol == ICMPV6 && answer::is_neighbour_discovery(frame, &packet) {
+        packet.shape()?;
+        return answer::neighbour_to_guest(frame, policy, &ethernet, &packet);
+    }
+    if !ethernet.destination.equals(policy.mac) {
+        return Err(Reason::DestinationMac);
+    }
+    if !policy.owns(packet.destination) {
+        return Err(Reason::DestinationAddress);
+    }
+    packet.shape()?;
+    let segment = Segment::read(frame, &packet, Direction::Ingress)?;
+    let flow = Flow::new(
+        segment.protocol,
+        (packet.destination, segment.guest_port),
+        (packet.source, segment.peer_port),
+    );
+    admit(guard, policy, mode, &segment, &flow)?;
+    if matches!(mode, Mode::Conntrack) && !guard.flow_is_live(&flow) {
+        return Err(Reason::NoFlow);
+    }
+    Ok(Verdict::Allow)
+}
+
+/// The allowlist, as far as the mode asks for it.
+#[inline(always)]
+fn admit<G: Guard + ?Sized>(
+    guard: &G,
+    policy: &Policy,
+    mode: Mode,
+    segment: &Segment,
+    flow: &Flow,
+) -> Result<(), Reason> {
+    // Direct mode and the frames that sampling skips still go to unicast peers only.
+    if !flow.peer.is_possible_peer() {
+        return Err(Reason::Endpoint);
+    }
+    let listed = match mode {
+        Mode::Filtered | Mode::Conntrack => true,
+        Mode::Sampled => match policy.sample_every {
+            0 | 1 => true,
+            every => guard.random().is_multiple_of(every),
+        },
+        Mode::Direct => false,
+    };
+    if listed
+        && !lookup(
+            guard,
+            policy,
+            segment.protocol,
+            flow.peer,
+            segment.peer_port,
+        )
+    {
+        return Err(Reason::Endpoint);
+    }
+    Ok(())
+}
+
+/// Whether a frame entering from the guest's side is an answer that the guard itself gave for the
+/// guest: what [`ingress`] composed, turned around by the shell. The shell marks its answers out
+/// of band; this proves that the content is no more than the truth.
+#[inline(always)]
+pub fn is_answer_for_guest<F: Frame + ?Sized>(frame: &F, policy: &Policy) -> bool {
+    let Ok(ethernet) = Ethernet::read(frame) else {
+        return false;
+    };
+    if !ethernet.source.equals(policy.mac) {
+        return false;
+    }
+    match ethernet.payload(frame) {
+        Ok(Payload::Arp) => answer::is_arp_reply_of_guest(frame, policy, &ethernet),
+        Ok(Payload::Ip(packet)) => {
+            packet.shape().is_ok()
+                && policy.owns(packet.source)
+                && answer::is_advertisement_of(frame, &packet, packet.source, policy.mac)
+        }
+        Err(_) => false,
+    }
+}
+
+pub(crate) struct Ethernet {
+    pub(crate) destination: Mac,
+    pub(crate) source: Mac,
+    kind: u16,
+}
+
+pub(crate) enum Payload {
+    Arp,
+    Ip(Packet),
+}
+
+impl Ethernet {
+    #[inline(always)]
+    fn read<F: Frame + ?Sized>(frame: &F) -> Result<Self, Reason> {
+        if frame.is_tagged() {
+            return Err(Reason::Vlan);
+        }
+        let h = frame.bytes::<ETHERNET_HEADER>(0).ok_or(Reason::Runt)?;
+        Ok(Self {
+            destination: Mac([h[0], h[1], h[2], h[3], h[4], h[5]]),
+            source: Mac([h[6], h[7], h[8], h[9], h[10], h[11]]),
+            kind: u16::from_be_bytes([h[12], h[13]]),
+        })
+    }
+
+    #[inline(always)]
+    fn payload<F: Frame + ?Sized>(&self, frame: &F) -> Result<Payload, Reason> {
+        match self.kind {
+            ETHERTYPE_IPV4 => Packet::read_v4(frame).map(Payload::Ip),
+            ETHERTYPE_ARP => Ok(Payload::Arp),
+            ETHERTYPE_IPV6 => Packet::read_v6(frame).map(Payload::Ip),
+            // 802.1Q, 802.1ad, and the pre-standard QinQ type.
+            0x8100 | 0x88a8 | 0x9100 => Err(Reason::Vlan),
+            0..ETHERTYPE_MINIMUM => Err(Reason::Llc),
+            _ => Err(Reason::Ethertype),
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! The bytes under judgement.
+
+/// An Ethernet frame as some shell holds it: a socket buffer in the kernel, a slice elsewhere.
+///
+/// All offsets are from the first byte of the destination MAC.
+pub trait Frame {
+    /// Length of the whole frame in bytes, also of parts that are not linear in memory.
+    fn length(&self) -> u32;
+
+    /// Whether a VLAN tag travels beside the bytes (hardware offload).
+    fn is_tagged(&self) -> bool;
+
+    /// `N` bytes at `offset`, or `None` where the frame does not reach that far.
+    fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]>;
+}
+
+impl Frame for [u8] {
+    fn length(&self) -> u32 {
+        u32::try_from(self.len()).unwrap_or(u32::MAX)
+    }
+
+    fn is_tagged(&self) -> bool {
+        false
+    }
+
+    fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {
+        self.get(offset..)?.first_chunk()
+    }
+}

@@ -1,0 +1,238 @@
+//! IP: addresses and headers (RFC 791, RFC 8200).
+
+use core::fmt;
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::Frame;
+use crate::reason::Reason;
+
+/// Length of an Ethernet II header.
+pub(crate) const ETHERNET_HEADER: usize = 14;
+/// Ethernet pads frames up to this length (without the check sequence).
+const ETHERNET_MINIMUM: u32 = 60;
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
+const MAPPED_PREFIX: u64 = 0xffff_0000_0000;
+
+/// An IPv4 or IPv6 address as two words, so that the kernel compares it in two instructions.
+/// IPv4 is held in its mapped form (RFC 4291, 2.5.5.2); a real IPv6 address of that form is never
+/// accepted from the wire, so the two cannot be confused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct Address {
+    high: u64,
+    low: u64,
+}
+
+impl Address {
+    /// `::`, which nobody owns.
+    pub const UNSPECIFIED: Self = Self { high: 0, low: 0 };
+
+    #[inline(always)]
+    pub(crate) const fn v4(bytes: [u8; 4]) -> Self {
+        Self {
+            high: 0,
+            low: MAPPED_PREFIX | u32::from_be_bytes(bytes) as u64,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn v6(bytes: [u8; 16]) -> Self {
+        let number = u128::from_be_bytes(bytes);
+        Self {
+            high: (number >> 64) as u64,
+            low: number as u64,
+        }
+    }
+
+    /// The upper and lower half, each a big-endian number.
+    #[inline(always)]
+    pub const fn words(self) -> (u64, u64) {
+        (self.high, self.low)
+    }
+
+    /// The address whose [`Address::words`] these are.
+    pub const fn from_words(high: u64, low: u64) -> Self {
+        Self { high, low }
+    }
+
+    /// The 16 bytes in network order.
+    #[inline(always)]
+    pub(crate) const fn octets(self) -> [u8; 16] {
+        (((self.high as u128) << 64) | self.low as u128).to_be_bytes()
+    }
+
+    #[inline(always)]
+    pub(crate) const fn equals(self, other: Self) -> bool {
+        (self.high ^ other.high) | (self.low ^ other.low) == 0
+    }
+
+    /// Whether this is `::`.
+    #[inline(always)]
+    pub const fn is_unspecified(self) -> bool {
+        self.high | self.low == 0
+    }
+
+    /// Whether this is an IPv4 address.
+    #[inline(always)]
+    pub const fn is_v4(self) -> bool {
+        self.high == 0 && self.low >> 32 == MAPPED_PREFIX >> 32
+    }
+
+    /// Whether a frame could rightly travel between a guest and this address: unicast, not
+    /// loopback, not "this network", not reserved (RFC 6890, RFC 4291).
+    #[inline(always)]
+    pub const fn is_possible_peer(self) -> bool {
+        if self.is_v4() {
+            let first = (self.low >> 24) as u8;
+            return first != 0 && first != 127 && first < 224;
+        }
+        let top = (self.high >> 48) as u16;
+        // ::/96 and ::ffff:0:0/96 hold loopback, compatible and mapped addresses.
+        self.high | (self.low >> 48) != 0 && top >> 8 != 0xff
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => Self::v4(v4.octets()),
+            IpAddr::V6(v6) => Self::v6(v6.octets()),
+        }
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        if address.is_v4() {
+            Ipv4Addr::from(address.low as u32).into()
+        } else {
+            Ipv6Addr::from(address.octets()).into()
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}
+
+/// An IP header whose version is proven and nothing else yet.
+pub(crate) struct Packet {
+    pub(crate) source: Address,
+    pub(crate) destination: Address,
+    pub(crate) protocol: u8,
+    pub(crate) hop_limit: u8,
+    /// Offset of the transport header in the frame.
+    pub(crate) payload_offset: usize,
+    /// Length of transport header and data in bytes, by the IP header.
+    pub(crate) payload_length: u32,
+    shape: Result<(), Reason>,
+}
+
+impl Packet {
+    /// Judges lengths, options, fragments and extension headers. Kept apart from reading the
+    /// addresses, so that a sender is proven before the shape is named.
+    #[inline(always)]
+    pub(crate) fn shape(&self) -> Result<(), Reason> {
+        self.shape
+    }
+
+    #[inline(always)]
+    pub(crate) fn read_v4<F: Frame + ?Sized>(frame: &F) -> Result<Self, Reason> {
+        let header = frame
+            .bytes::<IPV4_HEADER>(ETHERNET_HEADER)
+            .ok_or(Reason::Runt)?;
+        if header[0] >> 4 != 4 {
+            return Err(Reason::IpHeader);
+        }
+        let total = u16::from_be_bytes([header[2], header[3]]) as u32;
+        Ok(Self {
+            source: Address::v4([header[12], header[13], header[14], header[15]]),
+            destination: Address::v4([header[16], header[17], header[18], header[19]]),
+            protocol: header[9],
+            hop_limit: header[8],
+            payload_offset: ETHERNET_HEADER + IPV4_HEADER,
+            payload_length: total.wrapping_sub(IPV4_HEADER as u32),
+            shape: Self::shape_v4(header, total, frame.length()),
+        })
+    }
+
+    #[inline(always)]
+    fn shape_v4(header: &[u8; IPV4_HEADER], total: u32, frame: u32) -> Result<(), Reason> {
+        const RESERVED_FLAG: u16 = 0x8000;
+        const MORE_FRAGMENTS_AND_OFFSET: u16 = 0x3fff;
+        match header[0] & 0x0f {
+            5 => {}
+            0..5 => return Err(Reason::IpHeader),
+            _ => return Err(Reason::IpOptions),
+        }
+        let fragment = u16::from_be_bytes([header[6], header[7]]);
+        if fragment & MORE_FRAGMENTS_AND_OFFSET != 0 {
+            return Err(Reason::Fragment);
+        }
+        if fragment & RESERVED_FLAG != 0 || header[8] == 0 {
+            return Err(Reason::IpHeader);
+        }
+        if total < IPV4_HEADER as u32 {
+            return Err(Reason::IpLength);
+        }
+        length_fits(total, frame)
+    }
+
+    #[inline(always)]
+    pub(crate) fn read_v6<F: Frame + ?Sized>(frame: &F) -> Result<Self, Reason> {
+        let header = frame
+            .bytes::<IPV6_HEADER>(ETHERNET_HEADER)
+            .ok_or(Reason::Runt)?;
+        if header[0] >> 4 != 6 {
+            return Err(Reason::IpHeader);
+        }
+        let payload_length = u16::from_be_bytes([header[4], header[5]]) as u32;
+        let source = Address::v6(address_at(header, 8));
+        let destination = Address::v6(address_at(header, 24));
+        let mapped = source.is_v4() || destination.is_v4();
+        let shape = match header[6] {
+            _ if mapped || header[7] == 0 => Err(Reason::IpHeader),
+            44 => Err(Reason::Fragment),
+            // Hop-by-hop, routing, ESP, AH, no next header, destination options, mobility, HIP,
+            // shim6, experiments (IANA "IPv6 Extension Header Types").
+            0 | 43 | 50 | 51 | 59 | 60 | 135 | 139 | 140 | 253 | 254 => {
+                Err(Reason::ExtensionHeader)
+            }
+            _ => length_fits(payload_length + IPV6_HEADER as u32, frame.length()),
+        };
+        Ok(Self {
+            source,
+            destination,
+            protocol: header[6],
+            hop_limit: header[7],
+            payload_offset: ETHERNET_HEADER + IPV6_HEADER,
+            payload_length,
+            shape,
+        })
+    }
+}
+
+#[inline(always)]
+fn address_at(header: &[u8; IPV6_HEADER], at: usize) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    let mut index = 0;
+    while index < 16 {
+        bytes[index] = header[at + index];
+        index += 1;
+    }
+    bytes
+}
+
+/// The packet must end where the frame does, but for the padding of a minimal frame.
+#[inline(always)]
+fn length_fits(packet: u32, frame: u32) -> Result<(), Reason> {
+    let framed = packet + ETHERNET_HEADER as u32;
+    if framed == frame || (framed < frame && frame <= ETHERNET_MINIMUM) {
+        Ok(())
+    } else {
+        Err(Reason::IpLength)
+    }
+}
