@@ -7,7 +7,7 @@
 #   make test     setup, build, image, then every test
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
-#
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
