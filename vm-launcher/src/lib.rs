@@ -1,1 +1,41 @@
-//! See ARCHITECTURE.md.
+//! Runs one guest under QEMU, from a validated [`Spec`] to nothing left behind.
+//!
+//! The lifecycle is a typestate: [`Paused`] (QEMU exists, no instruction has run, the tap is
+//! down) → [`Guarded`] (the guard is attached, verified and proven by a canary frame, the tap is
+//! up) → [`Running`]. Only [`Guarded`] can resume a guest, so a guest that was never guarded
+//! cannot run. Whatever fails, and also when a future is dropped half-way, everything made so far
+//! is undone in reverse order: QEMU killed and reaped, guard detached, tap closed, files removed.
+//!
+//! Everything happens in the network namespace of the calling thread. QEMU itself runs in an
+//! empty network namespace of its own: its only way out is the tap's descriptor.
+
+mod accel;
+mod canary;
+mod clock;
+mod command;
+mod control_port;
+mod error;
+mod guest_name;
+mod image;
+mod lifecycle;
+mod process;
+mod qmp;
+mod qmp_lines;
+mod run_dir;
+mod spec;
+mod tap;
+mod wg_public_key;
+
+pub use accel::{AccelReport, probe_accel};
+pub use canary::CanaryError;
+pub use control_port::{ControlPort, Report};
+pub use error::LaunchError;
+pub use guest_name::{GuestName, GuestNameError};
+pub use image::{Image, ImageError};
+pub use lifecycle::{Control, Ended, Guarded, GuestEvent, Paused, Running};
+pub use process::{ExitStatus, ProcessError};
+pub use qmp::QmpError;
+pub use run_dir::RunDirError;
+pub use spec::{Accel, Consumer, Spec, SpecError, Tunnel};
+pub use tap::TapError;
+pub use wg_public_key::{WgPublicKey, WgPublicKeyError};

@@ -1,0 +1,241 @@
+//! From a [`Spec`] to QEMU's arguments: pure, so that every guarantee in it is unit tested.
+//!
+//! No text of the spec reaches QEMU's option parser unescaped: names and addresses come from types
+//! that hold no comma, paths have theirs doubled, and what the guest is told goes through a file.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use crate::run_dir::RunFiles;
+use crate::{Accel, Spec};
+
+/// The program that runs guests.
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
+
+/// The name of the virtio-serial port on which the guest reports.
+pub(crate) const CONTROL_PORT_NAME: &str = "org.omerta.control";
+
+/// Where the guest finds its configuration in fw_cfg.
+pub(crate) const CONFIG_FW_CFG: &str = "opt/omerta/config";
+
+/// The sandbox that QEMU puts itself in. `spawn=deny` also means that no bridge helper or
+/// network script can ever run.
+pub(crate) const SANDBOX: &str =
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// QEMU's arguments for `spec`, with the tap open at descriptor `tap` in the child.
+pub(crate) fn arguments(spec: &Spec, files: &RunFiles, tap: RawFd) -> Vec<OsString> {
+    let mut args = Arguments::default();
+    args.flag("-no-user-config").flag("-nodefaults");
+    args.option(
+        "-name",
+        format!("guest={},process=omerta:{}", spec.name, spec.name),
+    );
+    args.option("-sandbox", SANDBOX);
+    // A guest's memory holds its private key: keep it out of any core dump.
+    args.option("-machine", "q35,dump-guest-core=off,usb=off,vmport=off");
+    match spec.accel {
+        Accel::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
+        Accel::Tcg => args
+            .option("-accel", "tcg,thread=multi")
+            .option("-cpu", "max"),
+    };
+    args.option("-smp", spec.cpus.to_string());
+    args.option("-m", format!("{}M", spec.memory_mib));
+    args.option("-display", "none");
+    // Nothing runs until the guard is proven: QEMU waits in `prelaunch` for `cont`.
+    args.flag("-S");
+    args.option("-action", "panic=pause");
+
+    args.option("-kernel", &spec.image.kernel);
+    args.option("-initrd", &spec.image.initrd);
+    args.option("-append", "console=ttyS0 quiet panic=1");
+    args.path_option(
+        "-fw_cfg",
+        &format!("name={CONFIG_FW_CFG},file="),
+        &files.config,
+        "",
+    );
+
+    args.path_option(
+        "-chardev",
+        "socket,id=qmp,path=",
+        &files.qmp,
+        ",server=on,wait=off",
+    );
+    args.option("-mon", "chardev=qmp,mode=control");
+
+    let mut console = OsString::from("socket,id=console,path=");
+    console.push(escaped(files.console.as_os_str()));
+    console.push(",server=on,wait=off,logappend=off,logfile=");
+    console.push(escaped(files.console_log.as_os_str()));
+    args.option("-chardev", console);
+    args.option("-serial", "chardev:console");
+
+    args.path_option(
+        "-chardev",
+        "socket,id=control,path=",
+        &files.control,
+        ",server=on,wait=off",
+    );
+    args.option("-device", "virtio-serial-pci,id=ports,max_ports=2");
+    args.option(
+        "-device",
+        format!("virtserialport,bus=ports.0,chardev=control,name={CONTROL_PORT_NAME}"),
+    );
+
+    // Everything the guest sends goes through this one descriptor. vhost is off: its kernel worker
+    // sends without QEMU, so that `stop` would have to be trusted to reach two places.
+    args.option("-netdev", format!("tap,id=uplink,fd={tap},vhost=off"));
+    args.option(
+        "-device",
+        format!("virtio-net-pci,netdev=uplink,mac={},romfile=", spec.mac),
+    );
+
+    args.option("-device", "virtio-rng-pci");
+    // The port for firmware and small kernels, the PCI device for Linux.
+    args.option("-device", "pvpanic")
+        .option("-device", "pvpanic-pci");
+    args.0
+}
+
+#[derive(Default)]
+struct Arguments(Vec<OsString>);
+
+impl Arguments {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.0.push(name.into());
+        self
+    }
+
+    fn option(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.0.push(name.into());
+        self.0.push(value.as_ref().to_owned());
+        self
+    }
+
+    fn path_option(&mut self, name: &str, before: &str, path: &Path, after: &str) -> &mut Self {
+        let mut value = OsString::from(before);
+        value.push(escaped(path.as_os_str()));
+        value.push(after);
+        self.option(name, value)
+    }
+}
+
+/// `text` with its commas doubled, as QEMU's option parser wants them.
+pub(crate) fn escaped(text: &OsStr) -> OsString {
+    let mut bytes = Vec::with_capacity(text.len());
+    for &byte in text.as_bytes() {
+        bytes.push(byte);
+        if byte == b',' {
+            bytes.push(b',');
+        }
+    }
+    OsString::from_vec(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::tests::spec;
+    use proptest::prelude::*;
+
+    fn lines(spec: &Spec) -> Vec<String> {
+        arguments(spec, &RunFiles::within(&spec.run_dir), 9)
+            .into_iter()
+            .map(|argument| argument.into_string().unwrap())
+            .collect()
+    }
+
+    fn values<'a>(lines: &'a [String], option: &str) -> Vec<&'a str> {
+        lines
+            .windows(2)
+            .filter(|w| w[0] == option)
+            .map(|w| w[1].as_str())
+            .collect()
+    }
+
+    #[test]
+    fn the_guest_starts_stopped_and_sandboxed() {
+        let lines = lines(&spec());
+        for flag in ["-S", "-nodefaults", "-no-user-config"] {
+            assert_eq!(lines.iter().filter(|l| *l == flag).count(), 1, "{flag}");
+        }
+        assert_eq!(values(&lines, "-sandbox"), [SANDBOX]);
+        assert_eq!(values(&lines, "-action"), ["panic=pause"]);
+        assert_eq!(values(&lines, "-display"), ["none"]);
+    }
+
+    #[test]
+    fn the_tap_is_the_only_network() {
+        let lines = lines(&spec());
+        assert_eq!(values(&lines, "-netdev"), ["tap,id=uplink,fd=9,vhost=off"]);
+        let cards: Vec<_> = values(&lines, "-device")
+            .into_iter()
+            .filter(|d| d.contains("net"))
+            .collect();
+        assert_eq!(
+            cards,
+            ["virtio-net-pci,netdev=uplink,mac=52:54:00:12:34:56,romfile="]
+        );
+        for option in ["-nic", "-net", "-usb", "-drive", "-virtfs", "-fsdev"] {
+            assert!(!lines.iter().any(|l| l == option), "{option}");
+        }
+    }
+
+    #[test]
+    fn each_accelerator_has_its_cpu() {
+        let mut with = spec();
+        with.accel = Accel::Kvm;
+        assert_eq!(values(&lines(&with), "-accel"), ["kvm"]);
+        assert_eq!(values(&lines(&with), "-cpu"), ["host"]);
+        with.accel = Accel::Tcg;
+        assert_eq!(values(&lines(&with), "-accel"), ["tcg,thread=multi"]);
+        assert_eq!(values(&lines(&with), "-cpu"), ["max"]);
+    }
+
+    /// Splits as QEMU's option parser does: at single commas, `,,` being one literal comma.
+    fn parsed(value: &str) -> Vec<String> {
+        let mut options = vec![String::new()];
+        let mut chars = value.chars().peekable();
+        while let Some(c) = chars.next() {
+            if c != ',' {
+                options.last_mut().unwrap().push(c);
+            } else if chars.next_if_eq(&',').is_some() {
+                options.last_mut().unwrap().push(',');
+            } else {
+                options.push(String::new());
+            }
+        }
+        options
+    }
+
+    proptest! {
+        /// Whatever the run directory is called, QEMU sees the same options, and the path whole.
+        #[test]
+        fn a_path_cannot_inject_an_option(directory in "/[ -~]{1,40}") {
+            let mut with = spec();
+            with.run_dir = directory.clone().into();
+            let lines = lines(&with);
+            let files = RunFiles::within(&with.run_dir);
+            for value in values(&lines, "-chardev") {
+                let options = parsed(value);
+                let keys: Vec<_> =
+                    options.iter().map(|o| o.split('=').next().unwrap()).collect();
+                let expected: &[&str] = if options[1] == "id=console" {
+                    &["socket", "id", "path", "server", "wait", "logappend", "logfile"]
+                } else {
+                    &["socket", "id", "path", "server", "wait"]
+                };
+                prop_assert_eq!(keys, expected);
+            }
+            let config = parsed(values(&lines, "-fw_cfg")[0]);
+            prop_assert_eq!(config, [
+                format!("name={CONFIG_FW_CFG}"),
+                format!("file={}", files.config.to_str().unwrap()),
+            ]);
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! What can go wrong between a spec and a running guest.
+
+use std::error::Error;
+
+use omerta_dataplane::{ErrorKind, GuardError};
+
+use crate::{CanaryError, ImageError, ProcessError, QmpError, RunDirError, SpecError, TapError};
+
+/// Why a guest did not come up. Everything made for it is gone when this is returned.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The launcher does not run as root.
+    #[error("running a guest takes root, for its tap and its guard; use sudo")]
+    NotRoot,
+    /// The spec cannot be run.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The image cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The run directory cannot be used.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The tap cannot be made or configured.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// QEMU cannot be started or watched.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// QEMU cannot be spoken to, or says what it should not.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The control port's socket cannot be opened.
+    #[error("cannot connect to the guest's control port")]
+    ControlPort(#[source] std::io::Error),
+    /// The guard cannot be attached or verified.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// The guard did not drop the canary.
+    #[error(transparent)]
+    Canary(#[from] CanaryError),
+}
+
+impl LaunchError {
+    /// What class of failure this is, for exit codes and status codes.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Spec(_) => ErrorKind::Usage,
+            Self::Image(ImageError::Missing { .. }) => ErrorKind::NotFound,
+            Self::Guard(error) => error.kind(),
+            _ => ErrorKind::Failed,
+        }
+    }
+
+    /// The error and its causes in one line.
+    pub fn report(&self) -> String {
+        let mut line = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            line.push_str(": ");
+            line.push_str(&error.to_string());
+            cause = error.source();
+        }
+        line
+    }
+}

@@ -1,0 +1,68 @@
+//! Commands to a running guest, usable from any task.
+
+use std::sync::Arc;
+
+use omerta_dataplane::Guard;
+
+use crate::LaunchError;
+use crate::clock::monotonic_ns;
+use crate::qmp::Qmp;
+
+/// A handle that commands one guest. Cheap to clone; of no effect once the guest is gone.
+#[derive(Clone, Debug)]
+pub struct Control {
+    qmp: Arc<Qmp>,
+    tap: Arc<str>,
+}
+
+impl Control {
+    pub(super) fn new(qmp: Arc<Qmp>, tap: &str) -> Self {
+        Self {
+            qmp,
+            tap: tap.into(),
+        }
+    }
+
+    /// Stops the guest. When this returns, none of its instructions runs any more. Gives the
+    /// moment at which QEMU confirmed that: CLOCK_MONOTONIC, in nanoseconds.
+    ///
+    /// # Errors
+    /// When QEMU does not confirm it in time.
+    pub async fn pause(&self) -> Result<u64, LaunchError> {
+        self.qmp.stop().await?;
+        Ok(monotonic_ns())
+    }
+
+    /// Verifies the guard and lets a paused guest run on.
+    ///
+    /// # Errors
+    /// When the guard is not in place (the guest stays paused) or QEMU does not answer.
+    pub async fn resume(&self) -> Result<(), LaunchError> {
+        self.verify_guard()?;
+        self.qmp.cont().await?;
+        Ok(())
+    }
+
+    /// Presses the guest's power button. What the guest makes of it is its own affair.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn powerdown(&self) -> Result<(), LaunchError> {
+        self.qmp.system_powerdown().await?;
+        Ok(())
+    }
+
+    /// Tells QEMU to end, without asking the guest.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn quit(&self) -> Result<(), LaunchError> {
+        self.qmp.quit().await?;
+        Ok(())
+    }
+
+    pub(super) fn verify_guard(&self) -> Result<(), LaunchError> {
+        Guard::open(&self.tap)?.verify()?;
+        Ok(())
+    }
+}

@@ -1,0 +1,130 @@
+//! A guest of which QEMU exists, and nothing has run.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use omerta_dataplane::{Guard, GuardConfig, GuardError};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+use crate::lifecycle::Guarded;
+use crate::lifecycle::machine::Machine;
+use crate::process::{QemuProcess, last_words};
+use crate::qmp::{CONNECT_DEADLINE, MachineEvent, Qmp};
+use crate::run_dir::RunDir;
+use crate::tap::Tap;
+use crate::{LaunchError, ProcessError, Spec, canary, command};
+
+/// QEMU is there in `prelaunch`, its tap is down and unguarded, no instruction of the guest has
+/// run. Can only be guarded, or dropped, which undoes everything.
+#[derive(Debug)]
+pub struct Paused {
+    pub(super) machine: Machine,
+    pub(super) process: Arc<QemuProcess>,
+    pub(super) qmp: Arc<Qmp>,
+    pub(super) machine_events: mpsc::Receiver<MachineEvent>,
+    pub(super) control_port: UnixStream,
+}
+
+impl Paused {
+    /// Makes the run directory and the tap, starts QEMU stopped, and speaks with it.
+    ///
+    /// # Errors
+    /// Whatever fails; everything made until then is gone.
+    pub async fn launch(spec: Spec) -> Result<Self, LaunchError> {
+        spec.validate()?;
+        if !nix::unistd::geteuid().is_root() {
+            return Err(LaunchError::NotRoot);
+        }
+        spec.image.check()?;
+        let guest_config = spec.guest_config();
+        let mut machine = Machine::new(spec);
+        let spec = &machine.spec;
+
+        let run_dir = RunDir::create(&spec.run_dir, &guest_config)?;
+        let files = run_dir.files().clone();
+        machine.run_dir = Some(run_dir);
+
+        let tap = Tap::create(&spec.tap, spec.gateway_mac()).await?;
+        let arguments = command::arguments(spec, &files, tap.descriptor());
+        let tap = machine.tap.insert(tap);
+        let process = Arc::new(QemuProcess::spawn(
+            &arguments,
+            std::os::fd::AsFd::as_fd(tap),
+            &files.qemu_log,
+        )?);
+        machine.process = Some(Arc::clone(&process));
+
+        let speaking = async {
+            let (qmp, machine_events) = Qmp::connect(&files.qmp, CONNECT_DEADLINE).await?;
+            qmp.require_prelaunch().await?;
+            let control_port = UnixStream::connect(&files.control)
+                .await
+                .map_err(LaunchError::ControlPort)?;
+            Ok((qmp, machine_events, control_port))
+        };
+        let (qmp, machine_events, control_port) =
+            unless_it_ends(&process, &files.qemu_log, speaking).await?;
+        Ok(Self {
+            machine,
+            process,
+            qmp: Arc::new(qmp),
+            machine_events,
+            control_port,
+        })
+    }
+
+    /// Attaches the guard, verifies it, brings the tap up, and proves the guard with a canary.
+    ///
+    /// # Errors
+    /// Whatever fails; the guest is gone then.
+    pub async fn guard(mut self) -> Result<Guarded, LaunchError> {
+        let Machine {
+            spec,
+            tap,
+            guard: slot,
+            ..
+        } = &mut self.machine;
+        // A machine in this state always has its tap; the pattern is the proof of it.
+        let Some(tap) = tap else {
+            return Err(LaunchError::Guard(GuardError::NotGuarded {
+                interface: spec.tap.clone(),
+            }));
+        };
+        let config = GuardConfig {
+            mac: spec.mac,
+            addresses: vec![spec.address.into()],
+            gateways: vec![spec.gateway.into()],
+            gateway_mac: Some(spec.gateway_mac()),
+            mode: spec.mode,
+            allow: vec![spec.consumer.allowed_endpoint()],
+        };
+        let guard = slot.insert(Guard::attach(&spec.tap, &config)?);
+        guard.verify()?;
+        tap.bring_up(spec.gateway, spec.address, spec.mac).await?;
+        canary::prove(tap, guard, spec.mac, spec.gateway_mac()).await?;
+        self.qmp.require_prelaunch().await?;
+        let guard = Guard::open(&self.machine.spec.tap)?;
+        Ok(Guarded::new(self, guard))
+    }
+
+    /// What is being run.
+    pub fn spec(&self) -> &Spec {
+        &self.machine.spec
+    }
+}
+
+/// Runs `work`, but fails with what QEMU said as soon as QEMU ends.
+async fn unless_it_ends<T>(
+    process: &QemuProcess,
+    log: &std::path::Path,
+    work: impl Future<Output = Result<T, LaunchError>>,
+) -> Result<T, LaunchError> {
+    tokio::select! {
+        biased;
+        status = process.wait() => {
+            Err(ProcessError::EndedEarly { status: status?, said: last_words(log) }.into())
+        }
+        done = work => done,
+    }
+}

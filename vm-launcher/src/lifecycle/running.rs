@@ -1,0 +1,153 @@
+//! A guest that runs behind its guard.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use omerta_dataplane::Guard;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::Spec;
+use crate::lifecycle::machine::Machine;
+use crate::lifecycle::watcher::Watcher;
+use crate::lifecycle::{Control, Ended, GuestEvent, Paused};
+use crate::process::QemuProcess;
+use crate::run_dir::RunFiles;
+
+/// How many events wait for a slow reader.
+const EVENT_BACKLOG: usize = 256;
+
+/// A guest that was guarded and now runs. Dropping it ends it and undoes everything.
+#[derive(Debug)]
+pub struct Running {
+    machine: Machine,
+    guard: Guard,
+    process: Arc<QemuProcess>,
+    control: Control,
+    events: mpsc::Receiver<GuestEvent>,
+    files: RunFiles,
+    watcher: Watching,
+}
+
+#[derive(Debug)]
+struct Watching(JoinHandle<()>);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Running {
+    pub(super) fn new(paused: Paused, guard: Guard) -> Self {
+        let Paused {
+            machine,
+            process,
+            qmp,
+            machine_events,
+            control_port,
+        } = paused;
+        let control = Control::new(qmp, &machine.spec.tap);
+        let (sender, events) = mpsc::channel(EVENT_BACKLOG);
+        let watcher = Watcher {
+            process: Arc::clone(&process),
+            control: control.clone(),
+            machine_events,
+            control_port,
+            events: sender,
+        };
+        let files = RunFiles::within(&machine.spec.run_dir);
+        let watcher = Watching(tokio::spawn(watcher.run()));
+        Self {
+            machine,
+            guard,
+            process,
+            control,
+            events,
+            files,
+            watcher,
+        }
+    }
+}
+
+impl Running {
+    /// What is being run.
+    pub fn spec(&self) -> &Spec {
+        &self.machine.spec
+    }
+
+    /// QEMU's pid.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// The unix socket of the serial console; one client at a time.
+    pub fn console_socket(&self) -> &Path {
+        &self.files.console
+    }
+
+    /// The file that holds what the serial console has printed, cut off at 16 MiB.
+    pub fn console_log(&self) -> &Path {
+        &self.files.console_log
+    }
+
+    /// The guard on the guest's tap.
+    pub fn guard(&self) -> &Guard {
+        &self.guard
+    }
+
+    /// A handle to command the guest with, from any task.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// The next thing that happens. Safe to cancel. After [`GuestEvent::Exited`] it returns that
+    /// again.
+    pub async fn next_event(&mut self) -> GuestEvent {
+        match self.events.recv().await {
+            Some(event) => event,
+            // The watcher ends when QEMU does.
+            None => GuestEvent::Exited {
+                status: self.process.wait().await.ok(),
+            },
+        }
+    }
+
+    /// Presses the power button, gives the guest until `deadline` to end, then kills it, and
+    /// removes everything.
+    pub async fn stop(self, deadline: Duration) -> Ended {
+        let ending = async {
+            if let Err(error) = self.control.powerdown().await {
+                tracing::warn!(guest = %self.machine.spec.name, error = error.report(), "cannot ask for shutdown");
+                return;
+            }
+            let _ = self.process.wait().await;
+        };
+        if timeout(deadline, ending).await.is_err() {
+            tracing::info!(guest = %self.machine.spec.name, "did not shut down in time");
+        }
+        self.kill().await
+    }
+
+    /// Kills QEMU at once, and removes everything: guard, tap, run directory.
+    pub async fn kill(self) -> Ended {
+        let Self {
+            mut machine,
+            guard: _,
+            process,
+            control,
+            events,
+            files: _,
+            watcher,
+        } = self;
+        if let Err(error) = process.kill() {
+            tracing::warn!(guest = %machine.spec.name, %error, "cannot kill");
+        }
+        // Usually a few milliseconds, spent here rather than in `unwind`, which blocks.
+        let _ = timeout(Duration::from_secs(5), process.wait()).await;
+        drop((watcher, events, control, process));
+        machine.unwind()
+    }
+}

@@ -1,0 +1,328 @@
+//! QEMU's process: started so that it cannot outlive the launcher, held by its pidfd so that a
+//! recycled pid is never signalled, and reaped exactly once.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use tokio::io::unix::AsyncFd;
+
+use crate::command::QEMU;
+
+/// The most that QEMU may write into any one file, in bytes: the console log is the guest's to
+/// fill, the disk is not.
+const MAX_FILE_BYTES: u64 = 16 << 20;
+
+/// How QEMU ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// It exited by itself, with this code.
+    Code(i32),
+    /// This signal killed it.
+    Signal(i32),
+}
+
+impl fmt::Display for ExitStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+        }
+    }
+}
+
+/// Why QEMU's process could not be started or watched.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// QEMU is not installed.
+    #[error("{QEMU} is not installed; run `make setup` or `apt-get install qemu-system-x86`")]
+    QemuMissing,
+    /// QEMU could not be started.
+    #[error("cannot start {QEMU}; it needs root, and to make a network namespace")]
+    Spawn(#[source] io::Error),
+    /// QEMU ended before it was told to.
+    #[error("{QEMU} ended at once ({status}): {said}")]
+    EndedEarly {
+        /// How it ended.
+        status: ExitStatus,
+        /// The last line it printed, or what to look at.
+        said: String,
+    },
+    /// The system would not let us watch or signal the process.
+    #[error("cannot {action} {QEMU}")]
+    Watch {
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU was killed and yet is still there.
+    #[error("{QEMU} (pid {pid}) did not die of SIGKILL; the kernel may be stuck: see `dmesg`")]
+    Unkillable {
+        /// Its pid.
+        pid: u32,
+    },
+}
+
+impl ProcessError {
+    fn watch(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Watch { action, source }
+    }
+}
+
+/// A running QEMU. Dropping it kills and reaps it.
+#[derive(Debug)]
+pub(crate) struct QemuProcess {
+    pid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+    ended: Mutex<Option<ExitStatus>>,
+}
+
+impl QemuProcess {
+    /// Starts QEMU with `arguments`, the descriptor `tap` inherited under the same number and
+    /// nothing else of ours, what it prints going to `log`.
+    pub(crate) fn spawn(
+        arguments: &[OsString],
+        tap: BorrowedFd<'_>,
+        log: &Path,
+    ) -> Result<Self, ProcessError> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(log)
+            .map_err(ProcessError::Spawn)?;
+        let mut command = Command::new(QEMU);
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(ProcessError::Spawn)?)
+            .stderr(log)
+            // A terminal's Ctrl-C is for the controller, which ends its guests in order.
+            .process_group(0);
+        let tap = tap.as_raw_fd();
+        let parent = std::process::id();
+        // SAFETY: `confine` only makes system calls that are async-signal-safe, and allocates
+        // nothing.
+        unsafe { command.pre_exec(move || confine(tap, parent)) };
+
+        let mut child = spawn_from_lasting_thread(command).map_err(|error| {
+            if error.kind() == io::ErrorKind::NotFound {
+                ProcessError::QemuMissing
+            } else {
+                ProcessError::Spawn(error)
+            }
+        })?;
+        match watch(child.id()) {
+            Ok(pidfd) => Ok(Self {
+                pid: child.id(),
+                pidfd,
+                ended: Mutex::new(None),
+            }),
+            Err(source) => {
+                // Without a pidfd the child handle still names exactly this process.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(ProcessError::Watch {
+                    action: "watch",
+                    source,
+                })
+            }
+        }
+    }
+
+    /// QEMU's pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Waits until QEMU has ended, and reaps it. Safe to cancel; any number may wait.
+    pub(crate) async fn wait(&self) -> Result<ExitStatus, ProcessError> {
+        loop {
+            if let Some(status) = self.try_reap()? {
+                return Ok(status);
+            }
+            let mut ready = self
+                .pidfd
+                .readable()
+                .await
+                .map_err(ProcessError::watch("wait for"))?;
+            if let Some(status) = self.try_reap()? {
+                return Ok(status);
+            }
+            ready.clear_ready();
+        }
+    }
+
+    /// Sends SIGKILL. Not an error if QEMU has already ended.
+    pub(crate) fn kill(&self) -> Result<(), ProcessError> {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if ended.is_some() {
+            return Ok(());
+        }
+        // SAFETY: the pidfd is open as long as `self` lives; no pointer is passed.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.get_ref().as_raw_fd(),
+                libc::SIGKILL,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        match Errno::result(result) {
+            Ok(_) | Err(Errno::ESRCH) => Ok(()),
+            Err(errno) => Err(ProcessError::Watch {
+                action: "kill",
+                source: errno.into(),
+            }),
+        }
+    }
+
+    /// Kills QEMU and waits, blocking the thread, until it is reaped or `deadline` has passed.
+    pub(crate) fn kill_and_reap(&self, deadline: Duration) -> Result<ExitStatus, ProcessError> {
+        self.kill()?;
+        if let Some(status) = self.try_reap()? {
+            return Ok(status);
+        }
+        let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
+        let mut watched = [PollFd::new(self.pidfd.get_ref().as_fd(), PollFlags::POLLIN)];
+        while let Err(errno) = poll(&mut watched, timeout) {
+            if errno != Errno::EINTR {
+                return Err(ProcessError::Watch {
+                    action: "wait for",
+                    source: errno.into(),
+                });
+            }
+        }
+        self.try_reap()?
+            .ok_or(ProcessError::Unkillable { pid: self.pid })
+    }
+
+    fn try_reap(&self) -> Result<Option<ExitStatus>, ProcessError> {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if ended.is_none() {
+            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+            *ended = match waitid(Id::PIDFd(self.pidfd.get_ref().as_fd()), flags) {
+                Ok(WaitStatus::Exited(_, code)) => Some(ExitStatus::Code(code)),
+                Ok(WaitStatus::Signaled(_, signal, _)) => Some(ExitStatus::Signal(signal as i32)),
+                Ok(_) | Err(Errno::EINTR) => None,
+                Err(errno) => {
+                    return Err(ProcessError::Watch {
+                        action: "reap",
+                        source: errno.into(),
+                    });
+                }
+            };
+        }
+        Ok(*ended)
+    }
+}
+
+impl Drop for QemuProcess {
+    fn drop(&mut self) {
+        if let Err(error) = self.kill_and_reap(Duration::from_secs(5)) {
+            tracing::error!(pid = self.pid, %error, "QEMU is left behind");
+        }
+    }
+}
+
+/// Runs in the child between fork and exec.
+fn confine(tap: RawFd, parent: u32) -> io::Result<()> {
+    // SAFETY: prctl with integer arguments only.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+    // The parent may have died before the line above took effect.
+    // SAFETY: getppid has no arguments and cannot fail.
+    if unsafe { libc::getppid() } as u32 != parent {
+        return Err(Errno::ESRCH.into());
+    }
+    // SAFETY: unshare with an integer argument, in a single-threaded child.
+    Errno::result(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+    for (resource, most) in [(libc::RLIMIT_FSIZE, MAX_FILE_BYTES), (libc::RLIMIT_CORE, 0)] {
+        let limit = libc::rlimit {
+            rlim_cur: most,
+            rlim_max: most,
+        };
+        // SAFETY: `limit` outlives the call.
+        Errno::result(unsafe { libc::setrlimit(resource, &limit) })?;
+    }
+    // At the limit a write shall fail, not kill the guest. Ignored signals stay so over exec.
+    // SAFETY: SIG_IGN is a valid disposition for SIGXFSZ.
+    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `tap` is open in the parent for the whole of `spawn`, so it is here.
+    Errno::result(unsafe { libc::fcntl(tap, libc::F_SETFD, 0) })?;
+    Ok(())
+}
+
+/// Opens a pidfd for a child of ours that nobody has reaped.
+fn watch(pid: u32) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: no pointer is passed; pidfd_open sets close-on-exec.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: an OwnedFd keeps one descriptor open until it is dropped, which here is with the
+    // AsyncFd, and always gives the same number.
+    let registered =
+        unsafe { AsyncFd::register_with_interest(pidfd, tokio::io::Interest::READABLE) };
+    registered.map_err(io::Error::from)
+}
+
+struct Job {
+    command: Command,
+    reply: mpsc::Sender<io::Result<Child>>,
+}
+
+/// PR_SET_PDEATHSIG fires when the *thread* that forked ends. Worker threads come and go, so all
+/// children are forked from one thread that lasts as long as the process.
+///
+/// This blocks for the milliseconds of a fork; being synchronous, it cannot be cancelled between
+/// the fork and our knowing the child.
+fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
+    static SPAWNER: OnceLock<Option<mpsc::Sender<Job>>> = OnceLock::new();
+    let gone = || io::Error::other("the thread that starts QEMU has gone");
+    let spawner = SPAWNER.get_or_init(|| {
+        let (jobs, received) = mpsc::channel::<Job>();
+        let run = move || {
+            for Job { mut command, reply } in received {
+                let _ = reply.send(command.spawn());
+            }
+        };
+        std::thread::Builder::new()
+            .name("qemu-spawner".into())
+            .spawn(run)
+            .ok()
+            .map(|_| jobs)
+    });
+    let (reply, child) = mpsc::channel();
+    let spawner = spawner.as_ref().ok_or_else(gone)?;
+    spawner.send(Job { command, reply }).map_err(|_| gone())?;
+    child.recv().map_err(|_| gone())?
+}
+
+/// The last thing QEMU printed, bounded and printable, or where to look.
+pub(crate) fn last_words(log: &Path) -> String {
+    let said = std::fs::read(log).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
+    match said.lines().rev().find(|line| !line.trim().is_empty()) {
+        Some(line) => line.chars().filter(|c| !c.is_control()).take(300).collect(),
+        None => "it printed nothing".to_owned(),
+    }
+}

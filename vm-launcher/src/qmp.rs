@@ -1,0 +1,277 @@
+//! The conversation with QEMU: every step has a deadline, every answer is checked.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use qapi::futures::{QapiService, QmpStreamTokio};
+use qapi::qmp::{self, Event, RunState};
+use tokio::io::DuplexStream;
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::qmp_lines;
+
+/// How long QEMU may take to open its socket and greet.
+pub(crate) const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// How long QEMU may take to answer a command.
+pub(crate) const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Why QMP did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// QEMU did not open its socket, or did not greet, in time.
+    #[error("QEMU did not answer on its QMP socket within {} s", .0.as_secs_f32())]
+    NoGreeting(Duration),
+    /// The socket broke, or what came from it is not QMP.
+    #[error("QMP failed at `{step}`")]
+    Broken {
+        /// What was being done.
+        step: &'static str,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU did not answer a command in time.
+    #[error("QEMU did not answer `{command}` within {} s", deadline.as_secs_f32())]
+    NoAnswer {
+        /// The command.
+        command: &'static str,
+        /// The deadline.
+        deadline: Duration,
+    },
+    /// QEMU refused a command.
+    #[error("QEMU refused `{command}`: {said}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// What QEMU said.
+        said: String,
+    },
+    /// QEMU is in another state than it must be.
+    #[error("QEMU says that the guest is `{found}` where it must be `{expected}`")]
+    WrongState {
+        /// The state it must be in.
+        expected: &'static str,
+        /// The state it says it is in.
+        found: String,
+    },
+}
+
+/// What QEMU reports unasked, as far as it is acted on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MachineEvent {
+    Stopped,
+    Resumed,
+    Shutdown,
+    Reset,
+    Panicked,
+}
+
+/// An open, negotiated QMP connection.
+pub(crate) struct Qmp {
+    service: QapiService<QmpStreamTokio<OwnedWriteHalf>>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl fmt::Debug for Qmp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Qmp")
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Qmp {
+    /// Connects to `socket`, which QEMU may still have to open, and negotiates.
+    pub(crate) async fn connect(
+        socket: &Path,
+        deadline: Duration,
+    ) -> Result<(Self, mpsc::Receiver<MachineEvent>), QmpError> {
+        timeout(deadline, async {
+            let stream = connect_when_open(socket).await?;
+            Self::negotiate(stream).await
+        })
+        .await
+        .unwrap_or(Err(QmpError::NoGreeting(deadline)))
+    }
+
+    async fn negotiate(
+        stream: UnixStream,
+    ) -> Result<(Self, mpsc::Receiver<MachineEvent>), QmpError> {
+        let broken = |step| move |source| QmpError::Broken { step, source };
+        let (from_qemu, to_qemu) = stream.into_split();
+        let (lines_out, lines_in) = tokio::io::duplex(16 << 10);
+        let lines = AbortOnDrop(Some(tokio::spawn(copy_lines(from_qemu, lines_out))));
+        let greeted = QmpStreamTokio::open_split(lines_in, to_qemu)
+            .await
+            .map_err(broken("greeting"))?;
+        let negotiated = greeted
+            .negotiate()
+            .await
+            .map_err(broken("qmp_capabilities"))?;
+        let (service, events) = negotiated.into_parts();
+        let (sender, receiver) = mpsc::channel(64);
+        let driver = tokio::spawn(forward_events(events, sender));
+        match lines.keep() {
+            Some(lines) => Ok((
+                Self {
+                    service,
+                    tasks: [lines, driver],
+                },
+                receiver,
+            )),
+            None => Err(broken("greeting")(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+
+    /// Stops the guest; no instruction of it runs once this has returned.
+    pub(crate) async fn stop(&self) -> Result<(), QmpError> {
+        self.execute("stop", qmp::stop {}).await?;
+        Ok(())
+    }
+
+    /// Lets the guest run, and checks that it does.
+    pub(crate) async fn cont(&self) -> Result<(), QmpError> {
+        self.execute("cont", qmp::cont {}).await?;
+        self.require_state("running", RunState::running).await
+    }
+
+    /// Checks that the guest has not run yet.
+    pub(crate) async fn require_prelaunch(&self) -> Result<(), QmpError> {
+        self.require_state("prelaunch", RunState::prelaunch).await
+    }
+
+    /// Presses the guest's power button.
+    pub(crate) async fn system_powerdown(&self) -> Result<(), QmpError> {
+        self.execute("system_powerdown", qmp::system_powerdown {})
+            .await?;
+        Ok(())
+    }
+
+    /// Tells QEMU to end.
+    pub(crate) async fn quit(&self) -> Result<(), QmpError> {
+        self.execute("quit", qmp::quit {}).await?;
+        Ok(())
+    }
+
+    async fn require_state(&self, expected: &'static str, state: RunState) -> Result<(), QmpError> {
+        let status = self.execute("query-status", qmp::query_status {}).await?;
+        if status.status == state {
+            Ok(())
+        } else {
+            let found = format!("{:?}", status.status);
+            Err(QmpError::WrongState { expected, found })
+        }
+    }
+
+    async fn execute<C: qmp::QmpCommand>(
+        &self,
+        name: &'static str,
+        command: C,
+    ) -> Result<C::Ok, QmpError> {
+        let answer = timeout(COMMAND_DEADLINE, self.service.execute(command)).await;
+        match answer {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(qapi::ExecuteError::Qapi(error))) => {
+                let said = error
+                    .desc
+                    .chars()
+                    .filter(|c| !c.is_control())
+                    .take(200)
+                    .collect();
+                Err(QmpError::Refused {
+                    command: name,
+                    said,
+                })
+            }
+            Ok(Err(qapi::ExecuteError::Io(source))) => Err(QmpError::Broken { step: name, source }),
+            Err(_) => Err(QmpError::NoAnswer {
+                command: name,
+                deadline: COMMAND_DEADLINE,
+            }),
+        }
+    }
+}
+
+async fn connect_when_open(socket: &Path) -> Result<UnixStream, QmpError> {
+    loop {
+        match UnixStream::connect(socket).await {
+            Ok(stream) => return Ok(stream),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                sleep(Duration::from_millis(5)).await;
+            }
+            Err(source) => {
+                return Err(QmpError::Broken {
+                    step: "connect",
+                    source,
+                });
+            }
+        }
+    }
+}
+
+async fn copy_lines(from: tokio::net::unix::OwnedReadHalf, to: DuplexStream) {
+    if let Err(error) = qmp_lines::copy(from, to).await {
+        tracing::warn!(%error, "QMP connection ended");
+    }
+}
+
+/// Drives the connection: answers go to their commands, events to `sender`.
+async fn forward_events(
+    mut events: qapi::futures::QapiEvents<QmpStreamTokio<DuplexStream>>,
+    sender: mpsc::Sender<MachineEvent>,
+) {
+    while let Some(event) = events.next().await {
+        let event = match event {
+            Ok(Event::STOP { .. }) => MachineEvent::Stopped,
+            Ok(Event::RESUME { .. }) => MachineEvent::Resumed,
+            Ok(Event::SHUTDOWN { .. }) => MachineEvent::Shutdown,
+            Ok(Event::RESET { .. }) => MachineEvent::Reset,
+            Ok(Event::GUEST_PANICKED { .. }) => MachineEvent::Panicked,
+            Ok(_) => continue,
+            // An answer to a command whose deadline has passed, or to none at all.
+            Err(error) => {
+                tracing::warn!(%error, "unexpected message on QMP");
+                continue;
+            }
+        };
+        // Waiting here would hold up the answers behind the event. The reader is a task of ours
+        // that never waits for anyone; only a guest that resets in a loop can fill this.
+        if sender.try_send(event).is_err() {
+            tracing::warn!(?event, "event dropped");
+        }
+    }
+}
+
+struct AbortOnDrop(Option<JoinHandle<()>>);
+
+impl AbortOnDrop {
+    fn keep(mut self) -> Option<JoinHandle<()>> {
+        self.0.take()
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! QMP's bytes before they are parsed as QMP: bounded lines, and only the events acted on.
+//!
+//! The QMP library fixes its event vocabulary to one QEMU version and ends the connection at an
+//! event it does not know, and it reads lines of any length. Both would let another QEMU, or one
+//! that a guest has taken over, blind the launcher or exhaust its memory.
+
+use std::io;
+
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+
+/// The longest line of QMP, in bytes. The longest answer asked for is a few hundred.
+pub(crate) const MAX_LINE_BYTES: usize = 64 << 10;
+
+/// The events that are passed on.
+const EVENTS: &[&str] = &["STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"];
+
+/// Copies QMP's lines from `from` to `to` until either ends.
+pub(crate) async fn copy<R, W>(from: R, mut to: W) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let limit = MAX_LINE_BYTES as u64 + 1;
+        let read = (&mut from).take(limit).read_until(b'\n', &mut line).await?;
+        if read == 0 {
+            return Ok(());
+        }
+        if line.len() > MAX_LINE_BYTES {
+            return Err(invalid("a line longer than any answer"));
+        }
+        if is_wanted(&line)? {
+            to.write_all(&line).await?;
+        }
+    }
+}
+
+fn is_wanted(line: &[u8]) -> io::Result<bool> {
+    let message: serde_json::Value =
+        serde_json::from_slice(line).map_err(|_| invalid("what is not JSON"))?;
+    let message = message
+        .as_object()
+        .ok_or_else(|| invalid("JSON that is no object"))?;
+    if let Some(event) = message.get("event") {
+        return Ok(event.as_str().is_some_and(|name| EVENTS.contains(&name)));
+    }
+    if ["QMP", "return", "error"]
+        .iter()
+        .any(|key| message.contains_key(*key))
+    {
+        return Ok(true);
+    }
+    Err(invalid(
+        "an object that is neither greeting, answer nor event",
+    ))
+}
+
+fn invalid(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("QEMU sent {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    async fn copied(input: &[u8]) -> (io::Result<()>, Vec<u8>) {
+        let mut output = Vec::new();
+        let result = copy(input, &mut output).await;
+        (result, output)
+    }
+
+    #[tokio::test]
+    async fn answers_and_known_events_pass_and_unknown_events_do_not() {
+        let passed =
+            "{\"QMP\": {}}\n{\"return\": {}, \"id\": 1}\n{\"error\": {}}\n{\"event\": \"STOP\"}\n";
+        let input = format!("{passed}{{\"event\": \"FROM_THE_FUTURE\"}}\n");
+        let (result, output) = copied(input.as_bytes()).await;
+        result.unwrap();
+        assert_eq!(String::from_utf8(output).unwrap(), passed);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_qmp_ends_the_connection() {
+        let endless = vec![b'x'; MAX_LINE_BYTES + 10];
+        for input in [&b"hello\n"[..], b"[]\n", b"{}\n", b"\xff\n", &endless] {
+            let (result, output) = copied(input).await;
+            assert_eq!(result.unwrap_err().kind(), io::ErrorKind::InvalidData);
+            assert!(output.is_empty());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived_and_output_is_lines_of_the_input(input in any::<Vec<u8>>()) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let (_, output) = runtime.block_on(copied(&input));
+            prop_assert!(output.len() <= input.len());
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The directory of one guest: sockets, console log, configuration. Made at launch, locked while
+//! in use, removed at the end.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+/// The files within a run directory.
+#[derive(Clone, Debug)]
+pub(crate) struct RunFiles {
+    /// Held locked while the directory is in use.
+    pub(crate) lock: PathBuf,
+    /// What the guest is told.
+    pub(crate) config: PathBuf,
+    /// QMP's socket.
+    pub(crate) qmp: PathBuf,
+    /// The serial console's socket.
+    pub(crate) console: PathBuf,
+    /// What the serial console has printed.
+    pub(crate) console_log: PathBuf,
+    /// The control port's socket.
+    pub(crate) control: PathBuf,
+    /// What QEMU prints.
+    pub(crate) qemu_log: PathBuf,
+}
+
+impl RunFiles {
+    /// The files of `directory`, whether they exist or not.
+    pub(crate) fn within(directory: &Path) -> Self {
+        Self {
+            lock: directory.join("lock"),
+            config: directory.join("guest.conf"),
+            qmp: directory.join("qmp.sock"),
+            console: directory.join("console.sock"),
+            console_log: directory.join("console.log"),
+            control: directory.join("control.sock"),
+            qemu_log: directory.join("qemu.log"),
+        }
+    }
+}
+
+/// Why a run directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RunDirError {
+    /// Another launcher holds it.
+    #[error("{} is in use by another guest; end that one first", .0.display())]
+    InUse(PathBuf),
+    /// It exists and is not a guest's run directory.
+    #[error("{} exists and is not a guest's run directory; move it away", .0.display())]
+    Foreign(PathBuf),
+    /// The system refused.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl RunDirError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}
+
+/// A run directory that is ours until it is dropped, which removes it.
+#[derive(Debug)]
+pub(crate) struct RunDir {
+    path: PathBuf,
+    files: RunFiles,
+    _lock: Flock<File>,
+}
+
+impl RunDir {
+    /// Makes `path` (mode 0700) and writes the guest's configuration into it. A directory that a
+    /// crashed launcher left behind is emptied and used.
+    pub(crate) fn create(path: &Path, guest_config: &str) -> Result<Self, RunDirError> {
+        let files = RunFiles::within(path);
+        match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                if !is_stale_run_dir(path, &files) {
+                    return Err(RunDirError::Foreign(path.to_owned()));
+                }
+            }
+            Err(error) => return Err(RunDirError::io("create", path)(error)),
+        }
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&files.lock)
+            .map_err(RunDirError::io("create", &files.lock))?;
+        let lock =
+            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(
+                |(_, errno)| match errno {
+                    Errno::EWOULDBLOCK => RunDirError::InUse(path.to_owned()),
+                    errno => RunDirError::io("lock", &files.lock)(errno.into()),
+                },
+            )?;
+        // From here on the directory is ours, and goes when `run_dir` does.
+        let run_dir = Self {
+            path: path.to_owned(),
+            files,
+            _lock: lock,
+        };
+        run_dir.remove_stale_files()?;
+        let config = &run_dir.files.config;
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(config)
+            .and_then(|mut file| file.write_all(guest_config.as_bytes()))
+            .map_err(RunDirError::io("write", config))?;
+        Ok(run_dir)
+    }
+
+    pub(crate) fn files(&self) -> &RunFiles {
+        &self.files
+    }
+
+    fn remove_stale_files(&self) -> Result<(), RunDirError> {
+        let RunFiles {
+            lock: _,
+            config,
+            qmp,
+            console,
+            console_log,
+            control,
+            qemu_log,
+        } = &self.files;
+        for file in [config, qmp, console, console_log, control, qemu_log] {
+            match fs::remove_file(file) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(RunDirError::io("remove", file)(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether an existing path is what a launcher leaves behind when it is killed: a directory with a
+/// lock file, or one that it had no time to put anything into.
+fn is_stale_run_dir(path: &Path, files: &RunFiles) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|entry| entry.is_dir())
+        && (files.lock.is_file() || fs::read_dir(path).is_ok_and(|mut all| all.next().is_none()))
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            tracing::error!(path = %self.path.display(), %error, "cannot remove the run directory");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn it_is_private_and_goes_when_dropped() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("web-1");
+        let run_dir = RunDir::create(&path, "hostname=web-1\n").unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o700
+        );
+        let config = fs::read_to_string(&run_dir.files().config).unwrap();
+        assert_eq!(config, "hostname=web-1\n");
+        drop(run_dir);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn one_directory_serves_one_guest() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("web-1");
+        let first = RunDir::create(&path, "").unwrap();
+        assert!(matches!(
+            RunDir::create(&path, ""),
+            Err(RunDirError::InUse(_))
+        ));
+        assert!(
+            first.files().config.exists(),
+            "the refused one must not touch the first's files"
+        );
+    }
+
+    #[test]
+    fn a_crashed_launchers_directory_is_taken_over() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("web-1");
+        fs::create_dir(&path).unwrap();
+        let files = RunFiles::within(&path);
+        for file in [&files.lock, &files.config, &files.console_log] {
+            fs::write(file, "old").unwrap();
+        }
+        let run_dir = RunDir::create(&path, "new").unwrap();
+        assert_eq!(fs::read_to_string(&run_dir.files().config).unwrap(), "new");
+        assert!(!run_dir.files().console_log.exists());
+    }
+
+    #[test]
+    fn what_is_not_a_run_directory_is_left_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("web-1");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("precious"), "data").unwrap();
+        assert!(matches!(
+            RunDir::create(&path, ""),
+            Err(RunDirError::Foreign(_))
+        ));
+        assert!(path.join("precious").exists());
+        let absent = parent.path().join("absent").join("web-1");
+        assert!(matches!(
+            RunDir::create(&absent, ""),
+            Err(RunDirError::Io { .. })
+        ));
+    }
+}

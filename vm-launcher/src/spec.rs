@@ -1,0 +1,399 @@
+//! What to run: everything the launcher needs to know of one guest, validated.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
+
+use crate::{GuestName, Image, WgPublicKey};
+
+/// How QEMU executes the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// Hardware virtualisation.
+    Kvm,
+    /// Emulation: slower, works everywhere.
+    Tcg,
+}
+
+impl Accel {
+    /// The word QEMU and the CLI use.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// The one remote a guest may reach: its consumer's WireGuard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Consumer {
+    /// The consumer's WireGuard public key.
+    pub public_key: WgPublicKey,
+    /// Where the consumer's WireGuard listens (UDP).
+    pub endpoint: SocketAddrV4,
+}
+
+impl Consumer {
+    /// The endpoint as an allowlist entry.
+    pub fn allowed_endpoint(&self) -> Endpoint {
+        Endpoint {
+            protocol: Protocol::Udp,
+            address: Address::from(std::net::IpAddr::V4(*self.endpoint.ip())),
+            port: self.endpoint.port(),
+        }
+    }
+}
+
+/// The guest's side of the tunnel to its consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// The guest's address in the tunnel.
+    pub address: Ipv4Addr,
+    /// The tunnel network's prefix length, 0 to 32.
+    pub prefix: u8,
+    /// The consumer's address in the tunnel.
+    pub peer: Ipv4Addr,
+}
+
+/// One guest to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// The guest's name.
+    pub name: GuestName,
+    /// What it boots.
+    pub image: Image,
+    /// How many virtual CPUs, 1 to [`Spec::MAX_CPUS`].
+    pub cpus: u8,
+    /// Memory in MiB, [`Spec::MIN_MEMORY_MIB`] to [`Spec::MAX_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// The guest's MAC address.
+    pub mac: Mac,
+    /// The guest's address; a /32.
+    pub address: Ipv4Addr,
+    /// The host's address on the tap; a /32.
+    pub gateway: Ipv4Addr,
+    /// The name of the tap to create, at most 15 bytes.
+    pub tap: String,
+    /// The one remote.
+    pub consumer: Consumer,
+    /// The tunnel to it.
+    pub tunnel: Tunnel,
+    /// How the guard filters.
+    pub mode: Mode,
+    /// Whether the serial console offers a root shell (`true`) or only the log (`false`).
+    pub console_shell: bool,
+    /// How to execute the guest.
+    pub accel: Accel,
+    /// A directory for this guest alone: sockets, console log, configuration. Its parent must
+    /// exist; the directory is made at launch and removed at the end.
+    pub run_dir: PathBuf,
+}
+
+/// Why a spec cannot be run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// Too few or too many CPUs.
+    #[error("cpus is {0}: give 1 to {max}", max = Spec::MAX_CPUS)]
+    Cpus(u8),
+    /// Too little or too much memory.
+    #[error("memory is {0} MiB: give {min} to {max}", min = Spec::MIN_MEMORY_MIB, max = Spec::MAX_MEMORY_MIB)]
+    Memory(u32),
+    /// The MAC is a group address or zero.
+    #[error("MAC {0} is not one interface's: give a unicast address, as in 52:54:00:12:34:56")]
+    Mac(Mac),
+    /// The tap's name cannot be an interface's.
+    #[error("tap name `{}` is unusable: give 1 to 15 of A-Z, a-z, 0-9, -, _ and ., beginning with a letter", .0.escape_default())]
+    Tap(String),
+    /// An address cannot be a host's.
+    #[error("{what} {address} is not a host's address: give a unicast address")]
+    Address {
+        /// Which of the spec's addresses.
+        what: &'static str,
+        /// The address.
+        address: Ipv4Addr,
+    },
+    /// Two addresses that must differ are the same.
+    #[error("{0} is given to two parties: guest, gateway and consumer need an address each")]
+    SameAddress(Ipv4Addr),
+    /// The consumer's port is zero.
+    #[error("the consumer's port is 0: give the port its WireGuard listens on")]
+    ConsumerPort,
+    /// The tunnel's prefix is too long.
+    #[error("the tunnel's prefix is {0}: give 0 to 32")]
+    TunnelPrefix(u8),
+    /// The run directory is relative.
+    #[error("run directory {} is not an absolute path", .0.display())]
+    RunDirRelative(PathBuf),
+    /// The run directory's path leaves no room for a socket's name (108 bytes in all).
+    #[error("run directory {} is too long: unix sockets allow {max} bytes", .0.display(), max = Spec::MAX_RUN_DIR_BYTES)]
+    RunDirLong(PathBuf),
+}
+
+impl Spec {
+    /// The most virtual CPUs.
+    pub const MAX_CPUS: u8 = 64;
+    /// The least memory, in MiB: what the image needs to unpack itself.
+    pub const MIN_MEMORY_MIB: u32 = 64;
+    /// The most memory, in MiB.
+    pub const MAX_MEMORY_MIB: u32 = 1 << 20;
+    /// The longest run directory, in bytes: `sun_path` less the longest socket name.
+    pub const MAX_RUN_DIR_BYTES: usize = 90;
+
+    /// Checks what the fields' types do not say.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn validate(&self) -> Result<(), SpecError> {
+        if !(1..=Self::MAX_CPUS).contains(&self.cpus) {
+            return Err(SpecError::Cpus(self.cpus));
+        }
+        if !(Self::MIN_MEMORY_MIB..=Self::MAX_MEMORY_MIB).contains(&self.memory_mib) {
+            return Err(SpecError::Memory(self.memory_mib));
+        }
+        if !self.mac.is_unicast() {
+            return Err(SpecError::Mac(self.mac));
+        }
+        if !is_interface_name(&self.tap) {
+            return Err(SpecError::Tap(self.tap.clone()));
+        }
+        let consumer = *self.consumer.endpoint.ip();
+        for (what, address) in [
+            ("guest address", self.address),
+            ("gateway", self.gateway),
+            ("consumer address", consumer),
+            ("tunnel address", self.tunnel.address),
+            ("tunnel peer", self.tunnel.peer),
+        ] {
+            if !is_host(address) {
+                return Err(SpecError::Address { what, address });
+            }
+        }
+        if self.address == self.gateway || self.address == consumer {
+            return Err(SpecError::SameAddress(self.address));
+        }
+        if self.gateway == consumer {
+            return Err(SpecError::SameAddress(consumer));
+        }
+        if self.tunnel.address == self.tunnel.peer {
+            return Err(SpecError::SameAddress(self.tunnel.peer));
+        }
+        if self.consumer.endpoint.port() == 0 {
+            return Err(SpecError::ConsumerPort);
+        }
+        if self.tunnel.prefix > 32 {
+            return Err(SpecError::TunnelPrefix(self.tunnel.prefix));
+        }
+        if !self.run_dir.is_absolute() {
+            return Err(SpecError::RunDirRelative(self.run_dir.clone()));
+        }
+        if self.run_dir.as_os_str().as_bytes().len() > Self::MAX_RUN_DIR_BYTES {
+            return Err(SpecError::RunDirLong(self.run_dir.clone()));
+        }
+        Ok(())
+    }
+
+    /// What the guest is told of itself: one `KEY=VALUE` a line. Every value comes from a type
+    /// whose text holds neither space, quote nor newline.
+    pub fn guest_config(&self) -> String {
+        let Self {
+            name,
+            address,
+            gateway,
+            consumer,
+            tunnel,
+            ..
+        } = self;
+        let console = if self.console_shell { "shell" } else { "log" };
+        format!(
+            "hostname={name}\n\
+             address={address}\n\
+             gateway={gateway}\n\
+             consumer_key={key}\n\
+             consumer_address={consumer_address}\n\
+             consumer_port={consumer_port}\n\
+             tunnel_address={tunnel_address}/{prefix}\n\
+             tunnel_peer={tunnel_peer}\n\
+             console={console}\n",
+            key = consumer.public_key,
+            consumer_address = consumer.endpoint.ip(),
+            consumer_port = consumer.endpoint.port(),
+            tunnel_address = tunnel.address,
+            prefix = tunnel.prefix,
+            tunnel_peer = tunnel.peer,
+        )
+    }
+
+    /// The MAC of the host's side of the tap: derived from the guest's, different from it,
+    /// unicast and locally administered. Set explicitly, so that nothing else on the host (udev's
+    /// `MACAddressPolicy`) picks another one after the guard has learned it.
+    pub fn gateway_mac(&self) -> Mac {
+        let Mac([first, rest @ ..]) = self.mac;
+        let first = ((first ^ 0x04) | 0x02) & !0x01;
+        let [b, c, d, e, f] = rest;
+        Mac([first, b, c, d, e, f])
+    }
+}
+
+fn is_host(address: Ipv4Addr) -> bool {
+    !(address.is_unspecified()
+        || address.is_loopback()
+        || address.is_multicast()
+        || address.is_broadcast()
+        || address.octets()[0] == 0
+        || address.octets()[0] >= 240)
+}
+
+fn is_interface_name(name: &str) -> bool {
+    (1..=15).contains(&name.len())
+        && name.starts_with(|first: char| first.is_ascii_alphabetic())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        // Names under /proc/sys/net/*/conf that mean every interface.
+        && name != "all"
+        && name != "default"
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn spec() -> Spec {
+        Spec {
+            name: "web-1".parse().unwrap(),
+            image: Image {
+                kernel: "/img/vmlinuz".into(),
+                initrd: "/img/initrd.img".into(),
+            },
+            cpus: 1,
+            memory_mib: 256,
+            mac: "52:54:00:12:34:56".parse().unwrap(),
+            address: "10.77.0.2".parse().unwrap(),
+            gateway: "10.77.0.1".parse().unwrap(),
+            tap: "omweb-1".into(),
+            consumer: Consumer {
+                public_key: WgPublicKey::try_from([7; 32]).unwrap(),
+                endpoint: "192.0.2.10:51820".parse().unwrap(),
+            },
+            tunnel: Tunnel {
+                address: "10.66.0.2".parse().unwrap(),
+                prefix: 24,
+                peer: "10.66.0.1".parse().unwrap(),
+            },
+            mode: Mode::Filtered,
+            console_shell: false,
+            accel: Accel::Tcg,
+            run_dir: "/run/omerta/web-1".into(),
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut Spec)) -> SpecError {
+        let mut changed = spec();
+        change(&mut changed);
+        changed.validate().unwrap_err()
+    }
+
+    #[test]
+    fn a_sound_spec_is_taken() {
+        spec().validate().unwrap();
+    }
+
+    #[test]
+    fn each_unsound_field_is_refused_with_its_cause() {
+        use SpecError as E;
+        assert_eq!(refusal(|s| s.cpus = 0), E::Cpus(0));
+        assert_eq!(refusal(|s| s.cpus = 65), E::Cpus(65));
+        assert_eq!(refusal(|s| s.memory_mib = 63), E::Memory(63));
+        assert!(matches!(refusal(|s| s.mac = Mac::BROADCAST), E::Mac(_)));
+        assert!(matches!(refusal(|s| s.mac = Mac([0; 6])), E::Mac(_)));
+        for tap in [
+            "",
+            "all",
+            "default",
+            "a/b",
+            "a,b",
+            "a b",
+            "..",
+            "1tap",
+            "abcdefghijklmnop",
+            "a%d",
+        ] {
+            assert_eq!(refusal(|s| s.tap = tap.into()), E::Tap(tap.into()));
+        }
+        for address in [
+            "0.0.0.0",
+            "127.0.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "0.1.2.3",
+            "250.1.1.1",
+        ] {
+            assert!(matches!(
+                refusal(|s| s.address = address.parse().unwrap()),
+                E::Address {
+                    what: "guest address",
+                    ..
+                }
+            ));
+        }
+        assert!(matches!(
+            refusal(|s| s.gateway = s.address),
+            E::SameAddress(_)
+        ));
+        assert!(matches!(
+            refusal(|s| s.consumer.endpoint = SocketAddrV4::new(s.gateway, 1)),
+            E::SameAddress(_)
+        ));
+        assert!(matches!(
+            refusal(|s| s.consumer.endpoint = SocketAddrV4::new(s.address, 1)),
+            E::SameAddress(_)
+        ));
+        assert!(matches!(
+            refusal(|s| s.tunnel.peer = s.tunnel.address),
+            E::SameAddress(_)
+        ));
+        assert_eq!(
+            refusal(|s| s.consumer.endpoint.set_port(0)),
+            E::ConsumerPort
+        );
+        assert_eq!(refusal(|s| s.tunnel.prefix = 33), E::TunnelPrefix(33));
+        assert!(matches!(
+            refusal(|s| s.run_dir = "run/x".into()),
+            E::RunDirRelative(_)
+        ));
+        assert!(matches!(
+            refusal(|s| s.run_dir = format!("/{}", "x".repeat(90)).into()),
+            E::RunDirLong(_)
+        ));
+    }
+
+    #[test]
+    fn the_guest_is_told_the_facts_and_no_more() {
+        assert_eq!(
+            spec().guest_config(),
+            "hostname=web-1\naddress=10.77.0.2\ngateway=10.77.0.1\n\
+             consumer_key=BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=\n\
+             consumer_address=192.0.2.10\nconsumer_port=51820\n\
+             tunnel_address=10.66.0.2/24\ntunnel_peer=10.66.0.1\nconsole=log\n"
+        );
+    }
+
+    #[test]
+    fn the_gateway_mac_differs_and_is_one_local_interface() {
+        for first in 0..=255u8 {
+            let mut with = spec();
+            with.mac = Mac([first, 1, 2, 3, 4, 5]);
+            let gateway = with.gateway_mac();
+            assert!(gateway.is_unicast() && gateway.0[0] & 0x02 != 0);
+            assert_ne!(gateway, with.mac);
+        }
+    }
+}

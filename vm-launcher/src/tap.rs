@@ -1,0 +1,264 @@
+//! The guest's tap: made by `/dev/net/tun`, configured by rtnetlink, gone when its last
+//! descriptor closes. It is never persistent, so a crash leaves none behind.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use omerta_verdict::Mac;
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+
+/// Why a tap could not be made or configured.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// The kernel has no tun driver here.
+    #[error("/dev/net/tun cannot be opened; load the driver with `modprobe tun`")]
+    NoTun(#[source] io::Error),
+    /// An interface of that name exists.
+    #[error(
+        "interface {0} already exists; end the guest that uses it or remove it with `ip link delete {0}`"
+    )]
+    Exists(String),
+    /// The kernel refused to make the tap.
+    #[error("cannot create the tap {name}; it takes root or CAP_NET_ADMIN")]
+    Create {
+        /// The tap's name.
+        name: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A setting could not be made.
+    #[error("cannot write {}", path.display())]
+    Sysctl {
+        /// The setting's file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// rtnetlink could not be opened.
+    #[error("cannot open rtnetlink")]
+    Netlink(#[source] io::Error),
+    /// rtnetlink refused a change.
+    #[error("cannot {action} on the tap {name}")]
+    Configure {
+        /// What was tried.
+        action: &'static str,
+        /// The tap's name.
+        name: String,
+        /// What the kernel said.
+        #[source]
+        source: rtnetlink::Error,
+    },
+    /// A frame could not be written, or the tap's header size not be read.
+    #[error("cannot {action} the tap {name}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The tap's name.
+        name: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A tap that is ours until dropped. QEMU holds the same one by an inherited descriptor; the
+/// interface goes when both have let go.
+#[derive(Debug)]
+pub(crate) struct Tap {
+    device: File,
+    name: String,
+    index: u32,
+}
+
+impl Tap {
+    /// Makes a tap called `name`, down, with the host's side at `mac` and IPv6 off.
+    pub(crate) async fn create(name: &str, mac: Mac) -> Result<Self, TapError> {
+        let tap = Self::open_exclusively(name)?;
+        // IPv6 goes before the link can come up: no address, no solicitation, nothing to filter.
+        tap.set_sysctl("ipv6", "disable_ipv6", "1")?;
+        tap.set_sysctl("ipv6", "accept_ra", "0")?;
+        let netlink = Netlink::open()?;
+        let link = LinkUnspec::new_with_index(tap.index)
+            .address(mac.0.to_vec())
+            .build();
+        tap.checked(
+            "set the MAC address",
+            netlink.handle.link().set(link).execute().await,
+        )?;
+        Ok(tap)
+    }
+
+    fn open_exclusively(name: &str) -> Result<Self, TapError> {
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open("/dev/net/tun")
+            .map_err(TapError::NoTun)?;
+        let create = |source: io::Error| TapError::Create {
+            name: name.to_owned(),
+            source,
+        };
+        // SAFETY: all zero is a valid `ifreq`.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let room = request.ifr_name.len() - 1;
+        if name.len() > room {
+            return Err(create(Errno::ENAMETOOLONG.into()));
+        }
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        // IFF_TUN_EXCL: a tap that exists already, perhaps someone's persistent one, is refused.
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
+        let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
+        match Errno::result(result) {
+            Ok(_) => {}
+            Err(Errno::EBUSY | Errno::EEXIST) => return Err(TapError::Exists(name.to_owned())),
+            Err(errno) => return Err(create(errno.into())),
+        }
+        let c_name = CString::new(name).map_err(|error| create(error.into()))?;
+        let index = nix::net::if_::if_nametoindex(c_name.as_c_str())
+            .map_err(|errno| create(errno.into()))?;
+        Ok(Self {
+            device,
+            name: name.to_owned(),
+            index,
+        })
+    }
+
+    /// The tap's descriptor number, which QEMU inherits.
+    pub(crate) fn descriptor(&self) -> RawFd {
+        self.device.as_raw_fd()
+    }
+
+    /// Brings the tap up with `gateway` on the host's side and `guest`, at `guest_mac`, behind it.
+    /// The neighbour is permanent, so the host never asks the guest's network who has an address.
+    pub(crate) async fn bring_up(
+        &self,
+        gateway: Ipv4Addr,
+        guest: Ipv4Addr,
+        guest_mac: Mac,
+    ) -> Result<(), TapError> {
+        let netlink = Netlink::open()?;
+        let handle = &netlink.handle;
+        let address = handle.address().add(self.index, IpAddr::V4(gateway), 32);
+        self.checked("set the gateway's address", address.execute().await)?;
+        let up = LinkUnspec::new_with_index(self.index).up().build();
+        self.checked("set the link up", handle.link().set(up).execute().await)?;
+        let neighbour = handle
+            .neighbours()
+            .add(self.index, IpAddr::V4(guest))
+            .link_layer_address(&guest_mac.0)
+            .replace();
+        self.checked("add the guest's neighbour entry", neighbour.execute().await)?;
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(guest, 32)
+            .output_interface(self.index)
+            .pref_source(gateway)
+            .scope(netlink_packet_route::route::RouteScope::Link)
+            .build();
+        self.checked(
+            "add the guest's route",
+            handle.route().add(route).execute().await,
+        )?;
+        Ok(())
+    }
+
+    /// The size in bytes of the virtio-net header that precedes each frame now; QEMU changes it
+    /// when a guest's driver starts.
+    pub(crate) fn vnet_header_bytes(&self) -> Result<usize, TapError> {
+        let mut size: libc::c_int = 0;
+        // SAFETY: TUNGETVNETHDRSZ writes one int, which outlives the call.
+        let result = unsafe {
+            libc::ioctl(
+                self.device.as_raw_fd(),
+                libc::TUNGETVNETHDRSZ as _,
+                &mut size,
+            )
+        };
+        Errno::result(result).map_err(|errno| self.io("read the header size of", errno.into()))?;
+        usize::try_from(size)
+            .map_err(|error| self.io("read the header size of", io::Error::other(error)))
+    }
+
+    /// Sends `frame` as the guest would.
+    pub(crate) fn send_as_guest(&self, frame: &[u8]) -> Result<(), TapError> {
+        let mut message = vec![0; self.vnet_header_bytes()?];
+        message.extend_from_slice(frame);
+        let written = nix::unistd::write(&self.device, &message)
+            .map_err(|errno| self.io("send a frame into", errno.into()))?;
+        if written == message.len() {
+            Ok(())
+        } else {
+            Err(self.io("send a whole frame into", io::ErrorKind::WriteZero.into()))
+        }
+    }
+
+    fn set_sysctl(&self, family: &str, setting: &str, value: &str) -> Result<(), TapError> {
+        // /proc/sys/net shows the calling thread's namespace: no detour through another thread.
+        let root = Path::new("/proc/sys/net").join(family);
+        if !root.exists() {
+            return Ok(()); // a kernel without the family has nothing to switch off
+        }
+        let path = root.join("conf").join(&self.name).join(setting);
+        std::fs::write(&path, value).map_err(|source| TapError::Sysctl { path, source })
+    }
+
+    fn checked<T>(
+        &self,
+        action: &'static str,
+        result: Result<T, rtnetlink::Error>,
+    ) -> Result<T, TapError> {
+        result.map_err(|source| TapError::Configure {
+            action,
+            name: self.name.clone(),
+            source,
+        })
+    }
+
+    fn io(&self, action: &'static str, source: io::Error) -> TapError {
+        TapError::Io {
+            action,
+            name: self.name.clone(),
+            source,
+        }
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+}
+
+/// An rtnetlink connection in the calling thread's namespace, closed when dropped.
+struct Netlink {
+    handle: Handle,
+    connection: tokio::task::JoinHandle<()>,
+}
+
+impl Netlink {
+    fn open() -> Result<Self, TapError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(TapError::Netlink)?;
+        Ok(Self {
+            handle,
+            connection: tokio::spawn(connection),
+        })
+    }
+}
+
+impl Drop for Netlink {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
