@@ -1,0 +1,154 @@
+//! An allowlist as a file: one endpoint a line.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use omerta_verdict::{Endpoint, EndpointParseError};
+
+use crate::exit::Exit;
+
+/// Reads the whole allowlist at `path`, or standard input where that is `-`.
+///
+/// # Errors
+/// Where it cannot be read, or any of its lines is no endpoint.
+pub fn read(path: &Path) -> Result<Vec<Endpoint>, AllowlistError> {
+    let mut bytes = Vec::new();
+    let (name, read) = if path == Path::new("-") {
+        (
+            PathBuf::from("standard input"),
+            io::stdin().lock().read_to_end(&mut bytes),
+        )
+    } else {
+        (
+            path.to_owned(),
+            fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
+        )
+    };
+    match read {
+        Ok(_) => parse(&name, &bytes),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => {
+            Err(AllowlistError::Missing(name))
+        }
+        Err(source) => Err(AllowlistError::Read { name, source }),
+    }
+}
+
+/// Parses an allowlist. Blank lines and what follows `#` are ignored.
+fn parse(name: &Path, bytes: &[u8]) -> Result<Vec<Endpoint>, AllowlistError> {
+    let mut endpoints = Vec::new();
+    for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
+        let number = index + 1;
+        let line = str::from_utf8(line).map_err(|_| AllowlistError::NotText {
+            name: name.to_owned(),
+            number,
+        })?;
+        let text = line.split('#').next().unwrap_or_default().trim();
+        if text.is_empty() {
+            continue;
+        }
+        let endpoint = text.parse().map_err(|cause| AllowlistError::Endpoint {
+            name: name.to_owned(),
+            number,
+            text: text.chars().take(SHOWN).collect(),
+            cause,
+        })?;
+        endpoints.push(endpoint);
+    }
+    Ok(endpoints)
+}
+
+/// How much of a bad line an error quotes, in characters. No endpoint is longer.
+const SHOWN: usize = 60;
+
+/// Why a file is no allowlist.
+#[derive(Debug, thiserror::Error)]
+pub enum AllowlistError {
+    /// There is no such file.
+    #[error("there is no file {}: give the allowlist's path, or - for standard input", .0.display())]
+    Missing(PathBuf),
+    /// The file cannot be read.
+    #[error("cannot read the allowlist {}", name.display())]
+    Read {
+        /// The file.
+        name: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A line is not UTF-8.
+    #[error("{}, line {number}: not text; nothing was changed", name.display())]
+    NotText {
+        /// The file.
+        name: PathBuf,
+        /// The line, counted from 1.
+        number: usize,
+    },
+    /// A line is no endpoint.
+    #[error("{}, line {number}: '{text}': {cause}; nothing was changed", name.display())]
+    Endpoint {
+        /// The file.
+        name: PathBuf,
+        /// The line, counted from 1.
+        number: usize,
+        /// The line's text, or its beginning.
+        text: String,
+        /// What is wrong with it.
+        cause: EndpointParseError,
+    },
+}
+
+impl AllowlistError {
+    /// How the process ends after this.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Missing(_) => Exit::NotFound,
+            Self::Read { .. } => Exit::Failed,
+            Self::NotText { .. } | Self::Endpoint { .. } => Exit::Usage,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Vec<String>, String> {
+        parse(Path::new("list"), text.as_bytes())
+            .map(|endpoints| endpoints.iter().map(ToString::to_string).collect())
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn comments_blank_lines_and_crlf_are_no_endpoints() {
+        let text = "# consumers\r\n\r\nudp:192.0.2.1:51820\r\n  tcp:[2001:db8::1]:443 # web\n\n#\nicmp:192.0.2.1";
+        assert_eq!(
+            parsed(text).unwrap(),
+            [
+                "udp:192.0.2.1:51820",
+                "tcp:[2001:db8::1]:443",
+                "icmp:192.0.2.1"
+            ]
+        );
+        assert_eq!(parsed("").unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn bad_line_is_named_by_its_number() {
+        assert_eq!(
+            parsed("udp:192.0.2.1:1\n# fine\nudp:192.0.2.1:70000\n").unwrap_err(),
+            "list, line 3: 'udp:192.0.2.1:70000': the port must be a number from 1 to 65535; nothing was changed"
+        );
+        assert!(
+            parse(Path::new("list"), b"\n\xff\n")
+                .unwrap_err()
+                .to_string()
+                .starts_with("list, line 2: not text")
+        );
+    }
+
+    #[test]
+    fn bad_line_is_quoted_within_bounds() {
+        assert!(parsed(&"x".repeat(1 << 20)).unwrap_err().len() < 200);
+    }
+}

@@ -1,0 +1,297 @@
+//! Arguments of `omerta guard`.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Subcommand, ValueEnum};
+use omerta_dataplane::GuardConfig;
+use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Mode};
+
+use super::Shown;
+
+/// The verbs of `omerta guard`.
+#[derive(Debug, Subcommand)]
+pub enum GuardCommand {
+    /// Guard an interface; it keeps its guard until `detach`, whatever becomes of this process
+    Attach(AttachArgs),
+
+    /// Add endpoints to an interface's allowlist
+    Allow(EndpointsArgs),
+
+    /// Take endpoints off an interface's allowlist
+    Revoke(EndpointsArgs),
+
+    /// Replace an interface's allowlist, all or nothing
+    Replace {
+        /// The guarded interface
+        interface: InterfaceName,
+
+        /// The new allowlist: one endpoint a line; blank lines and what follows `#` are ignored;
+        /// `-` reads standard input
+        #[arg(long, value_name = "FILE")]
+        file: PathBuf,
+    },
+
+    /// Show an interface's policy and counters
+    Show {
+        /// The guarded interface
+        interface: InterfaceName,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+
+    /// List the guarded interfaces of this network namespace
+    List(Shown),
+
+    /// Remove an interface's guard: everything passes again
+    Detach {
+        /// The guarded interface
+        interface: InterfaceName,
+    },
+
+    /// List the reasons for which frames are dropped, and what they mean
+    Reasons {
+        /// The form of what is printed
+        #[arg(
+            short = 'o',
+            long = "output",
+            value_enum,
+            value_name = "FORMAT",
+            default_value = "text"
+        )]
+        format: ReasonsFormat,
+    },
+}
+
+/// How the table of reasons is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReasonsFormat {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+    /// For documents
+    Markdown,
+}
+
+/// Arguments of `guard allow` and `guard revoke`.
+#[derive(Debug, Args)]
+pub struct EndpointsArgs {
+    /// The guarded interface
+    pub interface: InterfaceName,
+
+    /// udp:ADDR:PORT, tcp:ADDR:PORT or icmp:ADDR; IPv6 addresses in brackets
+    #[arg(required = true, value_name = "PROTO:ADDR:PORT")]
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// Arguments of `guard attach`, as typed.
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// The interface to guard: a guest's tap, or a veth
+    interface: InterfaceName,
+
+    /// The guest's MAC address
+    #[arg(long)]
+    mac: Mac,
+
+    /// An address of the guest (repeatable)
+    #[arg(long = "ip", value_name = "ADDR", required = true)]
+    addresses: Vec<IpAddr>,
+
+    /// The gateway that the guest may resolve, of the same family as an --ip (repeatable)
+    #[arg(long = "gateway", value_name = "ADDR", required = true)]
+    gateways: Vec<IpAddr>,
+
+    /// Where the guest's IP frames must go [default: the interface's own MAC]
+    #[arg(long, value_name = "MAC")]
+    gateway_mac: Option<Mac>,
+
+    /// An endpoint that the guest may reach: udp:ADDR:PORT, tcp:ADDR:PORT or icmp:ADDR; IPv6
+    /// addresses in brackets (repeatable)
+    #[arg(long = "allow", value_name = "PROTO:ADDR:PORT")]
+    allow: Vec<Endpoint>,
+
+    /// How frames of allowed flows are judged: filtered, conntrack, sampled or direct
+    #[arg(long, default_value = "filtered")]
+    mode: Mode,
+}
+
+/// Arguments of `guard attach`, checked.
+#[derive(Debug)]
+pub struct Attachment {
+    /// The interface to guard.
+    pub interface: InterfaceName,
+    /// What to enforce on it.
+    pub config: GuardConfig,
+}
+
+impl AttachArgs {
+    /// Checks what only shows when the values are seen together.
+    ///
+    /// # Errors
+    /// The first contradiction, naming the option and the value.
+    pub fn check(self) -> Result<Attachment, AttachError> {
+        check_mac("--mac", self.mac)?;
+        if let Some(gateway_mac) = self.gateway_mac {
+            check_mac("--gateway-mac", gateway_mac)?;
+            if gateway_mac == self.mac {
+                return Err(AttachError::SharedMac(gateway_mac));
+            }
+        }
+        check_addresses("--ip", &self.addresses)?;
+        check_addresses("--gateway", &self.gateways)?;
+        if self.addresses.len() > MAX_ADDRESSES {
+            return Err(AttachError::TooManyAddresses(self.addresses.len()));
+        }
+        for (index, gateway) in self.gateways.iter().enumerate() {
+            if has_family_of(&self.gateways[..index], *gateway) {
+                return Err(AttachError::SecondGateway(*gateway));
+            }
+        }
+        if let Some(&address) = self.gateways.iter().find(|a| self.addresses.contains(a)) {
+            return Err(AttachError::SharedAddress(address));
+        }
+        for &address in &self.addresses {
+            if !has_family_of(&self.gateways, address) {
+                return Err(AttachError::AddressWithoutGateway(address));
+            }
+        }
+        for &gateway in &self.gateways {
+            if !has_family_of(&self.addresses, gateway) {
+                return Err(AttachError::GatewayWithoutAddress(gateway));
+            }
+        }
+        Ok(Attachment {
+            interface: self.interface,
+            config: GuardConfig {
+                mac: self.mac,
+                addresses: self.addresses,
+                gateways: self.gateways,
+                gateway_mac: self.gateway_mac,
+                mode: self.mode,
+                allow: self.allow,
+            },
+        })
+    }
+}
+
+fn check_mac(option: &'static str, mac: Mac) -> Result<(), AttachError> {
+    if mac.is_unicast() {
+        Ok(())
+    } else {
+        Err(AttachError::NotUnicastMac { option, mac })
+    }
+}
+
+fn check_addresses(option: &'static str, addresses: &[IpAddr]) -> Result<(), AttachError> {
+    for (index, &address) in addresses.iter().enumerate() {
+        if !Address::from(address).is_possible_peer() {
+            return Err(AttachError::NotUnicast { option, address });
+        }
+        if addresses[..index].contains(&address) {
+            return Err(AttachError::Repeated { option, address });
+        }
+    }
+    Ok(())
+}
+
+fn has_family_of(addresses: &[IpAddr], other: IpAddr) -> bool {
+    addresses.iter().any(|a| a.is_ipv4() == other.is_ipv4())
+}
+
+const fn family(address: &IpAddr) -> &'static str {
+    match address {
+        IpAddr::V4(_) => "IPv4",
+        IpAddr::V6(_) => "IPv6",
+    }
+}
+
+/// Why the arguments of `guard attach` contradict each other.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// A MAC address that is zero, multicast or broadcast.
+    #[error("{option} {mac} is not unicast: give the address of one interface")]
+    NotUnicastMac {
+        /// The option that carries it.
+        option: &'static str,
+        /// The address.
+        mac: Mac,
+    },
+    /// The guest and its gateway cannot have one MAC.
+    #[error("--gateway-mac {0} is also the guest's --mac: give the gateway's own address")]
+    SharedMac(Mac),
+    /// An address that no host can have.
+    #[error(
+        "{option} {address} cannot be a host's: give a unicast address that is not loopback, unspecified, broadcast or IPv4-mapped"
+    )]
+    NotUnicast {
+        /// The option that carries it.
+        option: &'static str,
+        /// The address.
+        address: IpAddr,
+    },
+    /// An address given twice.
+    #[error("{option} {address} is given twice: give each address once")]
+    Repeated {
+        /// The option that carries it.
+        option: &'static str,
+        /// The address.
+        address: IpAddr,
+    },
+    /// More addresses than a policy holds.
+    #[error("--ip is given {0} times: a guard takes at most {MAX_ADDRESSES} addresses")]
+    TooManyAddresses(usize),
+    /// More gateways than a policy holds.
+    #[error("--gateway {0} is a second {family} gateway: give one for each family", family = family(.0))]
+    SecondGateway(IpAddr),
+    /// The guest and its gateway cannot have one address.
+    #[error("{0} is both --ip and --gateway: give the gateway's own address")]
+    SharedAddress(IpAddr),
+    /// The guest could not resolve any neighbour in this family.
+    #[error("--ip {0} has no --gateway of its family: add --gateway with an {family} address", family = family(.0))]
+    AddressWithoutGateway(IpAddr),
+    /// The guest has no address to speak to this gateway from.
+    #[error("--gateway {0} has no --ip of its family: add --ip with an {family} address, or leave the gateway out", family = family(.0))]
+    GatewayWithoutAddress(IpAddr),
+}
+
+/// A name that can be a network interface's.
+///
+/// It becomes part of paths, so what could lead out of a directory is refused here. A name that is
+/// well formed but longer than the kernel allows is left to be not found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceName(String);
+
+impl InterfaceName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Text that no network interface can have as its name.
+#[derive(Debug, thiserror::Error)]
+#[error("an interface's name has no slash, colon, blank or control character")]
+pub struct InterfaceNameError;
+
+impl FromStr for InterfaceName {
+    type Err = InterfaceNameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let fits = |c: char| !c.is_whitespace() && !c.is_control() && c != '/' && c != ':';
+        if text.is_empty() || text == "." || text == ".." || !text.chars().all(fits) {
+            return Err(InterfaceNameError);
+        }
+        Ok(Self(text.to_owned()))
+    }
+}

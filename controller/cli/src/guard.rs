@@ -1,0 +1,292 @@
+//! `omerta guard`: guards, without the daemon.
+
+use std::io::{self, IsTerminal, Write};
+
+use omerta_dataplane::{Counters, DirectionCounters, ErrorKind, Guard, GuardError, GuardStatus};
+use omerta_verdict::Reason;
+use serde::Serialize;
+
+use crate::allowlist::{self, AllowlistError};
+use crate::args::Format;
+use crate::args::guard::{AttachArgs, AttachError, GuardCommand, InterfaceName, ReasonsFormat};
+use crate::exit::Exit;
+use crate::output::{Cell, Output, Side, Style, Table, bytes};
+
+/// Carries out one command in the network namespace of the calling thread.
+///
+/// # Errors
+/// See [`GuardCommandError`]. What failed has changed nothing.
+pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandError> {
+    match command {
+        GuardCommand::Attach(args) => attach(args, out),
+        GuardCommand::Allow(args) => {
+            let epoch = open(&args.interface)?.allow(&args.endpoints)?;
+            in_force(&args.interface, epoch, out)
+        }
+        GuardCommand::Revoke(args) => {
+            let epoch = open(&args.interface)?.revoke(&args.endpoints)?;
+            in_force(&args.interface, epoch, out)
+        }
+        GuardCommand::Replace { interface, file } => {
+            let endpoints = allowlist::read(&file)?;
+            let epoch = open(&interface)?.replace(&endpoints)?;
+            in_force(&interface, epoch, out)
+        }
+        GuardCommand::Show { interface, shown } => show(&open(&interface)?, shown.format, out),
+        GuardCommand::List(shown) => list(shown.format, out),
+        GuardCommand::Detach { interface } => detach(&interface, out),
+        GuardCommand::Reasons { format } => reasons(format, out),
+    }
+}
+
+fn open(interface: &InterfaceName) -> Result<Guard, GuardError> {
+    Guard::open(interface.as_str())
+}
+
+fn attach(args: AttachArgs, out: &mut Output) -> Result<(), GuardCommandError> {
+    let attachment = args.check()?;
+    let interface = attachment.interface.as_str();
+    let guard = Guard::attach(interface, &attachment.config)?;
+    let status = guard.status()?;
+    let endpoints = match status.allow.len() {
+        1 => "1 endpoint".to_owned(),
+        count => format!("{count} endpoints"),
+    };
+    Ok(out.line(format_args!(
+        "{interface}: guarded, {}, {endpoints}, epoch {}",
+        status.mode, status.epoch
+    ))?)
+}
+
+fn in_force(
+    interface: &InterfaceName,
+    epoch: u64,
+    out: &mut Output,
+) -> Result<(), GuardCommandError> {
+    Ok(out.line(format_args!("{interface}: epoch {epoch} in force"))?)
+}
+
+fn detach(interface: &InterfaceName, out: &mut Output) -> Result<(), GuardCommandError> {
+    match open(interface) {
+        Ok(guard) => {
+            guard.detach()?;
+            Ok(out.line(format_args!("{interface}: no longer guarded"))?)
+        }
+        // What is left of a guard whose interface is gone or was re-created.
+        Err(error @ (GuardError::NoInterface { .. } | GuardError::NotInForce { .. })) => {
+            if !Guard::remove_stale(interface.as_str())? {
+                return Err(error.into());
+            }
+            Ok(out.line(format_args!(
+                "{interface}: the guard was not in force; what was left of it is removed"
+            ))?)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn show(guard: &Guard, format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
+    let status = guard.status()?;
+    if format == Format::Json {
+        return Ok(out.json(&status)?);
+    }
+    out.table(&policy(&status))?;
+    out.line("")?;
+    Ok(out.table(&traffic(&guard.counters()?))?)
+}
+
+fn policy(status: &GuardStatus) -> Table {
+    let mut table = Table::new(&[Side::Left, Side::Left]);
+    table.pair(
+        "interface",
+        Cell::new(format_args!(
+            "{} (index {})",
+            status.interface, status.ifindex
+        )),
+    );
+    table.pair("mode", Cell::new(status.mode));
+    table.pair("epoch", Cell::new(status.epoch));
+    let party =
+        |mac: &str, addresses: &[String]| Cell::new(format_args!("{mac} {}", addresses.join(" ")));
+    table.pair("guest", party(&status.mac, &status.addresses));
+    table.pair("gateway", party(&status.gateway_mac, &status.gateways));
+    if status.allow.is_empty() {
+        table.pair("allow", Cell::styled(Style::Changing, "nothing"));
+    }
+    for (index, endpoint) in status.allow.iter().enumerate() {
+        table.pair(if index == 0 { "allow" } else { "" }, Cell::new(endpoint));
+    }
+    if status.events_lost > 0 {
+        table.pair("events lost", Cell::styled(Style::Bad, status.events_lost));
+    }
+    table
+}
+
+/// Both directions side by side; of the reasons only those that occurred.
+fn traffic(counters: &Counters) -> Table {
+    let mut table = Table::headed(&[
+        (Side::Left, ""),
+        (Side::Right, "EGRESS"),
+        (Side::Right, "BYTES"),
+        (Side::Right, "INGRESS"),
+        (Side::Right, "BYTES"),
+    ]);
+    let directions = [&counters.egress, &counters.ingress];
+    let mut row =
+        |label: &str, bad: bool, pick: &dyn Fn(&DirectionCounters) -> omerta_dataplane::Count| {
+            let mut cells = vec![Cell::styled(Style::Heading, label)];
+            for direction in directions {
+                let count = pick(direction);
+                let style = if bad && count.packets > 0 {
+                    Style::Bad
+                } else {
+                    Style::Plain
+                };
+                cells.push(Cell::styled(style, count.packets));
+                cells.push(Cell::new(bytes(count.bytes)));
+            }
+            table.row(cells);
+        };
+    row("received", false, &|direction| direction.rx());
+    row("allowed", false, &|direction| direction.allowed);
+    row("answered", false, &|direction| direction.answered);
+    for &reason in Reason::ALL {
+        let occurred = |direction: &DirectionCounters| direction.dropped_for(reason).packets > 0;
+        if directions.into_iter().any(occurred) {
+            row(&format!("dropped: {reason}"), true, &|direction| {
+                direction.dropped_for(reason)
+            });
+        }
+    }
+    table
+}
+
+fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
+    let mut guards = Vec::new();
+    for interface in Guard::list()? {
+        match Guard::open(&interface).and_then(|guard| guard.status()) {
+            Ok(status) => guards.push(status),
+            // Detached, or its interface removed, since it was listed.
+            Err(
+                GuardError::NoInterface { .. }
+                | GuardError::NotGuarded { .. }
+                | GuardError::NotInForce { .. },
+            ) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if format == Format::Json {
+        return Ok(out.json(&guards)?);
+    }
+    if guards.is_empty() {
+        if io::stderr().is_terminal() {
+            // A remark that cannot be shown is no reason to fail.
+            let _ = writeln!(
+                io::stderr(),
+                "no interface of this network namespace is guarded"
+            );
+        }
+        return Ok(());
+    }
+    let mut table = Table::headed(&[
+        (Side::Left, "INTERFACE"),
+        (Side::Left, "MODE"),
+        (Side::Right, "EPOCH"),
+        (Side::Right, "ENDPOINTS"),
+        (Side::Right, "EGRESS"),
+        (Side::Right, "DROPPED"),
+        (Side::Right, "INGRESS"),
+        (Side::Right, "DROPPED"),
+    ]);
+    for status in &guards {
+        let mut cells = vec![
+            Cell::styled(Style::Heading, &status.interface),
+            Cell::new(status.mode),
+            Cell::new(status.epoch),
+            Cell::new(status.allow.len()),
+        ];
+        for direction in [&status.egress, &status.ingress] {
+            let dropped: u64 = direction.dropped.values().sum();
+            let style = if dropped > 0 {
+                Style::Bad
+            } else {
+                Style::Plain
+            };
+            cells.push(Cell::new(direction.rx));
+            cells.push(Cell::styled(style, dropped));
+        }
+        table.row(cells);
+    }
+    Ok(out.table(&table)?)
+}
+
+/// A reason as JSON.
+#[derive(Serialize)]
+struct Meaning {
+    reason: &'static str,
+    meaning: &'static str,
+}
+
+fn reasons(format: ReasonsFormat, out: &mut Output) -> Result<(), GuardCommandError> {
+    let all = Reason::ALL.iter().map(|reason| Meaning {
+        reason: reason.word(),
+        meaning: reason.meaning().trim(),
+    });
+    match format {
+        ReasonsFormat::Json => out.json(&all.collect::<Vec<_>>())?,
+        ReasonsFormat::Markdown => {
+            out.line("| Reason | A frame dropped for it |\n|---|---|")?;
+            for Meaning { reason, meaning } in all {
+                out.line(format_args!(
+                    "| `{reason}` | {} |",
+                    meaning.replace('|', "\\|")
+                ))?;
+            }
+        }
+        ReasonsFormat::Text => {
+            let mut table = Table::headed(&[(Side::Left, "REASON"), (Side::Left, "MEANING")]);
+            for Meaning { reason, meaning } in all {
+                table.row(vec![
+                    Cell::styled(Style::Heading, reason),
+                    Cell::new(meaning),
+                ]);
+            }
+            out.table(&table)?;
+        }
+    }
+    Ok(())
+}
+
+/// Why a command about guards failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardCommandError {
+    /// The arguments contradict each other.
+    #[error(transparent)]
+    Usage(#[from] AttachError),
+    /// The file is no allowlist.
+    #[error(transparent)]
+    Allowlist(#[from] AllowlistError),
+    /// The guard could not be made, changed or read.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// Standard output failed.
+    #[error("cannot write to standard output")]
+    Output(#[from] io::Error),
+}
+
+impl GuardCommandError {
+    /// How the process ends after this.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Usage(_) => Exit::Usage,
+            Self::Allowlist(error) => error.exit(),
+            Self::Guard(error) => match error.kind() {
+                ErrorKind::NotFound => Exit::NotFound,
+                ErrorKind::Usage => Exit::Usage,
+                ErrorKind::Refused => Exit::Refused,
+                ErrorKind::Failed => Exit::Failed,
+            },
+            Self::Output(_) => Exit::Failed,
+        }
+    }
+}
