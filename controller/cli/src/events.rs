@@ -68,17 +68,17 @@ fn describe(event: &Event, out: &Output) -> String {
 fn details(what: &Occurrence) -> (Style, &'static str, String) {
     match what {
         Occurrence::Requested { image } => (Style::Plain, "requested", format!("image {image}")),
-        Occurrence::Launched { interface, pid } => (
+        Occurrence::Launched { interface } => (
             Style::Changing,
             "launched",
-            format!("paused on {interface}, pid {pid}"),
+            format!("paused on {interface}"),
         ),
         Occurrence::Guarded { allow } => (
             Style::Changing,
             "guarded",
             format!("may reach {}", allow.join(" ")),
         ),
-        Occurrence::Started {} => (Style::Good, "started", String::new()),
+        Occurrence::Started { pid } => (Style::Good, "started", format!("pid {pid}")),
         Occurrence::PublicKey { public_key } => (Style::Plain, "public_key", public_key.clone()),
         Occurrence::Handshake {} => (Style::Good, "handshake", String::new()),
         Occurrence::Rogue {
