@@ -82,6 +82,7 @@ else
 fi
 if has promtool; then
     check "Prometheus rules" promtool check rules deploy/prometheus/omerta.rules.yml
+    check "Prometheus alerts" promtool test rules deploy/prometheus/omerta.rules.test.yml
     check "Prometheus configuration" promtool check config --syntax-only deploy/prometheus/prometheus.yml
 else
     skip "Prometheus files" "promtool is not installed"
