@@ -1,0 +1,172 @@
+//! The story, act by act.
+
+mod attack;
+mod boot;
+mod measure;
+mod terminate;
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::consumer::{Consumer, Place};
+use crate::daemon::Daemon;
+use crate::guest::Guest;
+use crate::leftovers::Leftovers;
+use crate::omerta::text;
+use crate::report::Report;
+use crate::requirements::Requirements;
+use crate::stage::{CONSUMER_A, CONSUMER_B, Stage};
+
+/// The guest whose root turns on its provider.
+const TENANT_A: &str = "tenant-a";
+/// Another tenant's guest on the same provider.
+const TENANT_B: &str = "tenant-b";
+
+/// Everything that stands while the story is told.
+struct Scene<'a> {
+    stage: &'a Stage,
+    daemon: Daemon<'a>,
+    consumer_a: Consumer<'a>,
+    consumer_b: Consumer<'a>,
+    image: &'a str,
+}
+
+/// Tells the story. Whatever it sets up is taken down when it returns.
+pub fn play(
+    requirements: &Requirements,
+    report: &mut Report,
+    leftovers: &mut Leftovers,
+) -> Result<()> {
+    leftovers.note_links();
+    report.act("A provider, its LAN, the internet, two consumers: namespaces with no way out");
+    let directory = tempfile::Builder::new()
+        .prefix("omerta-demo-")
+        .tempdir()
+        .context("cannot make a directory")?;
+    leftovers.watch_path(directory.path());
+    let stage = Stage::build(leftovers)?;
+    // omertad probes the host while the consumers are set up.
+    let mut daemon = Daemon::start(requirements, &stage.provider, directory.path())?;
+    let place = |namespace, letter, address, tunnel_network| Place {
+        namespace,
+        letter,
+        address,
+        tunnel_network,
+    };
+    let consumer_a = Consumer::open(
+        &place(&stage.consumer_a, 'a', CONSUMER_A, 66),
+        directory.path(),
+        leftovers,
+    )?;
+    let consumer_b = Consumer::open(
+        &place(&stage.consumer_b, 'b', CONSUMER_B, 67),
+        directory.path(),
+        leftovers,
+    )?;
+    for (name, consumer) in [("A", &consumer_a), ("B", &consumer_b)] {
+        report.say(&format!(
+            "consumer {name} listens on udp {}, by {}",
+            consumer.endpoint, consumer.implementation
+        ));
+    }
+    let reached = stage.reached_by_neighbour()?;
+    let names: Vec<_> = reached
+        .iter()
+        .map(|(name, address, _)| format!("{name} {address}"))
+        .collect();
+    let silent: Vec<_> = reached
+        .iter()
+        .filter(|(.., answered)| !answered)
+        .map(|(name, ..)| *name)
+        .collect();
+    report.check(
+        silent.is_empty(),
+        &format!("a neighbour without a guard reaches {}", names.join(", ")),
+    );
+    if !silent.is_empty() {
+        report.say(&format!("no answer from: {}", silent.join(", ")));
+    }
+
+    report.act("The host");
+    daemon.ready(report)?;
+    let version = daemon.omerta.json(&["version"])?;
+    let served = version.get("daemon").unwrap_or(&version);
+    report.say(&format!("omertad {}", text(served, "version")?));
+    report.say(&format!(
+        "guests run under {}: {}",
+        text(served, "accel")?.to_uppercase(),
+        text(served, "accel_why")?
+    ));
+
+    let scene = Scene {
+        stage: &stage,
+        daemon,
+        consumer_a,
+        consumer_b,
+        image: &requirements.image_name,
+    };
+    scene.tell(report)
+}
+
+impl Scene<'_> {
+    fn tell(&self, report: &mut Report) -> Result<()> {
+        let (guest_a, guest_b) = self.boot(report)?;
+        self.attack(&guest_a, &guest_b, report)?;
+        self.terminate(&guest_a, report)?;
+        self.measure(report)?;
+        report.act("The guests are ended and the stage is taken down");
+        let began = Instant::now();
+        self.daemon.omerta.run(&["vm", "kill", TENANT_B])?;
+        report.check(
+            self.state_of(TENANT_B)? == "ended",
+            &format!(
+                "{TENANT_B} ended {:.1} s after `omerta vm kill`",
+                began.elapsed().as_secs_f64()
+            ),
+        );
+        let guarded = self.daemon.omerta.guarded()?;
+        report.check(
+            guarded.is_empty(),
+            &format!("{} interfaces are guarded any more", guarded.len()),
+        );
+        Ok(())
+    }
+
+    fn state_of(&self, name: &str) -> Result<String> {
+        Ok(text(&self.daemon.omerta.json(&["vm", "show", name])?, "state")?.to_owned())
+    }
+
+    /// Fetches the consumer's page from inside the guest, through the tunnel.
+    fn fetch_page(
+        &self,
+        guest: &Guest,
+        consumer: &Consumer,
+        report: &mut Report,
+        when: &str,
+    ) -> Result<()> {
+        let began = Instant::now();
+        let url = format!("http://{}/", consumer.tunnel_peer);
+        let told = guest.console()?.run(
+            &format!("wget -q -T 5 -O - {url}"),
+            std::time::Duration::from_secs(20),
+        )?;
+        let line = format!(
+            "{} fetches {url} through its tunnel{when}: \"{}\" in {:.1} s",
+            guest.name,
+            told.output,
+            began.elapsed().as_secs_f64()
+        );
+        report.check(told.status == 0 && told.output == consumer.greeting, &line);
+        Ok(())
+    }
+}
+
+/// A number of microseconds in an event, in milliseconds.
+fn milliseconds(event: &Value, field: &str) -> Option<f64> {
+    event
+        .get(field)
+        .and_then(Value::as_u64)
+        .map(|us| us as f64 / 1000.0)
+}

@@ -1,0 +1,152 @@
+//! omertad on the stage.
+
+use std::fs::{self, File};
+use std::net::SocketAddrV4;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use omerta_test_support::{Namespace, Process};
+
+use crate::bounded;
+use crate::omerta::Omerta;
+use crate::report::Report;
+use crate::requirements::Requirements;
+
+/// Where omertad serves its metrics, inside the provider's namespace.
+pub const METRICS: SocketAddrV4 = SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 9469);
+
+/// How long omertad may take to end its guests and itself.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// omertad and its command line. Ended, with all its guests, on drop.
+pub struct Daemon<'a> {
+    pub omerta: Omerta<'a>,
+    process: Option<Process>,
+    log: PathBuf,
+}
+
+impl<'a> Daemon<'a> {
+    /// Starts omertad in the provider's namespace. It probes the host before it answers.
+    pub fn start(
+        requirements: &Requirements,
+        provider: &'a Namespace,
+        directory: &Path,
+    ) -> Result<Self> {
+        let socket = directory.join("omertad.sock");
+        let log = directory.join("omertad.log");
+        let output =
+            File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
+        let errors = output
+            .try_clone()
+            .context("cannot share the log of omertad")?;
+        let mut command = provider.command(&requirements.omertad.to_string_lossy());
+        command
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--state-dir")
+            .arg(directory.join("state"))
+            .arg("--run-dir")
+            .arg(directory.join("run"))
+            .arg("--image-dir")
+            .arg(&requirements.image_dir)
+            .args(["--metrics", &METRICS.to_string()])
+            .args(["--guest-pool", "10.77.0.0/16"])
+            .args(["--on-violation", "alert"])
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors);
+        let process = Process::spawn(command)?;
+        let omerta = Omerta {
+            namespace: provider,
+            binary: requirements.omerta.clone(),
+            socket,
+        };
+        Ok(Self {
+            omerta,
+            process: Some(process),
+            log,
+        })
+    }
+
+    /// Waits until omertad answers.
+    pub fn ready(&mut self, report: &Report) -> Result<()> {
+        report.wait("omertad probes the host", Duration::from_secs(60), || {
+            if UnixStream::connect(&self.omerta.socket).is_ok() {
+                return Ok(Some(()));
+            }
+            match self
+                .process
+                .as_mut()
+                .map(Process::ended)
+                .transpose()?
+                .flatten()
+            {
+                Some(status) => bail!(
+                    "omertad ended at once ({status}): {}",
+                    last_words(&self.log)
+                ),
+                None => Ok(None),
+            }
+        })
+    }
+
+    fn end(&mut self) {
+        // A drop cannot report; what is left is found by the last check.
+        if let Some(process) = &mut self.process {
+            let _ = process.signal(Signal::SIGTERM);
+            let _ = process.wait(ENDING);
+        }
+        self.process = None;
+        for interface in self.unbounded_guarded() {
+            let _ = self
+                .omerta
+                .namespace
+                .ip(&format!("link delete {interface}"));
+        }
+    }
+
+    /// The guarded interfaces, also after an interrupt, where no bounded command runs any more.
+    fn unbounded_guarded(&self) -> Vec<String> {
+        let run = |arguments: &[&str]| {
+            let mut command = self
+                .omerta
+                .namespace
+                .command(&self.omerta.binary.to_string_lossy());
+            command.args(arguments).stdin(Stdio::null()).output()
+        };
+        let Ok(listed) = run(&["guard", "list"]) else {
+            return Vec::new();
+        };
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let interfaces: Vec<_> = listed
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .map(str::to_owned)
+            .collect();
+        for interface in &interfaces {
+            let _ = run(&["guard", "detach", interface]);
+        }
+        interfaces
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The end of a log, in one line.
+fn last_words(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let last = text
+        .lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("it said nothing");
+    bounded::one_line(last, 300)
+}
