@@ -66,6 +66,28 @@ shell_scripts() {
     shellcheck --external-sources --severity=warning "${scripts[@]}"
 }
 
+# omertad itself reads the example: it gets as far as its socket, in a network namespace of its own.
+example_configuration() {
+    local directory omertad status=1
+    directory=$(mktemp -d)
+    unshare --net target/release/omertad --config deploy/omertad.toml --metrics off --accel tcg \
+        --socket "$directory/omertad.sock" --run-dir "$directory/run" >"$directory/log" 2>&1 &
+    omertad=$!
+    for _ in {1..50}; do
+        if [ -S "$directory/omertad.sock" ]; then
+            status=0
+            break
+        fi
+        kill -0 "$omertad" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill "$omertad" 2>/dev/null || true
+    wait "$omertad" || true
+    [ "$status" = 0 ] || cat "$directory/log"
+    rm -rf "$directory"
+    return "$status"
+}
+
 check "formatting" cargo fmt --all --check
 check "formatting of the kernel programs" cargo fmt --manifest-path ebpf/programs/Cargo.toml --check
 check "clippy" cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
@@ -86,6 +108,12 @@ if has promtool; then
     check "Prometheus configuration" promtool check config --syntax-only deploy/prometheus/prometheus.yml
 else
     skip "Prometheus files" "promtool is not installed"
+fi
+
+if [ "$(id -u)" = 0 ] && [ -x target/release/omertad ]; then
+    check "example configuration" example_configuration
+else
+    skip "example configuration" "it takes root and target/release/omertad (make build)"
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

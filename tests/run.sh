@@ -3,8 +3,8 @@
 #
 #   tests/run.sh [FILTER]     only the tests whose name contains FILTER
 #
-# A test that cannot run here prints `skipped: REASON` and returns; the runner takes it as passed, so it is counted
-# again from the output. Run as root: without it, whatever needs a namespace or a tap is skipped.
+# A test that cannot run here prints `skipped: REASON` and returns. The runner takes it as passed; here the output tells
+# the two apart. Run as root: without it, whatever needs a namespace or a tap is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +27,7 @@ phase() {
     [ "$status" = 0 ] || broken=yes
 }
 
-# Adds up what the runner says: a summary line of nextest, or one line of cargo test for each binary.
+# Adds up what the runner says: a summary line of nextest, one line of cargo test for each binary, the demo's last line.
 read_counts() {
     local p f
     read -r p f < <(sed 's/\x1b\[[0-9;]*m//g' "$log" | awk '
@@ -43,6 +43,7 @@ read_counts() {
                 if ($i ~ /^failed/) f += $(i - 1)
             }
         }
+        /^demo: [0-9]+ checks passed, [0-9]+ failed/ { p += $2; f += $5 }
         END { print p + 0, f + 0 }')
     passed=$((passed + p))
     failed=$((failed + f))
@@ -57,6 +58,19 @@ if cargo nextest --version >/dev/null 2>&1; then
 else
     phase "unit, property, kernel and guest tests, documentation examples (cargo test)" \
         cargo test --workspace --locked --no-fail-fast -- --show-output ${1:+"$1"}
+fi
+
+# The demo is the end-to-end test: real guests, captures on every other interface.
+if [ -n "${1:-}" ]; then
+    echo "test: only tests named *$1*, so no end-to-end run"
+elif [ "$(id -u)" != 0 ]; then
+    skips+=("skipped: the end-to-end run needs root")
+    passed=$((passed + 1))
+elif [ ! -x target/release/omerta-demo ] || [ ! -s target/image/vmlinuz ]; then
+    skips+=("skipped: the end-to-end run needs make build image")
+    passed=$((passed + 1))
+else
+    phase "end to end, with real guests (omerta-demo)" target/release/omerta-demo
 fi
 
 skipped=${#skips[@]}
