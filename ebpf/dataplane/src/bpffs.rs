@@ -1,13 +1,16 @@
 //! Where guards are pinned: `/sys/fs/bpf/omerta/<network namespace>/<interface>/`.
 //!
-//! The path is taken through `/proc/1/root`, because a command run by `ip netns exec` has a /sys
-//! of its own: what it pinned there would vanish with it, and the guard too.
+//! The path is taken in the outermost mount namespace within reach, because a command run by
+//! `ip netns exec` has a /sys of its own: what it pinned there would vanish with it, and the guard
+//! too.
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::IntoRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
@@ -15,7 +18,6 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use crate::GuardError;
 
 const MOUNT_POINT: &str = "/sys/fs/bpf";
-const MOUNT_POINT_OF_INIT: &str = "/proc/1/root/sys/fs/bpf";
 
 /// The pins of one interface's guard.
 #[derive(Clone, Debug)]
@@ -40,7 +42,7 @@ impl Pins {
     }
 
     pub fn create(&self) -> Result<(), GuardError> {
-        fs::create_dir(&self.directory).map_err(failed("create", &self.directory))
+        fs::create_dir_all(&self.directory).map_err(failed("create", &self.directory))
     }
 
     /// Removes every pin; the links' first, so that no program runs without its maps' pins.
@@ -97,59 +99,94 @@ fn namespace_directory() -> Result<PathBuf, GuardError> {
 }
 
 fn root() -> Result<PathBuf, GuardError> {
-    let mount_point = Path::new(MOUNT_POINT_OF_INIT);
-    let mounted = statfs(mount_point)
-        .map_err(|errno| failed("read", mount_point)(errno.into()))?
-        .filesystem_type()
-        == BPF_FS_MAGIC;
-    if !mounted {
-        mount_bpffs()?;
+    static ROOT: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(root) = ROOT.get() {
+        return Ok(root.clone());
     }
-    let root = mount_point.join("omerta");
+    let root = outer_mount_point()?.join("omerta");
     match fs::create_dir(&root) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            Err(failed("create", &root)(error))
+            return Err(failed("create", &root)(error));
         }
-        _ => Ok(root),
+        _ => {}
     }
+    Ok(ROOT.get_or_init(|| root).clone())
 }
 
-/// Mounts bpffs where init sees it, so that it outlives this process.
-fn mount_bpffs() -> Result<(), GuardError> {
-    let path = Path::new(MOUNT_POINT);
-    let same =
-        fs::read_link("/proc/thread-self/ns/mnt").ok() == fs::read_link("/proc/1/ns/mnt").ok();
-    let result = if same {
-        mount(
-            Some("bpf"),
-            path,
-            Some("bpf"),
-            MsFlags::empty(),
-            Some("mode=0700"),
-        )
-        .map_err(Into::into)
-    } else {
+/// bpffs as the outermost mount namespace within reach has it, mounted if need be.
+fn outer_mount_point() -> Result<PathBuf, GuardError> {
+    let own = Path::new(MOUNT_POINT);
+    let outer = outer_process();
+    // Held while mounting: two processes that both mount would hide each other's pins.
+    let covered = File::open(own).map_err(failed("open", own))?;
+    covered.lock().map_err(failed("lock", own))?;
+    let Some(outer) = outer else {
+        if !is_bpffs(own)? {
+            mount(
+                Some("bpf"),
+                own,
+                Some("bpf"),
+                MsFlags::empty(),
+                Some("mode=0700"),
+            )
+            .map_err(|errno| failed("mount bpffs at", own)(errno.into()))?;
+        }
+        return Ok(own.to_owned());
+    };
+    let path = PathBuf::from(format!("/proc/{outer}/root{MOUNT_POINT}"));
+    if !is_bpffs(&path)? {
         // Joining a mount namespace is refused to a process with threads; nsenter has none.
-        Command::new("nsenter")
-            .args([
-                "--mount=/proc/1/ns/mnt",
-                "mount",
-                "-t",
-                "bpf",
-                "-o",
-                "mode=0700",
-                "bpf",
-                MOUNT_POINT,
-            ])
-            .status()
+        let status = Command::new("nsenter")
+            .arg(format!("--mount=/proc/{outer}/ns/mnt"))
+            .args(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", MOUNT_POINT])
+            .status();
+        status
             .and_then(|status| {
                 status
                     .success()
                     .then_some(())
                     .ok_or_else(|| io::Error::other(status.to_string()))
             })
-    };
-    result.map_err(failed("mount bpffs at", path))
+            .map_err(failed("mount bpffs at", &path))?;
+    }
+    // The other process may end; an open directory stays.
+    let directory = File::open(&path).map_err(failed("open", &path))?;
+    Ok(PathBuf::from(format!(
+        "/proc/self/fd/{}",
+        directory.into_raw_fd()
+    )))
+}
+
+/// The outermost process within reach whose mount namespace is not this one's: init, or where
+/// init is out of reach (containers) the eldest ancestor that is not.
+fn outer_process() -> Option<u32> {
+    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    let own = namespace("thread-self")?;
+    let mut eldest = None;
+    let mut pid = std::os::unix::process::parent_id();
+    while pid > 1 && namespace(&pid.to_string()).is_some() {
+        eldest = Some(pid);
+        pid = parent_of(pid)?;
+    }
+    let outer = if namespace("1").is_some() { 1 } else { eldest? };
+    (namespace(&outer.to_string())? != own).then_some(outer)
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("PPid:"))?
+        .trim()
+        .parse()
+        .ok()
+}
+
+fn is_bpffs(path: &Path) -> Result<bool, GuardError> {
+    let kind = statfs(path)
+        .map_err(|errno| failed("read", path)(errno.into()))?
+        .filesystem_type();
+    Ok(kind == BPF_FS_MAGIC)
 }
 
 fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> GuardError + 'a {
@@ -175,6 +212,20 @@ fn decode(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sys_of_a_network_namespace_is_told_from_the_machines() {
+        let own = "23 27 0:22 / /sys rw,relatime - sysfs sysfs rw\n\
+                   31 23 0:29 / /sys/fs/bpf rw,relatime - bpf bpf rw,mode=700\n";
+        assert_eq!(sys_mounted_for(own), Some("sysfs"));
+        let private = "49 46 0:40 / /sys rw,relatime shared:1 - sysfs blue rw\n";
+        assert_eq!(sys_mounted_for(private), Some("blue"));
+        assert_eq!(sys_mounted_for(&format!("{own}{private}")), Some("blue"));
+        assert_eq!(
+            sys_mounted_for("27 1 0:2 / / rw - ext4 /dev/vda rw\n"),
+            None
+        );
+    }
 
     #[test]
     fn interface_names_round_trip_without_dots() {

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use aya::maps::{Map, MapData, RingBuf};
+use aya::maps::{Map, MapData, MapError, RingBuf};
 use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
 use omerta_verdict::{Direction, EventRecord, Reason};
 
@@ -54,10 +54,15 @@ pub struct EventStream {
 
 impl EventStream {
     pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
-        let ring = MapData::from_pin(pins.path("EVENTS"))
-            .and_then(|data| Map::RingBuf(data).try_into())
-            .map_err(|source| map_error(interface, "open", "EVENTS", source))?;
-        Ok(Self { ring })
+        MapData::from_pin(pins.path("EVENTS"))
+            .and_then(|data| Self::of(Map::RingBuf(data)))
+            .map_err(|source| map_error(interface, "open", "EVENTS", source))
+    }
+
+    pub(crate) fn of(map: Map) -> Result<Self, MapError> {
+        Ok(Self {
+            ring: map.try_into()?,
+        })
     }
 
     /// The next event, or `None` where there is none yet.

@@ -1,12 +1,15 @@
 //! The kernel programs: one instance, with maps of its own, for each guard.
 
+use aya::maps::MapError;
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use omerta_verdict::{Direction, Mode};
 
 use crate::GuardError;
+use crate::events::EventStream;
 use crate::rules::BUCKETS;
+use crate::store::map_error;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
@@ -85,6 +88,15 @@ impl Programs {
             Some(program) => program.try_into().map_err(missing),
             None => Err(missing(ProgramError::NotLoaded)),
         }
+    }
+
+    /// The events of programs that are not pinned. Taken once.
+    pub fn take_events(&mut self) -> Result<EventStream, GuardError> {
+        let map = self.ebpf.take_map("EVENTS").ok_or(MapError::InvalidName {
+            name: "EVENTS".into(),
+        });
+        map.and_then(EventStream::of)
+            .map_err(|source| map_error(&self.interface, "open", "EVENTS", source))
     }
 
     /// The maps, by name.

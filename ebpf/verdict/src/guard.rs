@@ -52,3 +52,40 @@ pub trait Guard {
     /// Conntrack mode: whether the guest has sent on `flow` within its timeout.
     fn flow_is_live(&self, flow: &Flow) -> bool;
 }
+
+/// A guard in plain memory, for platforms without BPF and for re-running kernel verdicts.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryGuard<'a> {
+    /// The policy in force.
+    pub policy: &'a Policy,
+    /// Its allowlist: `policy.table_mask + 1` buckets.
+    pub buckets: &'a [Bucket],
+    /// What [`Guard::random`] says next.
+    pub random: u32,
+    /// Conntrack mode: whether a new flow finds room.
+    pub flows_have_room: bool,
+    /// Conntrack mode: the flows that are live.
+    pub live_flows: &'a [Flow],
+}
+
+impl Guard for MemoryGuard<'_> {
+    fn policy(&self) -> Option<&Policy> {
+        Some(self.policy)
+    }
+
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        self.buckets.get(index as usize)
+    }
+
+    fn random(&self) -> u32 {
+        self.random
+    }
+
+    fn open_flow(&self, _flow: &Flow) -> bool {
+        self.flows_have_room
+    }
+
+    fn flow_is_live(&self, flow: &Flow) -> bool {
+        self.live_flows.contains(flow)
+    }
+}

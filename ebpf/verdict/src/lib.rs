@@ -27,7 +27,7 @@ pub use decide::{Verdict, egress, ingress, is_answer_for_guest};
 pub use endpoint::{Endpoint, EndpointParseError, Protocol};
 pub use event::{EVENT_FRAME_BYTES, EventRecord};
 pub use frame::Frame;
-pub use guard::{Flow, Guard};
+pub use guard::{Flow, Guard, MemoryGuard};
 pub use link::{Mac, MacParseError};
 pub use network::Address;
 pub use policy::{MAX_ADDRESSES, MAX_GATEWAYS, Mode, Policy};

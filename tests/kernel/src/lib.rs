@@ -1,1 +1,9 @@
-//! See ARCHITECTURE.md.
+//! Frames and guards for the kernel tests.
+
+mod frame;
+mod generate;
+mod stage;
+
+pub use frame::{Ipv4, Ipv6, arp, ethernet, icmp_echo, tcp, udp};
+pub use generate::Generator;
+pub use stage::*;

@@ -1,0 +1,210 @@
+//! Attaching, changing and removing guards; what outlives what.
+
+use std::path::Path;
+
+use omerta_dataplane::{Guard, GuardError, MAX_ENDPOINTS};
+use omerta_kernel_tests::{allowlist, config};
+use omerta_test_support::{Namespace, Tap, Veth};
+use omerta_verdict::{Endpoint, Mode};
+
+fn endpoints(count: usize) -> Vec<Endpoint> {
+    (0..count)
+        .map(|i| {
+            format!("udp:198.51.{}.{}:7", 100 + i / 250, 1 + i % 250)
+                .parse()
+                .unwrap()
+        })
+        .collect()
+}
+
+/// Runs `work` in a namespace of its own that has a tap `guest`.
+fn with_tap(work: impl FnOnce(&Namespace, Tap) + Send) {
+    let namespace = Namespace::new("ot-life").unwrap();
+    namespace
+        .enter(|| {
+            let tap = Tap::create("guest").unwrap();
+            work(&namespace, tap);
+        })
+        .unwrap();
+}
+
+fn pins(namespace: &Namespace, interface: &str) -> bool {
+    let inode = namespace.inode().unwrap();
+    Path::new(&format!("/sys/fs/bpf/omerta/{inode}/{interface}")).exists()
+}
+
+#[test]
+fn a_guard_outlives_its_handle_and_ends_with_detach() {
+    with_tap(|namespace, _tap| {
+        drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
+        assert!(pins(namespace, "guest"));
+        let guard = Guard::open("guest").unwrap();
+        guard.verify().unwrap();
+        assert_eq!(Guard::list().unwrap(), ["guest"]);
+        let status = guard.status().unwrap();
+        assert_eq!(
+            (status.mode, status.epoch, status.egress.rx),
+            ("filtered", 1, 0)
+        );
+        guard.detach().unwrap();
+        assert!(!pins(namespace, "guest"));
+        assert!(matches!(
+            Guard::open("guest"),
+            Err(GuardError::NotGuarded { .. })
+        ));
+        assert!(Guard::list().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_guarded_interface_is_refused_and_left_alone() {
+    with_tap(|_, _tap| {
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        let refused = Guard::attach("guest", &config(Mode::Direct));
+        assert!(matches!(refused, Err(GuardError::AlreadyGuarded { .. })));
+        guard.verify().unwrap();
+        assert_eq!(guard.status().unwrap().mode, "filtered");
+        guard.detach().unwrap();
+    });
+}
+
+#[test]
+fn unknown_interfaces_and_bad_configurations_leave_nothing() {
+    with_tap(|namespace, _tap| {
+        assert!(matches!(
+            Guard::attach("nosuch", &config(Mode::Filtered)),
+            Err(GuardError::NoInterface { .. })
+        ));
+        let base = config(Mode::Filtered);
+        let mut group = base.clone();
+        group.mac.0[0] |= 1;
+        let mut none = base.clone();
+        none.addresses.clear();
+        let mut many = base.clone();
+        many.addresses = (1..=9)
+            .map(|i| format!("10.1.0.{i}").parse().unwrap())
+            .collect();
+        let mut twice = base.clone();
+        twice.addresses.push(base.addresses[0]);
+        let mut gateways = base.clone();
+        gateways.gateways.push("10.77.0.9".parse().unwrap());
+        let mut own = base.clone();
+        own.gateways = vec![base.addresses[0]];
+        for bad in [group, none, many, twice, gateways, own] {
+            assert!(
+                matches!(Guard::attach("guest", &bad), Err(GuardError::Config { .. })),
+                "{bad:?}"
+            );
+        }
+        let mut full = base.clone();
+        full.allow = endpoints(MAX_ENDPOINTS + 1);
+        assert!(matches!(
+            Guard::attach("guest", &full),
+            Err(GuardError::AllowlistFull { .. })
+        ));
+        assert!(!pins(namespace, "guest"));
+    });
+}
+
+#[test]
+fn the_allowlist_changes_all_or_nothing() {
+    with_tap(|_, _tap| {
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        let listed = |guard: &Guard| guard.status().unwrap().allow;
+        let before = listed(&guard);
+        assert_eq!(before.len(), allowlist().len());
+        let [first, second] = [endpoints(2)[0], endpoints(2)[1]];
+
+        assert_eq!(guard.allow(&[first]).unwrap(), 2);
+        assert_eq!(
+            guard.allow(&[first]).unwrap(),
+            2,
+            "what is listed already changes nothing"
+        );
+        assert!(matches!(
+            guard.revoke(&[first, second]),
+            Err(GuardError::NotListed { .. })
+        ));
+        assert_eq!(listed(&guard).len(), before.len() + 1);
+        assert_eq!(guard.revoke(&[first]).unwrap(), 3);
+        assert_eq!(listed(&guard), before);
+
+        let many = endpoints(MAX_ENDPOINTS);
+        assert_eq!(guard.replace(&many).unwrap(), 4);
+        assert_eq!(listed(&guard).len(), MAX_ENDPOINTS);
+        let refused = guard.replace(&endpoints(MAX_ENDPOINTS + 1));
+        assert!(matches!(refused, Err(GuardError::AllowlistFull { .. })));
+        assert_eq!(listed(&guard).len(), MAX_ENDPOINTS);
+        assert_eq!(guard.status().unwrap().epoch, 4);
+        assert_eq!(guard.replace(&[]).unwrap(), 5);
+        assert!(listed(&guard).is_empty());
+        guard.detach().unwrap();
+    });
+}
+
+#[test]
+fn a_re_created_tap_does_not_inherit_a_guard() {
+    with_tap(|namespace, tap| {
+        let old = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        drop(tap);
+        assert!(old.verify().is_err());
+        let _tap = Tap::create("guest").unwrap();
+        assert!(old.verify().is_err(), "the pins are of another interface");
+        assert!(Guard::open("guest").is_err());
+        assert!(Guard::list().unwrap().is_empty());
+        assert!(pins(namespace, "guest"), "left over");
+        // Attaching replaces what is left over.
+        Guard::attach("guest", &config(Mode::Filtered))
+            .unwrap()
+            .verify()
+            .unwrap();
+        Guard::open("guest").unwrap().detach().unwrap();
+    });
+}
+
+#[test]
+fn what_is_left_of_a_vanished_interface_is_removed() {
+    with_tap(|namespace, tap| {
+        Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        assert!(!Guard::remove_stale("guest").unwrap(), "in force");
+        drop(tap);
+        assert!(Guard::remove_stale("guest").unwrap());
+        assert!(!pins(namespace, "guest"));
+    });
+}
+
+#[test]
+fn interfaces_with_dots_and_veths_can_be_guarded() {
+    let namespace = Namespace::new("ot-dots").unwrap();
+    namespace
+        .enter(|| {
+            let _veth = Veth::pair("v.100", "peer").unwrap();
+            Guard::attach("v.100", &config(Mode::Sampled)).unwrap();
+            assert_eq!(Guard::list().unwrap(), ["v.100"]);
+            Guard::open("v.100").unwrap().detach().unwrap();
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_foreign_program_ahead_of_the_guard_is_noticed() {
+    use omerta_dataplane::Programs;
+    with_tap(|_, _tap| {
+        use aya::programs::{LinkOrder, TcAttachType, tc::TcAttachOptions};
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        let mut foreign = Programs::load("foreign", Mode::Filtered).unwrap();
+        foreign
+            .program(omerta_verdict::Direction::Egress)
+            .unwrap()
+            .attach_with_options(
+                "guest",
+                TcAttachType::Ingress,
+                TcAttachOptions::TcxOrder(LinkOrder::first()),
+            )
+            .unwrap();
+        assert!(matches!(guard.verify(), Err(GuardError::NotInForce { .. })));
+        drop(foreign);
+        guard.verify().unwrap();
+        guard.detach().unwrap();
+    });
+}

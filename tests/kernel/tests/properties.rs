@@ -1,0 +1,189 @@
+//! What an allowed frame must be, said a second time through another parser (etherparse).
+
+use std::net::IpAddr;
+
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, allowlist, config, policy};
+use omerta_verdict::{
+    Bucket, Direction, Endpoint, MemoryGuard, Mode, Policy, Protocol, Table, Verdict, egress,
+    ingress,
+};
+
+const FRAMES: usize = 300_000;
+
+fn guard_state(mode: Mode) -> (Policy, Vec<Bucket>) {
+    let mut policy = policy(&config(mode));
+    policy.table_seed = 0x5eed;
+    policy.table_mask = 63;
+    let mut buckets = vec![Bucket::EMPTY; 64];
+    let mut table = Table::new(&mut buckets, policy.table_seed).unwrap();
+    for endpoint in allowlist() {
+        assert!(table.insert(&endpoint));
+    }
+    (policy, buckets)
+}
+
+fn memory<'a>(policy: &'a Policy, buckets: &'a [Bucket]) -> MemoryGuard<'a> {
+    MemoryGuard {
+        policy,
+        buckets,
+        random: 0,
+        flows_have_room: true,
+        live_flows: &[],
+    }
+}
+
+/// (guest address, endpoint) of a frame, or `None` where etherparse or a rule of ours rejects it.
+fn parties(frame: &[u8], direction: Direction) -> Option<(IpAddr, Endpoint)> {
+    let packet = SlicedPacket::from_ethernet(frame).ok()?;
+    let (source, destination) = match packet.net? {
+        NetSlice::Ipv4(v4) => {
+            assert!(!v4.is_payload_fragmented(), "a fragment was allowed");
+            assert!(v4.header().options().is_empty(), "options were allowed");
+            (
+                IpAddr::from(v4.header().source_addr()),
+                IpAddr::from(v4.header().destination_addr()),
+            )
+        }
+        NetSlice::Ipv6(v6) => {
+            assert!(
+                v6.extensions().first_header().is_none(),
+                "an extension header was allowed"
+            );
+            (
+                v6.header().source_addr().into(),
+                v6.header().destination_addr().into(),
+            )
+        }
+        _ => return None,
+    };
+    let (guest, peer) = match direction {
+        Direction::Egress => (source, destination),
+        Direction::Ingress => (destination, source),
+    };
+    let (protocol, from, to) = match packet.transport? {
+        TransportSlice::Udp(udp) => (Protocol::Udp, udp.source_port(), udp.destination_port()),
+        TransportSlice::Tcp(tcp) => (Protocol::Tcp, tcp.source_port(), tcp.destination_port()),
+        TransportSlice::Igmp(_) => return None,
+        TransportSlice::Icmpv4(icmp) => {
+            assert_eq!(
+                icmp.type_u8(),
+                if direction == Direction::Egress { 8 } else { 0 }
+            );
+            (Protocol::Icmp, 0, 0)
+        }
+        TransportSlice::Icmpv6(icmp) => {
+            assert_eq!(
+                icmp.type_u8(),
+                if direction == Direction::Egress {
+                    128
+                } else {
+                    129
+                }
+            );
+            (Protocol::Icmp, 0, 0)
+        }
+    };
+    let port = if direction == Direction::Egress {
+        to
+    } else {
+        from
+    };
+    Some((
+        guest,
+        Endpoint {
+            protocol,
+            address: peer.into(),
+            port,
+        },
+    ))
+}
+
+#[test]
+fn what_is_allowed_is_owned_listed_and_whole() {
+    let (policy, buckets) = guard_state(Mode::Filtered);
+    let guard = memory(&policy, &buckets);
+    let (config, list) = (config(Mode::Filtered), allowlist());
+    let mut generator = Generator::new(11);
+    let mut allowed = 0;
+    for _ in 0..FRAMES {
+        let frame = generator.frame();
+        let out = egress(&frame[..], &guard);
+        if out == Verdict::Allow {
+            allowed += 1;
+            assert_eq!(frame[6..12], GUEST_MAC.0, "{frame:02x?}");
+            assert_eq!(frame[..6], GATEWAY_MAC.0, "{frame:02x?}");
+            let (guest, endpoint) =
+                parties(&frame, Direction::Egress).expect("etherparse reads it");
+            assert!(config.addresses.contains(&guest), "{frame:02x?}");
+            assert!(list.contains(&endpoint), "{frame:02x?}");
+        }
+        let input = ingress(&frame[..], &guard);
+        // The guard's own ARP and neighbour answers are the only other frames let in.
+        let is_answer = frame[12..14] == [8, 6]
+            || (frame[12..14] == [0x86, 0xdd] && frame.get(54) == Some(&136));
+        if input == Verdict::Allow && !is_answer {
+            allowed += 1;
+            assert_eq!(frame[..6], GUEST_MAC.0, "{frame:02x?}");
+            let (guest, endpoint) =
+                parties(&frame, Direction::Ingress).expect("etherparse reads it");
+            assert!(config.addresses.contains(&guest), "{frame:02x?}");
+            assert!(list.contains(&endpoint), "{frame:02x?}");
+        }
+    }
+    println!("{allowed} allowed of {FRAMES} in two directions");
+    assert!(allowed > FRAMES / 100);
+}
+
+#[test]
+fn no_other_source_mac_is_ever_allowed_or_answered() {
+    let mut generator = Generator::new(12);
+    for mode in Mode::ALL {
+        let (policy, buckets) = guard_state(mode);
+        let guard = memory(&policy, &buckets);
+        for _ in 0..FRAMES / 10 {
+            let mut frame = generator.frame();
+            let at = 6 + frame.len() % 6;
+            frame[at] ^= 0x40;
+            if frame[6..12] != GUEST_MAC.0 {
+                assert!(
+                    matches!(egress(&frame[..], &guard), Verdict::Drop(_)),
+                    "{frame:02x?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn an_empty_allowlist_allows_nothing() {
+    let (policy, _) = guard_state(Mode::Filtered);
+    let empty = vec![Bucket::EMPTY; 64];
+    let guard = memory(&policy, &empty);
+    let mut generator = Generator::new(13);
+    for _ in 0..FRAMES / 10 {
+        let frame = generator.frame();
+        assert_ne!(egress(&frame[..], &guard), Verdict::Allow, "{frame:02x?}");
+    }
+}
+
+#[test]
+fn conntrack_lets_in_only_what_the_guest_opened() {
+    let (policy, buckets) = guard_state(Mode::Conntrack);
+    let guard = memory(&policy, &buckets);
+    let full = MemoryGuard {
+        flows_have_room: false,
+        ..guard
+    };
+    let mut generator = Generator::new(14);
+    for _ in 0..FRAMES / 10 {
+        let frame = generator.frame();
+        assert_ne!(egress(&frame[..], &full), Verdict::Allow, "{frame:02x?}");
+        if ingress(&frame[..], &guard) == Verdict::Allow {
+            assert!(
+                frame[12..14] == [8, 6] || frame.get(54) == Some(&136),
+                "{frame:02x?}"
+            );
+        }
+    }
+}
