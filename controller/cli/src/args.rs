@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Where omertad listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/omerta/omertad.sock";
 
-/// Rents out a machine without letting it reach anything but its consumer.
+/// Rents out virtual machines that can reach nothing but their consumer.
 ///
 /// `guard` puts a kernel packet filter on one interface and works on its own. `vm` and `events`
 /// speak to omertad, which runs guests behind such guards.

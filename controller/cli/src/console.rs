@@ -8,7 +8,7 @@ use nix::sys::termios::{self, SetArg, Termios};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::vm::GuestName;
@@ -44,11 +44,13 @@ pub async fn attach(guest: &GuestName, socket: &Path) -> Result<(), ConsoleError
             socket: socket.to_owned(),
             source,
         })?;
+    // Before the terminal changes: a signal that came between would leave it changed.
+    let mut endings = EndingSignals::catch().map_err(|source| ConsoleError::Signals { source })?;
     let raw = RawTerminal::enter().map_err(|source| ConsoleError::Terminal { source })?;
     if raw.is_some() {
         note(format_args!("connected to {guest}; Ctrl-] detaches"));
     }
-    let ending = relay(stream, raw.is_some()).await;
+    let ending = relay(stream, raw.is_some(), &mut endings).await;
     drop(raw);
     match ending {
         Ok(Ending::Detached | Ending::Signalled) => note(format_args!("detached from {guest}")),
@@ -65,14 +67,14 @@ pub async fn attach(guest: &GuestName, socket: &Path) -> Result<(), ConsoleError
     Ok(())
 }
 
-async fn relay(stream: UnixStream, detachable: bool) -> io::Result<Ending> {
+async fn relay(
+    stream: UnixStream,
+    detachable: bool,
+    endings: &mut EndingSignals,
+) -> io::Result<Ending> {
     let (mut guest, mut to_guest) = stream.into_split();
     let mut keyboard = keyboard();
     let mut screen = Screen::new();
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut quit = signal(SignalKind::quit())?;
     let mut typing = true;
     let mut buffer = vec![0; 16 * 1024];
     loop {
@@ -88,10 +90,32 @@ async fn relay(stream: UnixStream, detachable: bool) -> io::Result<Ending> {
                 // Input ended; what the guest still prints is shown until it closes.
                 None => typing = false,
             },
-            _ = terminate.recv() => return Ok(Ending::Signalled),
-            _ = hangup.recv() => return Ok(Ending::Signalled),
-            _ = interrupt.recv() => return Ok(Ending::Signalled),
-            _ = quit.recv() => return Ok(Ending::Signalled),
+            () = endings.next() => return Ok(Ending::Signalled),
+        }
+    }
+}
+
+/// The signals that ask this process to end.
+struct EndingSignals([Signal; 4]);
+
+impl EndingSignals {
+    fn catch() -> io::Result<Self> {
+        Ok(Self([
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::quit())?,
+        ]))
+    }
+
+    /// Waits for any of them.
+    async fn next(&mut self) {
+        let [terminate, hangup, interrupt, quit] = &mut self.0;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = quit.recv() => {}
         }
     }
 }
@@ -219,6 +243,13 @@ pub enum ConsoleError {
     /// The terminal cannot be put in raw mode.
     #[error("cannot put the terminal in raw mode")]
     Terminal {
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Signals cannot be caught.
+    #[error("cannot catch the signals that would leave the terminal in raw mode")]
+    Signals {
         /// The kernel's answer.
         #[source]
         source: io::Error,

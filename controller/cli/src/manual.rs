@@ -4,8 +4,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 use clap_complete::Shell;
+use clap_mangen::Man;
 
 use crate::args::CommandLine;
 use crate::output::Output;
@@ -30,8 +31,57 @@ pub fn pages(dir: &Path) -> Result<(), ManualError> {
         source,
     };
     fs::create_dir_all(dir).map_err(failed)?;
-    clap_mangen::generate_to(CommandLine::command(), dir).map_err(failed)
+    let mut command = CommandLine::command().disable_help_subcommand(true);
+    // Gives every command its full name.
+    command.build();
+    write_pages(&command, dir).map_err(failed)
 }
+
+fn write_pages(command: &Command, dir: &Path) -> io::Result<()> {
+    let man = Man::new(command.clone());
+    let mut page = Vec::new();
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    if command.has_subcommands() {
+        man.render_subcommands_section(&mut page)?;
+    }
+    page.extend_from_slice(CLOSING_SECTIONS.as_bytes());
+    fs::write(dir.join(man.get_filename()), page)?;
+    for command in command.get_subcommands() {
+        write_pages(command, dir)?;
+    }
+    Ok(())
+}
+
+/// What holds for every command, in roff.
+const CLOSING_SECTIONS: &str = r"
+.SH EXIT STATUS
+.TP
+.B 0
+Done.
+.TP
+.B 1
+Failed.
+.TP
+.B 2
+Bad usage.
+.TP
+.B 3
+Not found.
+.TP
+.B 4
+Refused by policy.
+.SH ENVIRONMENT
+.TP
+.B OMERTA_SOCKET
+The socket of omertad, unless \fB\-\-socket\fR names another.
+.TP
+.B NO_COLOR
+If set, nothing is coloured.
+";
 
 /// Why the manual was not written.
 #[derive(Debug, thiserror::Error)]

@@ -115,7 +115,7 @@ pub struct AttachArgs {
     #[arg(long = "allow", value_name = "PROTO:ADDR:PORT")]
     allow: Vec<Endpoint>,
 
-    /// How frames of allowed flows are judged: filtered, conntrack, sampled or direct
+    /// How frames are judged: filtered, conntrack, sampled or direct
     #[arg(long, default_value = "filtered")]
     mode: Mode,
 }

@@ -1,0 +1,231 @@
+//! `omerta guard` on real taps in network namespaces of their own.
+
+use std::time::Duration;
+
+use omerta_test_support::{Namespace, Tap};
+use serde_json::{Value, json};
+
+use crate::run::{OMERTA, Ran, fed, prepare};
+
+/// A namespace that holds one tap, up, with the MAC 52:54:00:00:00:fe.
+pub struct Stage {
+    namespace: Namespace,
+    pub tap: Tap,
+    /// The tap's name.
+    pub name: String,
+}
+
+/// The arguments of `guard attach` for the stage's guest.
+pub const GUEST: &str = "--mac 52:54:00:00:00:01 --ip 10.77.0.2 --gateway 10.77.0.1";
+
+impl Stage {
+    /// `None`, told on stderr, where this machine cannot hold guards.
+    pub fn set() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: guards and taps need root");
+            return None;
+        }
+        let release = nix::sys::utsname::uname().unwrap();
+        let release = release.release().to_string_lossy().into_owned();
+        let mut numbers = release
+            .split(|c: char| !c.is_ascii_digit())
+            .map(|n| n.parse().unwrap_or(0));
+        if (numbers.next(), numbers.next()) < (Some(6), Some(6)) {
+            eprintln!("skipped: this kernel ({release}) has no TCX");
+            return None;
+        }
+        let namespace = Namespace::new("omcli").unwrap();
+        namespace.disable_ipv6().unwrap();
+        // A namespace of its own makes the name unique.
+        let name = "omt0".to_owned();
+        let tap = namespace.enter(|| Tap::create(&name)).unwrap().unwrap();
+        namespace
+            .ip(&format!("link set {name} address 52:54:00:00:00:fe"))
+            .unwrap();
+        tap.up().unwrap();
+        Some(Self {
+            namespace,
+            tap,
+            name,
+        })
+    }
+
+    /// Runs `omerta guard VERB TAP OPTIONS` on the stage.
+    pub fn guard(&self, verb: &str, options: &str) -> Ran {
+        self.omerta(&format!("guard {verb} {} {options}", self.name))
+    }
+
+    /// Runs `omerta` in the namespace.
+    pub fn omerta(&self, arguments: &str) -> Ran {
+        self.command(arguments).output().unwrap().into()
+    }
+
+    pub fn command(&self, arguments: &str) -> std::process::Command {
+        let mut command = self.namespace.command(OMERTA);
+        prepare(&mut command, arguments);
+        command
+    }
+
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// The JSON of `guard show`.
+    pub fn shown(&self) -> Value {
+        serde_json::from_str(&self.guard("show", "-o json").done().stdout).unwrap()
+    }
+
+    /// What is pinned for this namespace, wherever a guard can be pinned.
+    pub fn pins(&self) -> Vec<String> {
+        let directory = format!("/sys/fs/bpf/omerta/{}", self.namespace.inode().unwrap());
+        match std::fs::read_dir(directory) {
+            Ok(entries) => entries
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect(),
+            Err(_) => Vec::new(),
+        }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // The pins outlive the namespace; a test that failed must not leave them behind.
+        let _ = self
+            .command(&format!("guard detach {}", self.name))
+            .output();
+    }
+}
+
+/// An Ethernet frame with an IPv4 UDP packet of the guest to `destination`, port 51820.
+fn datagram(destination: [u8; 4]) -> Vec<u8> {
+    let mut frame = vec![0x52, 0x54, 0, 0, 0, 0xfe, 0x52, 0x54, 0, 0, 0, 1, 0x08, 0];
+    let mut ip = vec![0x45, 0, 0, 46, 0, 1, 0x40, 0, 64, 17, 0, 0, 10, 77, 0, 2];
+    ip.extend(destination);
+    let sum: u32 = ip
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+        .sum();
+    let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    frame.extend(ip);
+    frame.extend([0xc3, 0x50, 0xca, 0x6c, 0, 26, 0, 0]);
+    frame.extend([0; 18]);
+    frame
+}
+
+#[test]
+fn guard_lives_from_attach_to_detach() {
+    let Some(stage) = Stage::set() else { return };
+    let ran = stage
+        .guard("attach", &format!("{GUEST} --allow udp:192.0.2.10:51820"))
+        .done();
+    assert_eq!(ran.stdout, "omt0: guarded, filtered, 1 endpoint, epoch 1\n");
+    // The command that attached it has ended; the guard has not.
+    assert_eq!(stage.pins(), ["omt0"]);
+
+    stage.tap.send(&datagram([192, 0, 2, 10])).unwrap();
+    stage.tap.send(&datagram([198, 51, 100, 1])).unwrap();
+    stage.tap.send(&datagram([198, 51, 100, 1])).unwrap();
+    assert!(stage.tap.recv(Duration::from_millis(50)).unwrap().is_none());
+    let shown = stage.shown();
+    assert_eq!(shown["interface"], "omt0");
+    assert_eq!(shown["mode"], "filtered");
+    assert_eq!(shown["epoch"], 1);
+    assert_eq!(shown["allow"], json!(["udp:192.0.2.10:51820"]));
+    let index = stage
+        .namespace()
+        .enter(|| omerta_test_support::index_of("omt0"))
+        .unwrap()
+        .unwrap();
+    assert_eq!(shown["ifindex"], index);
+    assert_eq!(shown["egress"]["rx"], 3);
+    assert_eq!(shown["egress"]["allowed"], 1);
+    assert_eq!(shown["egress"]["answered"], 0);
+    assert_eq!(shown["egress"]["dropped"]["endpoint"], 2);
+    for direction in ["egress", "ingress"] {
+        let counters = &shown[direction];
+        let dropped: u64 = counters["dropped"]
+            .as_object()
+            .unwrap()
+            .values()
+            .map(|n| n.as_u64().unwrap())
+            .sum();
+        let sum = counters["allowed"].as_u64().unwrap()
+            + counters["answered"].as_u64().unwrap()
+            + dropped;
+        assert_eq!(counters["rx"], sum, "{direction}");
+    }
+
+    let text = stage.guard("show", "").done().stdout;
+    let text = text.replace(&format!("(index {index})"), "(index N)");
+    assert_eq!(text, include_str!("golden/guard_show.txt"));
+    assert_eq!(
+        stage.omerta("guard list").done().stdout,
+        include_str!("golden/guard_list.txt")
+    );
+    let list: Value =
+        serde_json::from_str(&stage.omerta("guard list -o json").done().stdout).unwrap();
+    assert_eq!(list, json!([shown]));
+
+    assert_eq!(
+        stage.guard("detach", "").done().stdout,
+        "omt0: no longer guarded\n"
+    );
+    assert_eq!(stage.pins(), [""; 0]);
+    assert_eq!(stage.omerta("guard list").done().stdout, "");
+    assert_eq!(stage.omerta("guard list -o json").done().stdout, "[]\n");
+}
+
+#[test]
+fn every_option_of_attach_reaches_the_guard() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .guard(
+            "attach",
+            "--mac 52:54:00:00:00:01 --ip 10.77.0.2 --ip 2001:db8::2 --gateway 10.77.0.1 \
+             --gateway fe80::1 --gateway-mac 52:54:00:00:00:aa --allow tcp:[2001:db8:1::1]:443 \
+             --allow icmp:192.0.2.10 --mode conntrack",
+        )
+        .done();
+    let shown = stage.shown();
+    assert_eq!(shown["mode"], "conntrack");
+    assert_eq!(shown["mac"], "52:54:00:00:00:01");
+    assert_eq!(shown["gateway_mac"], "52:54:00:00:00:aa");
+    assert_eq!(shown["addresses"], json!(["10.77.0.2", "2001:db8::2"]));
+    assert_eq!(shown["gateways"], json!(["10.77.0.1", "fe80::1"]));
+    assert_eq!(
+        shown["allow"],
+        json!(["icmp:192.0.2.10", "tcp:[2001:db8:1::1]:443"])
+    );
+}
+
+#[test]
+fn allowlist_changes_raise_the_epoch() {
+    let Some(stage) = Stage::set() else { return };
+    stage.guard("attach", GUEST).done();
+    let ran = stage
+        .guard("allow", "udp:192.0.2.1:1 udp:192.0.2.2:2 udp:192.0.2.3:3")
+        .done();
+    assert_eq!(ran.stdout, "omt0: epoch 2 in force\n");
+    stage.guard("revoke", "udp:192.0.2.2:2").done();
+    assert_eq!(
+        stage.shown()["allow"],
+        json!(["udp:192.0.2.1:1", "udp:192.0.2.3:3"])
+    );
+
+    let list = b"# new\n\ntcp:192.0.2.9:9 # web\r\nudp:192.0.2.3:3\nudp:192.0.2.3:3\n";
+    let ran = fed(stage.command("guard replace omt0 --file -"), list).done();
+    assert_eq!(ran.stdout, "omt0: epoch 4 in force\n");
+    assert_eq!(
+        stage.shown()["allow"],
+        json!(["tcp:192.0.2.9:9", "udp:192.0.2.3:3"])
+    );
+
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("none");
+    std::fs::write(&file, "# nobody\n").unwrap();
+    stage
+        .guard("replace", &format!("--file {}", file.display()))
+        .done();
+    assert_eq!(stage.shown()["allow"], json!([]));
+}

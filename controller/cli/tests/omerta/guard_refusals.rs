@@ -1,0 +1,220 @@
+//! What `omerta guard` refuses on a real machine, and that a refusal changes nothing.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use crate::guard::{GUEST, Stage};
+use crate::run::{OMERTA, Ran, fed, prepare};
+
+#[test]
+fn unknown_interface_is_not_found() {
+    let Some(stage) = Stage::set() else { return };
+    for interface in [
+        "omnone0",
+        "omnone0.100",
+        "a-name-longer-than-interfaces-have",
+    ] {
+        for (verb, options) in [
+            ("attach", GUEST),
+            ("allow", "udp:192.0.2.1:1"),
+            ("revoke", "udp:192.0.2.1:1"),
+            ("replace", "--file /dev/null"),
+            ("show", ""),
+            ("show", "-o json"),
+            ("detach", ""),
+        ] {
+            stage
+                .omerta(&format!("guard {verb} {interface} {options}"))
+                .failed(3, &[interface, "ip link"]);
+        }
+    }
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn unguarded_interface_is_not_found() {
+    let Some(stage) = Stage::set() else { return };
+    for (verb, options) in [
+        ("allow", "udp:192.0.2.1:1"),
+        ("revoke", "udp:192.0.2.1:1"),
+        ("replace", "--file /dev/null"),
+        ("show", ""),
+        ("detach", ""),
+    ] {
+        stage
+            .guard(verb, options)
+            .failed(3, &["omt0", "omerta guard attach omt0"]);
+    }
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn guarded_interface_is_not_guarded_again() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .guard("attach", &format!("{GUEST} --allow udp:192.0.2.1:1"))
+        .done();
+    let before = stage.shown();
+    stage
+        .guard(
+            "attach",
+            "--mac 52:54:00:00:00:02 --ip 10.77.0.3 --gateway 10.77.0.1",
+        )
+        .failed(4, &["omt0", "guarded already", "omerta guard detach omt0"]);
+    assert_eq!(stage.shown(), before);
+}
+
+#[test]
+fn bad_list_changes_nothing() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .guard("attach", &format!("{GUEST} --allow udp:192.0.2.1:1"))
+        .done();
+    let before = stage.shown();
+    fed(
+        stage.command("guard replace omt0 --file -"),
+        b"udp:192.0.2.2:2\nudp:nobody:1\n",
+    )
+    .failed(2, &["line 2", "udp:nobody:1", "nothing was changed"]);
+    stage
+        .guard("allow", "udp:192.0.2.2:2 udp:192.0.2.3:0")
+        .failed(2, &["udp:192.0.2.3:0"]);
+    stage
+        .guard("revoke", "udp:192.0.2.1:1 udp:192.0.2.9:9")
+        .failed(
+            3,
+            &[
+                "udp:192.0.2.9:9",
+                "not on the allowlist of omt0",
+                "nothing was changed",
+            ],
+        );
+    let too_many: String = (0..60_000)
+        .map(|n| format!("udp:192.0.2.{}:{}\n", n % 200, 1 + n))
+        .collect();
+    let refused = fed(
+        stage.command("guard replace omt0 --file -"),
+        too_many.as_bytes(),
+    );
+    refused.failed(4, &["60000", "omt0", "nothing was changed"]);
+    assert_eq!(stage.shown(), before);
+}
+
+#[test]
+fn interface_that_is_no_ethernet_is_refused() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .omerta(&format!("guard attach lo {GUEST}"))
+        .failed(2, &["lo", "Ethernet"]);
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn guard_of_a_recreated_interface_is_not_in_force_and_can_be_cleared() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .namespace()
+        .ip("link add omv0 type veth peer name omv1")
+        .unwrap();
+    stage.omerta(&format!("guard attach omv0 {GUEST}")).done();
+    stage.namespace().ip("link delete omv0").unwrap();
+    stage
+        .omerta("guard show omv0")
+        .failed(3, &["omv0", "ip link"]);
+    stage
+        .namespace()
+        .ip("link add omv0 type veth peer name omv1")
+        .unwrap();
+    stage
+        .omerta("guard show omv0")
+        .failed(1, &["omv0", "not in force", "omerta guard attach omv0"]);
+    assert_eq!(stage.omerta("guard list").done().stdout, "");
+    stage.omerta("guard detach omv0").done();
+    assert_eq!(stage.pins(), [""; 0]);
+    stage
+        .omerta("guard show omv0")
+        .failed(3, &["omv0", "no guard"]);
+}
+
+#[test]
+fn without_root_the_remedy_is_sudo() {
+    let Some(stage) = Stage::set() else { return };
+    // The target directory may be closed to others.
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let copy = dir.path().join("omerta");
+    fs::copy(OMERTA, &copy).unwrap();
+    for (verb, options) in [
+        ("attach omt0", GUEST),
+        ("allow omt0", "udp:192.0.2.1:1"),
+        ("show omt0", ""),
+        ("detach omt0", ""),
+        ("list", ""),
+    ] {
+        let ran: Ran = stage
+            .namespace()
+            .enter(|| {
+                let mut command = Command::new(&copy);
+                prepare(&mut command, &format!("guard {verb} {options}"));
+                command.uid(65534).gid(65534).output()
+            })
+            .unwrap()
+            .unwrap()
+            .into();
+        ran.failed(1, &["root", "sudo"]);
+    }
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+/// CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN (capabilities(7)).
+const BPF_CAPABILITIES: [libc::c_ulong; 4] = [39, 12, 38, 21];
+
+#[test]
+fn root_without_the_capabilities_leaves_nothing_half_made() {
+    let Some(stage) = Stage::set() else { return };
+    // Root in a container: the pins' directory is open to it, loading programs is not.
+    stage.omerta("guard list").done();
+    let mut command = stage.command(&format!("guard attach omt0 {GUEST}"));
+    // SAFETY: between fork and exec the closure makes one system call a round, which touches no
+    // memory; the array is a constant.
+    unsafe {
+        command.pre_exec(|| {
+            for capability in BPF_CAPABILITIES {
+                if libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    Ran::from(command.output().unwrap()).failed(1, &["CAP_BPF", "sudo"]);
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn kernel_without_tcx_is_named_with_the_version_that_has_it() {
+    let Some(stage) = Stage::set() else { return };
+    // Distributions tell the version in places that cannot be disguised.
+    let version = nix::sys::utsname::uname().unwrap();
+    if fs::exists("/proc/version_signature").unwrap()
+        || version.version().to_string_lossy().contains("Debian")
+    {
+        eprintln!("skipped: this distribution's kernel version cannot be disguised");
+        return;
+    }
+    /// Makes uname(2) tell 2.6.x (personality(2)).
+    const UNAME26: libc::c_ulong = 0x0020000;
+    let mut command = stage.command(&format!("guard attach omt0 {GUEST}"));
+    // SAFETY: between fork and exec the closure makes one system call, which touches no memory.
+    unsafe {
+        command.pre_exec(|| match libc::personality(UNAME26) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    Ran::from(command.output().unwrap()).failed(1, &["2.6.", "TCX", "6.6"]);
+    assert_eq!(stage.pins(), [""; 0]);
+}

@@ -1,0 +1,16 @@
+//! Runs the real `omerta`: what it prints, how it ends, and what it leaves behind.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod console;
+mod daemon;
+mod guard;
+mod guard_refusals;
+mod manual;
+mod omertad;
+mod run;
+mod usage;
