@@ -214,20 +214,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sys_of_a_network_namespace_is_told_from_the_machines() {
-        let own = "23 27 0:22 / /sys rw,relatime - sysfs sysfs rw\n\
-                   31 23 0:29 / /sys/fs/bpf rw,relatime - bpf bpf rw,mode=700\n";
-        assert_eq!(sys_mounted_for(own), Some("sysfs"));
-        let private = "49 46 0:40 / /sys rw,relatime shared:1 - sysfs blue rw\n";
-        assert_eq!(sys_mounted_for(private), Some("blue"));
-        assert_eq!(sys_mounted_for(&format!("{own}{private}")), Some("blue"));
-        assert_eq!(
-            sys_mounted_for("27 1 0:2 / / rw - ext4 /dev/vda rw\n"),
-            None
-        );
-    }
-
-    #[test]
     fn interface_names_round_trip_without_dots() {
         for name in ["tap0", "eth0.100", "a%b", "%2e", "a.%.b"] {
             assert!(!encode(name).contains('.'));
