@@ -41,8 +41,6 @@ pub enum Occurrence {
     Launched {
         /// The host-side interface.
         interface: String,
-        /// The hypervisor's process id.
-        pid: u32,
     },
     /// The guard is attached, pinned and proven by a canary.
     Guarded {
@@ -50,7 +48,10 @@ pub enum Occurrence {
         allow: Vec<String>,
     },
     /// The guest runs.
-    Started {},
+    Started {
+        /// The hypervisor's process id.
+        pid: u32,
+    },
     /// The guest reported its WireGuard public key.
     PublicKey {
         /// The key, base64.

@@ -1,2 +1,150 @@
-//! See ARCHITECTURE.md.
-fn main() {}
+//! omertad: runs guests, keeps their guards, exports metrics.
+#![deny(unsafe_code)]
+
+mod arguments;
+mod clock;
+mod config;
+mod exporter;
+mod failure;
+mod fleet;
+mod guest_task;
+mod instance;
+mod journal;
+mod metrics;
+mod order;
+mod pool;
+mod preflight;
+mod record;
+mod server;
+mod sweep;
+mod tap_name;
+mod watch;
+
+use std::future::IntoFuture;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch as notice;
+use tracing_subscriber::EnvFilter;
+
+use crate::arguments::Arguments;
+use crate::config::{Config, Settings};
+use crate::fleet::Fleet;
+use crate::instance::Instance;
+use crate::journal::Journal;
+
+/// How long open connections have to finish once the guests are gone.
+const CONNECTIONS_DEADLINE: Duration = Duration::from_secs(1);
+/// Threads for tasks: enough that one that waits for the kernel keeps no guest's pause waiting.
+const MIN_THREADS: usize = 4;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_env("OMERTA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    match start(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("omertad: {}", failure::report(error.as_ref()));
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// 2 where the command line or the configuration is wrong, 1 otherwise.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<config::ConfigError>() {
+        2
+    } else {
+        1
+    }
+}
+
+fn start(arguments: Arguments) -> anyhow::Result<()> {
+    let config = match &arguments.config {
+        Some(path) => Config::read(path)?,
+        None => Config::default(),
+    };
+    let settings = arguments.over(config).validate()?;
+    preflight::check()?;
+    let instance = Instance::claim(&settings.socket)?;
+    std::fs::create_dir_all(&settings.run_dir)
+        .with_context(|| format!("cannot create run directory {}", settings.run_dir.display()))?;
+    let threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .max(MIN_THREADS);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let outcome = runtime.block_on(serve(&settings, &instance));
+    // Nothing that still runs has anything left to say.
+    runtime.shutdown_timeout(CONNECTIONS_DEADLINE);
+    outcome
+}
+
+async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    let metrics_listener = match settings.metrics {
+        Some(address) => Some(exporter::listen(address).await?),
+        None => None,
+    };
+    sweep::sweep(&settings.run_dir);
+    let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
+    let fleet = Arc::new(Fleet::new(settings.clone(), Arc::new(Journal::new())));
+    tracing::info!(
+        socket = %settings.socket.display(),
+        metrics = settings.metrics.map_or("off".to_owned(), |address| address.to_string()),
+        "omertad {} is ready",
+        env!("CARGO_PKG_VERSION"),
+    );
+    let probing = Arc::clone(&fleet);
+    tokio::spawn(async move {
+        probing.accel().await;
+    });
+
+    let (stop, stopped) = notice::channel(false);
+    let api = axum::serve(listener, server::router(Arc::clone(&fleet)))
+        .with_graceful_shutdown(until(stopped.clone()));
+    let api = tokio::spawn(api.into_future());
+    let exporter = metrics_listener.map(|listener| {
+        let server = axum::serve(listener, exporter::router(Arc::clone(&fleet)))
+            .with_graceful_shutdown(until(stopped));
+        tokio::spawn(server.into_future())
+    });
+
+    let signal = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!(signal, "ending every guest");
+    let left = fleet.shut_down().await;
+    // The receivers live in the servers; they may have ended already.
+    let _ = stop.send(true);
+    let servers = async {
+        let _ = api.await;
+        if let Some(exporter) = exporter {
+            let _ = exporter.await;
+        }
+    };
+    let _ = tokio::time::timeout(CONNECTIONS_DEADLINE, servers).await;
+    if left > 0 {
+        bail!("{left} guests could not be ended in time: see the log for what is left of them");
+    }
+    tracing::info!("every guest has ended");
+    Ok(())
+}
+
+async fn until(mut stopped: notice::Receiver<bool>) {
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}

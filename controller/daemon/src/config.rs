@@ -1,0 +1,216 @@
+//! The configuration: as written ([`Config`]) and as checked ([`Settings`]).
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use omerta_engine::OnViolation;
+use omerta_vm_launcher::Accel;
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::pool::{GuestPool, PoolError};
+
+/// The configuration file's content. A key that is not one of these is an error.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) state_dir: Option<PathBuf>,
+    pub(crate) run_dir: Option<PathBuf>,
+    pub(crate) image_dir: Option<PathBuf>,
+    pub(crate) metrics: Option<String>,
+    pub(crate) guest_pool: Option<String>,
+    pub(crate) on_violation: Option<String>,
+    pub(crate) accel: Option<String>,
+    pub(crate) max_guests: Option<usize>,
+}
+
+/// The configuration, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Where the API listens.
+    pub(crate) socket: PathBuf,
+    /// Where guests' run directories are made.
+    pub(crate) run_dir: PathBuf,
+    /// Where images are found.
+    pub(crate) image_dir: PathBuf,
+    /// Where metrics are served, if they are.
+    pub(crate) metrics: Option<SocketAddr>,
+    /// Where guests' addresses come from.
+    pub(crate) guest_pool: GuestPool,
+    /// What rogue traffic does to a guest that does not say.
+    pub(crate) on_violation: OnViolation,
+    /// How guests execute; probed when absent.
+    pub(crate) accel: Option<Accel>,
+    /// How many guests may live at once.
+    pub(crate) max_guests: usize,
+}
+
+/// Why there is no usable configuration.
+#[derive(Debug, Error)]
+pub(crate) enum ConfigError {
+    #[error("cannot read the configuration file {}", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("configuration file {}: {problem}", path.display())]
+    Parse { path: PathBuf, problem: String },
+    #[error("metrics address `{0}` is not one: write ADDR:PORT as in 127.0.0.1:9469, or off")]
+    Metrics(String),
+    #[error("guest pool: {0}")]
+    Pool(#[from] PoolError),
+    #[error("on_violation: {0}")]
+    OnViolation(#[from] omerta_engine::OnViolationParseError),
+    #[error("accel `{0}` is not one: write auto, kvm or tcg")]
+    Accel(String),
+    #[error("max_guests is {given}: give 1 to {pool}, as many as the guest pool has room for")]
+    MaxGuests { given: usize, pool: usize },
+    #[error("{what} {} cannot be made an absolute path", path.display())]
+    Path {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl Config {
+    /// Reads a configuration file.
+    pub(crate) fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        toml::from_str(&text).map_err(|error| {
+            let line = error.span().map_or(1, |span| line_of(&text, span.start));
+            let problem = format!("line {line}: {}", error.message().replace('\n', " "));
+            ConfigError::Parse {
+                path: path.to_owned(),
+                problem,
+            }
+        })
+    }
+
+    /// Fills in what is not said and checks what is.
+    pub(crate) fn validate(self) -> Result<Settings, ConfigError> {
+        let state_dir = self.state_dir.unwrap_or_else(|| "/var/lib/omerta".into());
+        let image_dir = self.image_dir.unwrap_or_else(|| state_dir.join("images"));
+        let run_dir = self.run_dir.unwrap_or_else(|| "/run/omerta".into());
+        let socket = self.socket.unwrap_or_else(|| run_dir.join("omertad.sock"));
+        let metrics = match self.metrics.as_deref().unwrap_or("127.0.0.1:9469") {
+            "off" => None,
+            text => Some(
+                text.parse()
+                    .map_err(|_| ConfigError::Metrics(text.to_owned()))?,
+            ),
+        };
+        let guest_pool: GuestPool = self
+            .guest_pool
+            .as_deref()
+            .unwrap_or("10.77.0.0/16")
+            .parse()?;
+        let on_violation = match self.on_violation {
+            Some(word) => word.parse()?,
+            None => OnViolation::Terminate,
+        };
+        let accel = match self.accel.as_deref() {
+            None | Some("auto") => None,
+            Some("kvm") => Some(Accel::Kvm),
+            Some("tcg") => Some(Accel::Tcg),
+            Some(other) => return Err(ConfigError::Accel(other.to_owned())),
+        };
+        let pool = guest_pool.capacity();
+        let max_guests = self.max_guests.unwrap_or(pool.min(256));
+        if !(1..=pool).contains(&max_guests) {
+            return Err(ConfigError::MaxGuests {
+                given: max_guests,
+                pool,
+            });
+        }
+        Ok(Settings {
+            socket: absolute("socket", socket)?,
+            run_dir: absolute("run directory", run_dir)?,
+            image_dir: absolute("image directory", image_dir)?,
+            metrics,
+            guest_pool,
+            on_violation,
+            accel,
+            max_guests,
+        })
+    }
+}
+
+fn absolute(what: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
+    std::path::absolute(&path).map_err(|source| ConfigError::Path { what, path, source })
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text.bytes()
+        .take(offset)
+        .filter(|byte| *byte == b'\n')
+        .count()
+        + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Config::read(file.path())
+    }
+
+    #[test]
+    fn nothing_said_gives_the_documented_defaults() {
+        let settings = Config::default().validate().unwrap();
+        assert_eq!(settings.socket, Path::new("/run/omerta/omertad.sock"));
+        assert_eq!(settings.image_dir, Path::new("/var/lib/omerta/images"));
+        assert_eq!(settings.metrics, Some("127.0.0.1:9469".parse().unwrap()));
+        assert_eq!(settings.on_violation, OnViolation::Terminate);
+        assert!(settings.accel.is_none());
+    }
+
+    #[test]
+    fn unknown_key_is_refused_with_its_line() {
+        let error = read("accel = \"tcg\"\non_violatoin = \"drop\"\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("line 2") && error.contains("on_violatoin"),
+            "{error}"
+        );
+        assert_eq!(error.lines().count(), 1);
+    }
+
+    #[test]
+    fn each_bad_value_is_refused_with_its_name() {
+        for (text, names) in [
+            ("metrics = \"here\"", "metrics address `here`"),
+            ("guest_pool = \"10.77.0.1/16\"", "guest pool"),
+            ("on_violation = \"shrug\"", "`shrug`"),
+            ("accel = \"hvf\"", "`hvf`"),
+            ("max_guests = 0", "max_guests is 0"),
+            (
+                "guest_pool = \"10.77.0.0/30\"\nmax_guests = 2",
+                "max_guests is 2",
+            ),
+        ] {
+            let error = read(text).unwrap().validate().unwrap_err().to_string();
+            assert!(error.contains(names), "{text}: {error}");
+        }
+        let error = read("max_guests = \"many\"").unwrap_err().to_string();
+        assert!(error.contains("line 1"), "{error}");
+    }
+
+    #[test]
+    fn missing_file_is_named() {
+        let error = Config::read(Path::new("/nonexistent/omertad.toml"))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("/nonexistent/omertad.toml"));
+    }
+}

@@ -1,0 +1,340 @@
+//! The task of one guest: it owns everything that exists of the guest, tells the engine what
+//! happens to it, and carries out what the engine answers.
+//!
+//! A rogue frame goes from the ring buffer to the engine and its answer to QEMU without leaving
+//! this task, so no guest waits for another.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use omerta_api::ApiError;
+use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, RogueFrame};
+use omerta_vm_launcher::{
+    Ended, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
+};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout};
+
+use crate::clock;
+use crate::failure::report;
+use crate::fleet::Fleet;
+use crate::order::kind_of;
+use crate::watch::{Watch, WatchError};
+
+/// How long QEMU may take to confirm that the guest stands still.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
+/// How often the guard is proven to be still what was attached.
+const VERIFY_INTERVAL: Duration = Duration::from_secs(1);
+/// A moment that does not come.
+const NEVER: Duration = Duration::from_secs(86_400 * 365);
+
+/// What people want of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Command {
+    /// That it powers down, and is killed if it has not done so in this many seconds.
+    Stop { deadline_seconds: u32 },
+    /// That it ends at once.
+    End(Cause),
+}
+
+/// What exists of the guest.
+#[derive(Debug)]
+enum Stage {
+    Absent,
+    Paused(Paused),
+    Guarded(Guarded),
+    Running(Box<Running>, Watch),
+}
+
+/// Owner of one guest.
+#[derive(Debug)]
+pub(crate) struct GuestTask {
+    id: GuestId,
+    spec: Arc<Spec>,
+    fleet: Arc<Fleet>,
+    commands: mpsc::UnboundedReceiver<Command>,
+    stage: Stage,
+    stop_deadline: Option<Instant>,
+    verify: Interval,
+}
+
+impl GuestTask {
+    pub(crate) fn new(
+        id: GuestId,
+        spec: Arc<Spec>,
+        fleet: Arc<Fleet>,
+        commands: mpsc::UnboundedReceiver<Command>,
+    ) -> Self {
+        let mut verify = interval(VERIFY_INTERVAL);
+        verify.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            id,
+            spec,
+            fleet,
+            commands,
+            stage: Stage::Absent,
+            stop_deadline: None,
+            verify,
+        }
+    }
+
+    /// Carries out the first actions and whatever follows, until nothing of the guest is left.
+    pub(crate) async fn run(mut self, first: Vec<Action>) {
+        let mut queue = VecDeque::from(first);
+        loop {
+            while let Some(action) = queue.pop_front() {
+                for event in self.execute(action).await {
+                    queue.extend(self.fleet.tell(self.id, event));
+                }
+                // What people want is not kept waiting by a launch of many steps.
+                while let Ok(command) = self.commands.try_recv() {
+                    queue.extend(self.fleet.tell(self.id, wanted(command)));
+                }
+            }
+            if matches!(self.stage, Stage::Absent) {
+                return;
+            }
+            let event = self.next_event().await;
+            queue.extend(self.fleet.tell(self.id, event));
+        }
+    }
+
+    async fn execute(&mut self, action: Action) -> Vec<GuestEvent> {
+        match action {
+            Action::Launch(_) => self.launch().await,
+            Action::Guard(_) => self.guard().await,
+            Action::Resume(_) => self.resume().await,
+            Action::Pause(_) => vec![self.pause().await],
+            Action::PowerDown {
+                deadline_seconds, ..
+            } => {
+                self.power_down(deadline_seconds).await;
+                Vec::new()
+            }
+            Action::Kill(_) => self.kill().await,
+            Action::Publish { guest, at, record } => {
+                self.fleet.publish(guest, at, record);
+                Vec::new()
+            }
+            // The fleet carries these out itself.
+            Action::Forget(_) | Action::Refuse { .. } => Vec::new(),
+        }
+    }
+
+    async fn launch(&mut self) -> Vec<GuestEvent> {
+        match Paused::launch(Spec::clone(&self.spec)).await {
+            Ok(paused) => {
+                self.stage = Stage::Paused(paused);
+                vec![GuestEvent::Launched]
+            }
+            Err(error) => self.launch_failed(&error),
+        }
+    }
+
+    async fn guard(&mut self) -> Vec<GuestEvent> {
+        match std::mem::replace(&mut self.stage, Stage::Absent) {
+            Stage::Paused(paused) => match paused.guard().await {
+                Ok(guarded) => {
+                    self.stage = Stage::Guarded(guarded);
+                    vec![GuestEvent::Guarded]
+                }
+                Err(error) => self.launch_failed(&error),
+            },
+            other => self.keep(other),
+        }
+    }
+
+    async fn resume(&mut self) -> Vec<GuestEvent> {
+        match std::mem::replace(&mut self.stage, Stage::Absent) {
+            Stage::Guarded(guarded) => {
+                // A guest whose guard cannot be watched does not run.
+                let watch = match Watch::open(guarded.guard()) {
+                    Ok(watch) => watch,
+                    Err(error) => {
+                        drop_apart(guarded).await;
+                        let message = report(&error);
+                        return self.did_not_launch(ApiError {
+                            error: omerta_api::ErrorKind::Failed,
+                            message,
+                        });
+                    }
+                };
+                match guarded.resume().await {
+                    Ok(running) => {
+                        self.fleet.note_pid(self.id, running.pid());
+                        self.stage = Stage::Running(Box::new(running), watch);
+                        vec![GuestEvent::Resumed]
+                    }
+                    Err(error) => self.launch_failed(&error),
+                }
+            }
+            other => self.keep(other),
+        }
+    }
+
+    /// An action that does not fit the stage changes nothing.
+    fn keep(&mut self, stage: Stage) -> Vec<GuestEvent> {
+        tracing::error!(guest = %self.spec.name, "an action did not fit the guest's stage");
+        self.stage = stage;
+        Vec::new()
+    }
+
+    fn launch_failed(&self, error: &LaunchError) -> Vec<GuestEvent> {
+        self.did_not_launch(ApiError {
+            error: kind_of(error),
+            message: format!("guest `{}`: {}", self.spec.name, report(error)),
+        })
+    }
+
+    fn did_not_launch(&self, error: ApiError) -> Vec<GuestEvent> {
+        let message = error.message.clone();
+        self.fleet.note_launch_error(self.id, error);
+        vec![GuestEvent::LaunchFailed { message }]
+    }
+
+    async fn pause(&self) -> GuestEvent {
+        let Stage::Running(running, _) = &self.stage else {
+            return GuestEvent::PauseFailed {
+                message: "the guest does not run".to_owned(),
+            };
+        };
+        match timeout(PAUSE_DEADLINE, running.control().pause()).await {
+            Ok(Ok(at_ns)) => GuestEvent::Paused {
+                at: Monotonic(at_ns),
+            },
+            Ok(Err(error)) => GuestEvent::PauseFailed {
+                message: report(&error),
+            },
+            Err(_) => GuestEvent::PauseFailed {
+                message: format!("QEMU did not confirm within {} s", PAUSE_DEADLINE.as_secs()),
+            },
+        }
+    }
+
+    async fn power_down(&mut self, deadline_seconds: u32) {
+        self.stop_deadline =
+            Some(Instant::now() + Duration::from_secs(u64::from(deadline_seconds)));
+        if let Stage::Running(running, _) = &self.stage
+            && let Err(error) = running.control().powerdown().await
+        {
+            // The deadline ends it.
+            tracing::warn!(guest = %self.spec.name, error = report(&error), "cannot power down");
+        }
+    }
+
+    async fn kill(&mut self) -> Vec<GuestEvent> {
+        let ended = match std::mem::replace(&mut self.stage, Stage::Absent) {
+            Stage::Running(running, _watch) => {
+                if let Ok(counters) = running.guard().counters() {
+                    self.fleet.note_counters(self.id, counters);
+                }
+                running.kill().await
+            }
+            Stage::Paused(paused) => drop_apart(paused).await,
+            Stage::Guarded(guarded) => drop_apart(guarded).await,
+            Stage::Absent => now_ended(),
+        };
+        let fault = (!ended.leftovers.is_empty())
+            .then(|| format!("left behind: {}", ended.leftovers.join("; ")));
+        vec![
+            GuestEvent::Reaped {
+                at: Monotonic(ended.ended_at_ns),
+            },
+            GuestEvent::TapRemoved {
+                at: Monotonic(ended.tap_removed_at_ns),
+                fault,
+            },
+        ]
+    }
+
+    /// The next thing that the engine should know. Only a stage that exists has one.
+    async fn next_event(&mut self) -> GuestEvent {
+        loop {
+            let deadline = self.stop_deadline.unwrap_or_else(|| Instant::now() + NEVER);
+            let Stage::Running(running, watch) = &mut self.stage else {
+                // Between steps of a launch there is nothing to wait for but people.
+                return match self.commands.recv().await {
+                    Some(command) => wanted(command),
+                    None => GuestEvent::EndRequested(Cause::Shutdown),
+                };
+            };
+            tokio::select! {
+                frame = watch.next() => match frame {
+                    Ok(frame) => return GuestEvent::RogueFrameSeen(rogue(&frame)),
+                    Err(error) => return lost(&error),
+                },
+                event = running.next_event() => {
+                    if let Some(event) = translate(event) {
+                        return event;
+                    }
+                }
+                Some(command) = self.commands.recv() => return wanted(command),
+                () = sleep_until(deadline) => {
+                    self.stop_deadline = None;
+                    return GuestEvent::StopDeadlinePassed;
+                }
+                _ = self.verify.tick() => {
+                    if let Err(error) = running.guard().verify() {
+                        return GuestEvent::GuardLost { message: report(&error) };
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn wanted(command: Command) -> GuestEvent {
+    match command {
+        Command::Stop { deadline_seconds } => GuestEvent::StopRequested { deadline_seconds },
+        Command::End(cause) => GuestEvent::EndRequested(cause),
+    }
+}
+
+fn rogue(frame: &omerta_dataplane::FrameEvent) -> RogueFrame {
+    RogueFrame {
+        at: Monotonic(frame.at_ns),
+        direction: frame.direction,
+        reason: frame.reason,
+        length: frame.length,
+        description: frame.describe(),
+    }
+}
+
+fn lost(error: &WatchError) -> GuestEvent {
+    GuestEvent::GuardLost {
+        message: report(error),
+    }
+}
+
+fn translate(event: LauncherEvent) -> Option<GuestEvent> {
+    match event {
+        LauncherEvent::PublicKeyReported(key) => {
+            Some(GuestEvent::PublicKeyReported(key.to_string()))
+        }
+        LauncherEvent::HandshakeReported => Some(GuestEvent::HandshakeSeen),
+        LauncherEvent::Reset => Some(GuestEvent::Reset),
+        LauncherEvent::Panicked => Some(GuestEvent::Panicked),
+        LauncherEvent::GuardLost { why } => Some(GuestEvent::GuardLost { message: why }),
+        LauncherEvent::Exited { .. } => Some(GuestEvent::Exited),
+        // The exit follows; pauses and resumptions are this task's own doing.
+        LauncherEvent::Shutdown | LauncherEvent::Paused | LauncherEvent::Resumed => None,
+    }
+}
+
+/// Drops what undoes itself and blocks meanwhile, where it keeps nobody waiting.
+async fn drop_apart<T: Send + 'static>(stage: T) -> Ended {
+    // A join error means that dropping panicked; there is nothing more to undo then.
+    let _ = tokio::task::spawn_blocking(move || drop(stage)).await;
+    now_ended()
+}
+
+fn now_ended() -> Ended {
+    let now = clock::now().0;
+    Ended {
+        status: None,
+        ended_at_ns: now,
+        tap_removed_at_ns: now,
+        leftovers: Vec::new(),
+    }
+}

@@ -1,0 +1,132 @@
+//! Metrics, read from the guards whenever they are asked for.
+
+use omerta_dataplane::{Count, Counters, DirectionCounters, Guard};
+use omerta_engine::GuestState;
+use omerta_verdict::Direction;
+use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+
+use crate::fleet::{Fleet, Measure};
+
+/// The text that is answered to a scrape. Blocks for some microseconds a guest.
+pub(crate) fn scrape(fleet: &Fleet) -> Result<String, prometheus::Error> {
+    let mut measures = fleet.measures();
+    for measure in &mut measures {
+        // A guard that is gone, or not there yet, leaves what was read last.
+        if let Some(counters) = read_guard(measure) {
+            fleet.note_counters(measure.id, counters.clone());
+            measure.counters = Some(counters);
+        }
+    }
+    render(&measures, fleet.journal().lost())
+}
+
+fn read_guard(measure: &Measure) -> Option<Counters> {
+    use GuestState::{Ended, Ending, Launching, Paused};
+    if matches!(measure.state, Launching | Paused | Ending | Ended) {
+        return None;
+    }
+    Guard::open(&measure.interface)
+        .and_then(|guard| guard.counters())
+        .ok()
+}
+
+/// Renders metrics of these guests. The families are made anew each time, so that no series
+/// outlives its guest.
+fn render(measures: &[Measure], lost_by_readers: u64) -> Result<String, prometheus::Error> {
+    let registry = Registry::new();
+    let gauge = |name: &str, help: &str, labels: &[&str]| {
+        let gauge = IntGaugeVec::new(Opts::new(name, help), labels)?;
+        registry.register(Box::new(gauge.clone()))?;
+        Ok::<_, prometheus::Error>(gauge)
+    };
+    let counter = |name: &str, help: &str, labels: &[&str]| {
+        let counter = IntCounterVec::new(Opts::new(name, help), labels)?;
+        registry.register(Box::new(counter.clone()))?;
+        Ok::<_, prometheus::Error>(counter)
+    };
+    let build = gauge(
+        "omerta_build_info",
+        "Always 1; the label tells which omertad runs.",
+        &["version"],
+    )?;
+    build
+        .get_metric_with_label_values(&[env!("CARGO_PKG_VERSION")])?
+        .set(1);
+    let states = gauge(
+        "omerta_guest_state",
+        "1 for the state that the guest is in, 0 for the others.",
+        &["guest", "state"],
+    )?;
+    let labels = ["guest", "direction", "outcome", "reason"];
+    let packets = counter(
+        "omerta_guest_packets_total",
+        "Frames that the guest's guard judged, by outcome, and by reason where dropped.",
+        &labels,
+    )?;
+    let bytes = counter(
+        "omerta_guest_bytes_total",
+        "Bytes of the frames that the guest's guard judged, by outcome, and by reason where dropped.",
+        &labels,
+    )?;
+    let rogue = counter(
+        "omerta_rogue_events_total",
+        "Rogue frames of the guest that the daemon was told of.",
+        &["guest", "reason"],
+    )?;
+    let lost = counter(
+        "omerta_events_lost_total",
+        "Events that did not arrive: kernel, rogue frames that did not fit the guard's ring; reader, events that a slow reader missed.",
+        &["where"],
+    )?;
+    let mut lost_in_kernel = 0;
+    for measure in measures {
+        for state in GuestState::ALL {
+            let value = i64::from(state == measure.state);
+            states
+                .get_metric_with_label_values(&[&measure.name, state.word()])?
+                .set(value);
+        }
+        for (reason, count) in &measure.rogue_frames {
+            rogue
+                .get_metric_with_label_values(&[&measure.name, reason.word()])?
+                .inc_by(*count);
+        }
+        let Some(counters) = &measure.counters else {
+            continue;
+        };
+        lost_in_kernel += counters.events_lost.packets;
+        for (direction, counters) in [
+            (Direction::Egress, &counters.egress),
+            (Direction::Ingress, &counters.ingress),
+        ] {
+            for (outcome, reason, count) in outcomes(counters) {
+                let values = [measure.name.as_str(), direction.word(), outcome, reason];
+                packets
+                    .get_metric_with_label_values(&values)?
+                    .inc_by(count.packets);
+                bytes
+                    .get_metric_with_label_values(&values)?
+                    .inc_by(count.bytes);
+            }
+        }
+    }
+    lost.get_metric_with_label_values(&["kernel"])?
+        .inc_by(lost_in_kernel);
+    lost.get_metric_with_label_values(&["reader"])?
+        .inc_by(lost_by_readers);
+    TextEncoder::new().encode_to_string(&registry.gather())
+}
+
+fn outcomes(
+    counters: &DirectionCounters,
+) -> impl Iterator<Item = (&'static str, &'static str, Count)> + '_ {
+    let passed = [
+        ("allowed", "", counters.allowed),
+        ("answered", "", counters.answered),
+    ];
+    let dropped = counters
+        .dropped
+        .iter()
+        .map(|(reason, count)| ("dropped", reason.word(), *count));
+    passed.into_iter().chain(dropped)
+}

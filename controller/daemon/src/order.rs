@@ -1,0 +1,302 @@
+//! A request for a guest, checked.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use omerta_api::{ApiError, ErrorKind, RunRequest};
+use omerta_engine::OnViolation;
+use omerta_verdict::Mode;
+use omerta_vm_launcher::{
+    Accel, Consumer, GuestName, Image, ImageError, Spec, Tunnel, WgPublicKey,
+};
+
+use crate::config::Settings;
+use crate::failure::{failed, not_found, usage};
+use crate::pool::Addresses;
+
+const DEFAULT_CPUS: u8 = 1;
+const DEFAULT_MEMORY_MIB: u32 = 256;
+const DEFAULT_TUNNEL: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 66, 0, 2), 24);
+const DEFAULT_PEER: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 1);
+const MAX_IMAGE_NAME_BYTES: usize = 64;
+
+/// What is to be run, without what the daemon itself assigns.
+#[derive(Clone, Debug)]
+pub(crate) struct Order {
+    pub(crate) name: GuestName,
+    pub(crate) image_name: String,
+    pub(crate) on_violation: OnViolation,
+    image: Image,
+    consumer: Consumer,
+    tunnel: Tunnel,
+    mode: Mode,
+    cpus: u8,
+    memory_mib: u32,
+    console_shell: bool,
+}
+
+impl Order {
+    /// Checks a request against what this daemon has.
+    pub(crate) fn check(request: RunRequest, settings: &Settings) -> Result<Self, ApiError> {
+        let name: GuestName = request
+            .name
+            .parse()
+            .map_err(|error| usage(format!("{error}")))?;
+        let consumer = parse_consumer(&request.consumer)?;
+        if settings.guest_pool.contains(*consumer.endpoint.ip()) {
+            return Err(usage(format!(
+                "consumer address {} lies in the guests' own network: give the consumer's real address",
+                consumer.endpoint.ip()
+            )));
+        }
+        let tunnel = parse_tunnel(request.tunnel_address.as_deref(), request.tunnel_peer)?;
+        let mode = match request.mode {
+            Some(word) => word.parse().map_err(|_| {
+                let word = word.escape_default();
+                usage(format!(
+                    "mode `{word}` is not one: write filtered, conntrack, sampled or direct"
+                ))
+            })?,
+            None => Mode::default(),
+        };
+        let image = open_image(&settings.image_dir, &request.image)?;
+        Ok(Self {
+            name,
+            image_name: request.image,
+            on_violation: request.on_violation.unwrap_or(settings.on_violation),
+            image,
+            consumer,
+            tunnel,
+            mode,
+            cpus: request.cpus.unwrap_or(DEFAULT_CPUS),
+            memory_mib: request.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
+            console_shell: request.console_shell,
+        })
+    }
+
+    /// The launcher's spec, with what the daemon assigns.
+    pub(crate) fn spec(
+        &self,
+        addresses: Addresses,
+        tap: String,
+        accel: Accel,
+        run_dir: &Path,
+    ) -> Result<Spec, ApiError> {
+        let spec = Spec {
+            name: self.name.clone(),
+            image: self.image.clone(),
+            cpus: self.cpus,
+            memory_mib: self.memory_mib,
+            mac: addresses.mac,
+            address: addresses.guest,
+            gateway: addresses.gateway,
+            tap,
+            consumer: self.consumer,
+            tunnel: self.tunnel,
+            mode: self.mode,
+            console_shell: self.console_shell,
+            accel,
+            run_dir: run_dir.join(self.name.as_str()),
+        };
+        spec.validate().map_err(|error| usage(format!("{error}")))?;
+        Ok(spec)
+    }
+}
+
+fn parse_consumer(text: &str) -> Result<Consumer, ApiError> {
+    let shown = || text.escape_default().to_string();
+    let (key, endpoint) = text.split_once('@').ok_or_else(|| {
+        usage(format!(
+            "consumer `{}` is not one: write PUBLIC_KEY@ADDRESS:PORT",
+            shown()
+        ))
+    })?;
+    let public_key: WgPublicKey = key
+        .parse()
+        .map_err(|error| usage(format!("consumer `{}`: {error}", shown())))?;
+    let endpoint = endpoint.parse().map_err(|_| {
+        usage(format!(
+            "consumer `{}`: write its IPv4 endpoint as ADDRESS:PORT after the @",
+            shown()
+        ))
+    })?;
+    Ok(Consumer {
+        public_key,
+        endpoint,
+    })
+}
+
+fn parse_tunnel(address: Option<&str>, peer: Option<Ipv4Addr>) -> Result<Tunnel, ApiError> {
+    let (address, prefix) = match address {
+        None => DEFAULT_TUNNEL,
+        Some(text) => text
+            .split_once('/')
+            .and_then(|(address, prefix)| Some((address.parse().ok()?, prefix.parse().ok()?)))
+            .ok_or_else(|| {
+                let text = text.escape_default();
+                usage(format!(
+                    "tunnel address `{text}` is not one: write ADDRESS/PREFIX as in 10.66.0.2/24"
+                ))
+            })?,
+    };
+    Ok(Tunnel {
+        address,
+        prefix,
+        peer: peer.unwrap_or(DEFAULT_PEER),
+    })
+}
+
+fn open_image(directory: &Path, name: &str) -> Result<Image, ApiError> {
+    let is_plain = (1..=MAX_IMAGE_NAME_BYTES).contains(&name.len())
+        && !name.starts_with('.')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    if !is_plain {
+        return Err(usage(format!(
+            "`{}` is not an image name: write 1 to 64 of A-Z, a-z, 0-9, ., - and _, not beginning with .",
+            name.chars()
+                .take(MAX_IMAGE_NAME_BYTES)
+                .flat_map(char::escape_default)
+                .collect::<String>()
+        )));
+    }
+    let directory = directory.join(name);
+    Image::open(&directory).map_err(|error| match &error {
+        ImageError::Missing { .. } => not_found(format!("no image `{name}`: {error}")),
+        _ => failed(&error),
+    })
+}
+
+/// The consumer as it is written on the wire.
+pub(crate) fn consumer_text(consumer: &Consumer) -> String {
+    format!("{}@{}", consumer.public_key, consumer.endpoint)
+}
+
+/// Whether an error is about what was asked for and not about this host.
+pub(crate) fn kind_of(error: &omerta_vm_launcher::LaunchError) -> ErrorKind {
+    use omerta_dataplane::ErrorKind as Kind;
+    match error.kind() {
+        Kind::NotFound => ErrorKind::NotFound,
+        Kind::Usage => ErrorKind::Usage,
+        Kind::Refused => ErrorKind::Refused,
+        Kind::Failed => ErrorKind::Failed,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    const KEY: &str = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
+
+    pub(crate) fn request() -> RunRequest {
+        RunRequest {
+            name: "alpha".into(),
+            image: "default".into(),
+            consumer: format!("{KEY}@192.0.2.10:51820"),
+            tunnel_address: None,
+            tunnel_peer: None,
+            cpus: None,
+            memory_mib: None,
+            mode: None,
+            on_violation: None,
+            console_shell: false,
+        }
+    }
+
+    fn settings(image_dir: &Path) -> Settings {
+        let config = Config {
+            image_dir: Some(image_dir.to_owned()),
+            ..Config::default()
+        };
+        config.validate().unwrap()
+    }
+
+    fn image_dir() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("default");
+        std::fs::create_dir(&image).unwrap();
+        std::fs::write(image.join("vmlinuz"), b"kernel").unwrap();
+        std::fs::write(image.join("initrd.img"), b"initrd").unwrap();
+        directory
+    }
+
+    #[test]
+    fn sound_request_becomes_a_spec_with_the_defaults() {
+        let images = image_dir();
+        let settings = settings(images.path());
+        let order = Order::check(request(), &settings).unwrap();
+        assert_eq!(order.on_violation, OnViolation::Terminate);
+        let (_, addresses) = crate::pool::Slots::new(settings.guest_pool).take().unwrap();
+        let spec = order
+            .spec(
+                addresses,
+                "omalpha".into(),
+                Accel::Tcg,
+                Path::new("/run/omerta"),
+            )
+            .unwrap();
+        assert_eq!(
+            (spec.cpus, spec.memory_mib, spec.mode),
+            (1, 256, Mode::Filtered)
+        );
+        assert_eq!(spec.run_dir, Path::new("/run/omerta/alpha"));
+        assert_eq!(consumer_text(&spec.consumer), request().consumer);
+    }
+
+    #[test]
+    fn each_unsound_field_is_refused_by_name() {
+        let images = image_dir();
+        let settings = settings(images.path());
+        let refusal = |change: &dyn Fn(&mut RunRequest)| {
+            let mut changed = request();
+            change(&mut changed);
+            Order::check(changed, &settings).unwrap_err()
+        };
+        type Change = dyn Fn(&mut RunRequest);
+        let cases: [(&Change, &str); 9] = [
+            (&|r| r.name = "Alpha".into(), "`Alpha` is not a guest name"),
+            (
+                &|r| r.image = "../etc".into(),
+                "`../etc` is not an image name",
+            ),
+            (&|r| r.image = "a/b".into(), "`a/b` is not an image name"),
+            (&|r| r.consumer = "nobody".into(), "PUBLIC_KEY@ADDRESS:PORT"),
+            (
+                &|r| r.consumer = "AAAA@192.0.2.10:1".into(),
+                "WireGuard public key",
+            ),
+            (
+                &|r| r.consumer = format!("{KEY}@consumer.example:1"),
+                "IPv4 endpoint",
+            ),
+            (
+                &|r| r.consumer = format!("{KEY}@10.77.0.9:1"),
+                "10.77.0.9 lies in the guests'",
+            ),
+            (
+                &|r| r.tunnel_address = Some("10.66.0.2".into()),
+                "tunnel address `10.66.0.2`",
+            ),
+            (&|r| r.mode = Some("open".into()), "mode `open`"),
+        ];
+        for (change, names) in cases {
+            let error = refusal(change);
+            assert_eq!(error.error, ErrorKind::Usage, "{}", error.message);
+            assert!(error.message.contains(names), "{}", error.message);
+            assert_eq!(error.message.lines().count(), 1);
+        }
+    }
+
+    #[test]
+    fn missing_image_is_not_found_and_the_remedy_named() {
+        let images = image_dir();
+        let mut absent = request();
+        absent.image = "absent".into();
+        let error = Order::check(absent, &settings(images.path())).unwrap_err();
+        assert_eq!(error.error, ErrorKind::NotFound);
+        assert!(error.message.contains("absent/vmlinuz") && error.message.contains("make image"));
+    }
+}

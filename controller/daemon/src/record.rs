@@ -1,0 +1,60 @@
+//! The engine's records as the API's events.
+
+use omerta_api::{Ended, Occurrence};
+use omerta_engine::{Cause, Ending, Record};
+use omerta_vm_launcher::Spec;
+
+/// What a record is told as. `None` of the facts is read by a guest.
+pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> Occurrence {
+    match record {
+        Record::Requested => Occurrence::Requested {
+            image: image.to_owned(),
+        },
+        Record::Launched => Occurrence::Launched {
+            interface: spec.tap.clone(),
+        },
+        Record::Guarded => Occurrence::Guarded {
+            allow: vec![spec.consumer.allowed_endpoint().to_string()],
+        },
+        Record::Started => Occurrence::Started { pid },
+        Record::PublicKey(public_key) => Occurrence::PublicKey { public_key },
+        Record::Handshake => Occurrence::Handshake {},
+        Record::Rogue {
+            frame,
+            action,
+            suppressed,
+        } => Occurrence::Rogue {
+            reason: frame.reason.word().to_owned(),
+            direction: frame.direction.word().to_owned(),
+            frame: frame.description,
+            length: frame.length,
+            action,
+            suppressed,
+        },
+        Record::Paused(incident) => Occurrence::Paused {
+            cause: Cause::Rogue,
+            reason: Some(incident.frame.reason.word().to_owned()),
+            frame_to_paused_us: incident.frame_to_paused_us(),
+            frame: Some(incident.frame.description),
+        },
+        Record::PauseFailed { message } => Occurrence::PauseFailed { message },
+        Record::Reset => Occurrence::Reset {},
+        Record::Panicked => Occurrence::Panicked {},
+        Record::Stopping { deadline_seconds } => Occurrence::Stopping { deadline_seconds },
+        Record::Ended(ending) => Occurrence::Ended(ended(&ending)),
+    }
+}
+
+/// How a guest ended, on the wire.
+pub(crate) fn ended(ending: &Ending) -> Ended {
+    let incident = ending.incident.as_ref();
+    Ended {
+        cause: ending.cause,
+        reason: incident.map(|incident| incident.frame.reason.word().to_owned()),
+        frame: incident.map(|incident| incident.frame.description.clone()),
+        frame_to_paused_us: incident.and_then(|incident| incident.frame_to_paused_us()),
+        frame_to_ended_us: incident.and_then(|incident| incident.frame_to_ended_us()),
+        frame_to_tap_removed_us: incident.and_then(|incident| incident.frame_to_tap_removed_us()),
+        message: ending.message.clone(),
+    }
+}

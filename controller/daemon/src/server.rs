@@ -1,0 +1,213 @@
+//! The API: HTTP on the unix socket.
+
+use std::convert::Infallible;
+use std::io::{Read, Seek, SeekFrom};
+use std::sync::Arc;
+
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures_util::stream;
+use omerta_api::{
+    EventsQuery, Guest, GuestList, GuestsQuery, RunRequest, StopRequest, Version, route,
+};
+use omerta_engine::Cause;
+use serde::de::DeserializeOwned;
+
+use crate::failure::{Failure, failed, not_found, usage};
+use crate::fleet::Fleet;
+use crate::guest_task::Command;
+
+/// The largest request body, in bytes.
+const MAX_BODY_BYTES: usize = 16 << 10;
+/// The most of a console log that is answered, in bytes: its end.
+const MAX_LOG_BYTES: u64 = 1 << 20;
+/// Seconds that a guest has for powering down when nothing is said.
+const DEFAULT_STOP_SECONDS: u32 = 10;
+const MAX_STOP_SECONDS: u32 = 600;
+
+type Answer<T> = Result<T, Failure>;
+
+/// The API's routes.
+pub(crate) fn router(fleet: Arc<Fleet>) -> Router {
+    Router::new()
+        .route(route::GUESTS, get(list).post(run))
+        .route(route::GUEST, get(show))
+        .route(route::GUEST_STOP, post(stop))
+        .route(route::GUEST_KILL, post(kill))
+        .route(route::GUEST_LOG, get(log))
+        .route(route::EVENTS, get(events))
+        .route(route::VERSION, get(version))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(fleet)
+}
+
+async fn run(
+    State(fleet): State<Arc<Fleet>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<(StatusCode, Json<Guest>)> {
+    let request: RunRequest = parse_body(body)?;
+    Ok((StatusCode::CREATED, Json(fleet.run(request).await?)))
+}
+
+async fn list(
+    State(fleet): State<Arc<Fleet>>,
+    query: Result<Query<GuestsQuery>, QueryRejection>,
+) -> Answer<Json<GuestList>> {
+    let query = parse_query(query)?;
+    Ok(Json(GuestList {
+        guests: fleet.list(query.ended),
+    }))
+}
+
+async fn show(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Answer<Json<Guest>> {
+    Ok(Json(fleet.show(&parse_name(name)?)?))
+}
+
+async fn stop(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<Json<Guest>> {
+    let name = parse_name(name)?;
+    let request: StopRequest = match body {
+        Ok(bytes) if bytes.is_empty() => StopRequest::default(),
+        body => parse_body(body)?,
+    };
+    let deadline_seconds = request.deadline_seconds.unwrap_or(DEFAULT_STOP_SECONDS);
+    if !(1..=MAX_STOP_SECONDS).contains(&deadline_seconds) {
+        return Err(usage(format!(
+            "deadline_seconds is {deadline_seconds}: give 1 to {MAX_STOP_SECONDS}"
+        ))
+        .into());
+    }
+    Ok(Json(
+        fleet.end(&name, Command::Stop { deadline_seconds }).await?,
+    ))
+}
+
+async fn kill(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Answer<Json<Guest>> {
+    Ok(Json(
+        fleet
+            .end(&parse_name(name)?, Command::End(Cause::Killed))
+            .await?,
+    ))
+}
+
+async fn log(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Answer<Response> {
+    let name = parse_name(name)?;
+    let guest = fleet.show(&name)?;
+    let Some(path) = guest.log else {
+        let state = guest.state;
+        return Err(not_found(format!(
+            "guest `{name}` is {state} and has no log: a log lives as long as its guest runs"
+        ))
+        .into());
+    };
+    let text = tokio::task::spawn_blocking(move || read_end(path.as_ref()))
+        .await
+        .map_err(|error| failed(&error))?
+        .map_err(|error| not_found(format!("the log of guest `{name}` cannot be read: {error}")))?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response())
+}
+
+fn read_end(path: &std::path::Path) -> std::io::Result<String> {
+    let mut file = std::fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(MAX_LOG_BYTES)))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_LOG_BYTES).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+async fn events(
+    State(fleet): State<Arc<Fleet>>,
+    query: Result<Query<EventsQuery>, QueryRejection>,
+) -> Answer<Response> {
+    let query = parse_query(query)?;
+    let reader = fleet.journal().reader(query.guest, query.follow);
+    let lines = stream::unfold(reader, |mut reader| async {
+        let text = reader.next().await?;
+        Some((Ok::<_, Infallible>(text), reader))
+    });
+    let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    Ok((kind, Body::from_stream(lines)).into_response())
+}
+
+async fn version(State(fleet): State<Arc<Fleet>>) -> Json<Version> {
+    let (accel, accel_why) = match fleet.known_accel() {
+        Some(report) => (report.accel.to_string(), report.why.clone()),
+        None => (
+            "probing".to_owned(),
+            "whether KVM works here is being found out".to_owned(),
+        ),
+    };
+    Json(Version {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        accel,
+        accel_why,
+    })
+}
+
+async fn no_route(uri: axum::http::Uri) -> Failure {
+    let path: String = uri.path().chars().take(128).collect();
+    not_found(format!("no route {path}: see openapi.yaml")).into()
+}
+
+async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> Failure {
+    let path: String = uri.path().chars().take(128).collect();
+    usage(format!("{path} does not answer {method}: see openapi.yaml")).into()
+}
+
+fn parse_body<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Answer<T> {
+    let bytes = body.map_err(|rejection| {
+        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            usage(format!("request body: larger than {MAX_BODY_BYTES} bytes"))
+        } else {
+            usage(format!(
+                "request body: {}",
+                one_line(&rejection.body_text())
+            ))
+        }
+    })?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| usage(format!("request body: {}", one_line(&error.to_string()))).into())
+}
+
+fn parse_query<T>(query: Result<Query<T>, QueryRejection>) -> Answer<T> {
+    match query {
+        Ok(Query(query)) => Ok(query),
+        Err(rejection) => Err(usage(format!("query: {}", one_line(&rejection.body_text()))).into()),
+    }
+}
+
+fn parse_name(name: Result<Path<String>, PathRejection>) -> Answer<String> {
+    match name {
+        Ok(Path(name)) => Ok(name),
+        Err(rejection) => Err(usage(format!("path: {}", one_line(&rejection.body_text()))).into()),
+    }
+}
+
+/// Text that quotes a request may hold anything.
+fn one_line(text: &str) -> String {
+    text.chars()
+        .take(512)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
