@@ -23,8 +23,8 @@ pub struct Attempt {
     pub is_its: Box<dyn Fn(&Packet) -> bool>,
 }
 
-/// All attempts, against the `other` guest too.
-pub fn all(guest: &Guest, other: &Guest, consumer: Ipv4Addr) -> Vec<Attempt> {
+/// All attempts, against the `other` guest too. `gateway_mac` is what the guest knows of its gateway.
+pub fn all(guest: &Guest, other: &Guest, gateway_mac: &str, consumer: Ipv4Addr) -> Vec<Attempt> {
     let mut attempts = Vec::new();
     let mut add = |what: &str, command: String, expected, is_its: Box<dyn Fn(&Packet) -> bool>| {
         attempts.push(Attempt {
@@ -118,8 +118,10 @@ pub fn all(guest: &Guest, other: &Guest, consumer: Ipv4Addr) -> Vec<Attempt> {
         ),
         ("the other guest's MAC as source", other_mac),
     ] {
+        // The guard answers no ARP for a stranger's MAC: root enters the gateway's by hand.
         let command = format!(
-            "ip link set eth0 address {forged}; {}; ip link set eth0 address {mac}",
+            "ip link set eth0 address {forged}; arp -i eth0 -s {gateway} {gateway_mac}; {}; \
+             ip link set eth0 address {mac}",
             send(consumer, PORT)
         );
         let is_its = move |packet: &Packet| packet.source_mac == forged && packet.holds(MARK);
@@ -127,7 +129,7 @@ pub fn all(guest: &Guest, other: &Guest, consumer: Ipv4Addr) -> Vec<Attempt> {
     }
     add(
         "IPv6",
-        "cd /proc/sys/net/ipv6/conf/eth0; echo 0 >accept_dad; echo 0 >disable_ipv6; \
+        "cd /proc/sys/net/ipv6/conf/eth0; echo 0 >accept_dad; echo 10 >mldv2_unsolicited_report_interval; echo 0 >disable_ipv6; \
          ip -6 addr add 2001:db8::66/64 dev eth0; timeout 1 ping6 -c1 -W1 2001:db8::1; echo 1 >disable_ipv6; cd"
             .to_owned(),
         &[

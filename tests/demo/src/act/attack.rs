@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use omerta_test_support::mac_of;
 
 use super::{Scene, TENANT_A};
 use crate::attempt::{self, Attempt};
@@ -56,7 +57,9 @@ impl Scene<'_> {
             "{:<46} {:>4}  {:<30} {}",
             "tried", "left", "dropped by the kernel as", "arrived"
         ));
-        for attempt in attempt::all(guest, other, CONSUMER_A) {
+        let gateway_mac = self.stage.provider.enter(|| mac_of(&guest.interface))??;
+        let gateway_mac = gateway_mac.map(|byte| format!("{byte:02x}")).join(":");
+        for attempt in attempt::all(guest, other, &gateway_mac, CONSUMER_A) {
             self.try_out(&attempt, guest, &mut console, &witness, report)?;
         }
         drop(console);
