@@ -60,7 +60,7 @@ impl Guard {
             ifindex,
             pins,
         };
-        if guard.pins.exist() && guard.verify().is_ok() {
+        if guard.pins.exist() && guard.position().is_ok() {
             return Err(GuardError::AlreadyGuarded {
                 interface: interface.to_owned(),
             });
@@ -138,7 +138,7 @@ impl Guard {
             ifindex,
             pins,
         };
-        guard.verify()?;
+        guard.position()?;
         Ok(guard)
     }
 
@@ -149,20 +149,25 @@ impl Guard {
         Ok(names)
     }
 
-    /// Proves that both links are pinned and that the kernel runs their programs first on this
-    /// very interface.
+    /// Proves that both links are pinned and that the kernel runs their programs on this very
+    /// interface, before any other program.
     pub fn verify(&self) -> Result<(), GuardError> {
-        let why = |why| GuardError::NotInForce {
-            interface: self.interface.clone(),
-            why,
-        };
-        if interface::index(&self.interface)? != self.ifindex {
-            return Err(why("the interface was re-created"));
+        match self.position()? {
+            [0, 0] => Ok(()),
+            _ => Err(self.not_in_force("another program stands before it on the hook")),
         }
-        for direction in Direction::ALL {
+    }
+
+    /// The places of the guard's programs on their hooks, ingress program first; fails where the
+    /// guard is not in force.
+    fn position(&self) -> Result<[usize; 2], GuardError> {
+        if interface::index(&self.interface)? != self.ifindex {
+            return Err(self.not_in_force("the interface was re-created"));
+        }
+        let place = |direction| {
             let path = self.pins.path(link_pin(direction));
             if !path.exists() {
-                return Err(why("a link is not pinned"));
+                return Err(self.not_in_force("a link is not pinned"));
             }
             let link_failed = |source| GuardError::Link {
                 action: "read",
@@ -177,13 +182,21 @@ impl Guard {
                     interface: self.interface.clone(),
                     source: Box::new(source),
                 })?;
-            match attached.iter().position(|program| program.id() == ours) {
-                Some(0) => {}
-                Some(_) => return Err(why("another program stands before it on the hook")),
-                None => return Err(why("the interface was re-created or the link was cut")),
-            }
+            attached
+                .iter()
+                .position(|program| program.id() == ours)
+                .ok_or_else(|| {
+                    self.not_in_force("the interface was re-created or the link was cut")
+                })
+        };
+        Ok([place(Direction::Ingress)?, place(Direction::Egress)?])
+    }
+
+    fn not_in_force(&self, why: &'static str) -> GuardError {
+        GuardError::NotInForce {
+            interface: self.interface.clone(),
+            why,
         }
-        Ok(())
     }
 
     /// Adds endpoints to the allowlist. Returns the epoch in force.
@@ -238,7 +251,7 @@ impl Guard {
 
     fn locked_store(&self) -> Result<(File, PolicyStore<MapData>), GuardError> {
         let lock = self.pins.lock()?;
-        self.verify()?;
+        self.position()?;
         Ok((lock, PolicyStore::open(&self.interface, &self.pins)?))
     }
 

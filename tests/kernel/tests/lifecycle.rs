@@ -1,5 +1,12 @@
 //! Attaching, changing and removing guards; what outlives what.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
 use std::path::Path;
 
 use omerta_dataplane::{Guard, GuardError, MAX_ENDPOINTS};

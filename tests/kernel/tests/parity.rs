@@ -1,5 +1,12 @@
 //! The kernel's verdict and the native one on the same bytes: outcome, reason, answer.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
 use aya::programs::{TestRun, TestRunOptions};
 use omerta_dataplane::{EventStream, PolicyStore, Programs};
 use omerta_kernel_tests::{Generator, allowlist, config, policy};

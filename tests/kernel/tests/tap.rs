@@ -1,5 +1,12 @@
 //! Real frames through a guarded tap into a small routed network, and back.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
