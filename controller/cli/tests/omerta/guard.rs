@@ -177,6 +177,18 @@ fn guard_lives_from_attach_to_detach() {
 }
 
 #[test]
+fn guard_attached_below_another_sys_outlives_it() {
+    let Some(stage) = Stage::set() else { return };
+    // `ip netns exec` gives its command a /sys of its own, which goes with it.
+    let mut command = std::process::Command::new("ip");
+    command.args(["netns", "exec", stage.namespace().name(), OMERTA]);
+    prepare(&mut command, &format!("guard attach omt0 {GUEST}"));
+    Ran::from(command.output().unwrap()).done();
+    assert_eq!(stage.shown()["interface"], "omt0");
+    assert_eq!(stage.pins(), ["omt0"]);
+}
+
+#[test]
 fn every_option_of_attach_reaches_the_guard() {
     let Some(stage) = Stage::set() else { return };
     stage
