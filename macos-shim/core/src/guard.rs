@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use omerta_verdict::{
-    Address, Bucket, Endpoint, Flow, Guard, MAX_ADDRESSES, MAX_GATEWAYS, Mac, Mode, Policy,
+    Address, Bucket, Endpoint, MAX_ADDRESSES, MAX_GATEWAYS, Mac, MemoryGuard, Mode, Policy,
     Protocol, Table,
 };
 
@@ -55,12 +55,12 @@ pub struct CPolicy {
 }
 
 /// `struct omerta_guard`: a policy and its allowlist.
-pub struct MemoryGuard {
+pub struct OwnedGuard {
     policy: Policy,
     buckets: Vec<Bucket>,
 }
 
-impl MemoryGuard {
+impl OwnedGuard {
     /// The guard of `policy`, or `None` where it is not valid.
     ///
     /// # Safety
@@ -105,6 +105,17 @@ impl MemoryGuard {
         Some(guard)
     }
 
+    /// The guard as the verdict takes it. Filtered mode asks for neither flows nor chance.
+    pub(crate) fn as_guard(&self) -> MemoryGuard<'_> {
+        MemoryGuard {
+            policy: &self.policy,
+            buckets: &self.buckets,
+            random: 0,
+            flows_have_room: false,
+            live_flows: &[],
+        }
+    }
+
     /// Builds the allowlist at half load, with a fresh seed and twice the room until all fit.
     fn fill(&mut self, endpoints: &[Endpoint]) -> Option<()> {
         let mut size = endpoints.len().max(1).checked_next_power_of_two()?;
@@ -119,30 +130,6 @@ impl MemoryGuard {
             size *= 2;
         }
         None
-    }
-}
-
-impl Guard for MemoryGuard {
-    fn policy(&self) -> Option<&Policy> {
-        Some(&self.policy)
-    }
-
-    fn bucket(&self, index: u32) -> Option<&Bucket> {
-        self.buckets.get(index as usize)
-    }
-
-    /// Sampled mode alone asks; a guard in memory is always filtered.
-    fn random(&self) -> u32 {
-        0
-    }
-
-    /// Conntrack mode alone asks; refusing is the safe answer.
-    fn open_flow(&self, _flow: &Flow) -> bool {
-        false
-    }
-
-    fn flow_is_live(&self, _flow: &Flow) -> bool {
-        false
     }
 }
 

@@ -10,7 +10,7 @@ use std::ffi::{c_char, c_int};
 
 use omerta_verdict::{ANSWER_CAPACITY, Outcome, Verdict, egress, ingress};
 
-pub use guard::{CAddress, CEndpoint, CPolicy, MemoryGuard};
+pub use guard::{CAddress, CEndpoint, CPolicy, OwnedGuard};
 
 const INVALID: c_int = -1;
 
@@ -19,9 +19,9 @@ const INVALID: c_int = -1;
 /// # Safety
 /// `policy` is null or points to a policy whose arrays hold as many elements as it says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn omerta_guard_new(policy: *const CPolicy) -> *mut MemoryGuard {
+pub unsafe extern "C" fn omerta_guard_new(policy: *const CPolicy) -> *mut OwnedGuard {
     // SAFETY: the caller's promise.
-    let guard = unsafe { policy.as_ref().and_then(|policy| MemoryGuard::new(policy)) };
+    let guard = unsafe { policy.as_ref().and_then(|policy| OwnedGuard::new(policy)) };
     guard.map_or(std::ptr::null_mut(), |guard| Box::into_raw(Box::new(guard)))
 }
 
@@ -30,7 +30,7 @@ pub unsafe extern "C" fn omerta_guard_new(policy: *const CPolicy) -> *mut Memory
 /// # Safety
 /// `guard` is null or came from [`omerta_guard_new`], and is not used again.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn omerta_guard_free(guard: *mut MemoryGuard) {
+pub unsafe extern "C" fn omerta_guard_free(guard: *mut OwnedGuard) {
     if !guard.is_null() {
         // SAFETY: the caller's promise: it came from `Box::into_raw` and is freed once.
         drop(unsafe { Box::from_raw(guard) });
@@ -44,7 +44,7 @@ pub unsafe extern "C" fn omerta_guard_free(guard: *mut MemoryGuard) {
 /// holds [`ANSWER_CAPACITY`] bytes; `answer_length` is null or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omerta_decide(
-    guard: *const MemoryGuard,
+    guard: *const OwnedGuard,
     direction: c_int,
     frame: *const u8,
     frame_length: usize,
@@ -64,8 +64,8 @@ pub unsafe extern "C" fn omerta_decide(
     // SAFETY: not null, not longer than a slice may be, and readable by the caller's promise.
     let frame = unsafe { std::slice::from_raw_parts(frame, frame_length) };
     let verdict = match direction {
-        0 => egress(frame, guard),
-        1 => ingress(frame, guard),
+        0 => egress(frame, &guard.as_guard()),
+        1 => ingress(frame, &guard.as_guard()),
         _ => return INVALID,
     };
     if let Verdict::Answer(reply) = &verdict {
