@@ -115,4 +115,100 @@ mod tests {
         assert_ne!(source, guest);
         assert_ne!(source, gateway);
     }
+
+    use std::net::Ipv4Addr;
+
+    use omerta_dataplane::GuardConfig;
+    use omerta_test_support::Namespace;
+    use omerta_verdict::Mode;
+
+    const GUEST: Mac = Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+    const GATEWAY: Mac = Mac([0x56, 0x54, 0, 0x12, 0x34, 0x56]);
+    const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+    const GATEWAY_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+
+    /// What the canary says of a guarded tap to which `harm` was done.
+    fn verdict_after(harm: impl FnOnce(&Tap, &Guard) + Send) -> Result<(), CanaryError> {
+        let namespace = Namespace::new("vmlc").expect("a namespace takes root");
+        let test = || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let tap = Tap::create("omcanary", GATEWAY).await.unwrap();
+                let config = GuardConfig {
+                    mac: GUEST,
+                    addresses: vec![ADDRESS.into()],
+                    gateways: vec![GATEWAY_ADDRESS.into()],
+                    gateway_mac: Some(GATEWAY),
+                    mode: Mode::Filtered,
+                    allow: vec!["udp:192.0.2.10:51820".parse().unwrap()],
+                };
+                let guard = Guard::attach("omcanary", &config).unwrap();
+                tap.bring_up(GATEWAY_ADDRESS, ADDRESS, GUEST).await.unwrap();
+                harm(&tap, &guard);
+                let verdict = prove(&tap, &guard, GUEST, GATEWAY).await;
+                guard.detach().unwrap();
+                verdict
+            })
+        };
+        namespace.enter(test).unwrap()
+    }
+
+    #[test]
+    fn a_guarded_tap_passes() {
+        verdict_after(|_, _| {}).unwrap();
+    }
+
+    #[test]
+    fn a_larger_header_as_left_by_a_guests_driver_passes() {
+        verdict_after(|tap, _| {
+            let size: libc::c_int = 12;
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(tap));
+            // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
+            let set = unsafe { libc::ioctl(fd, libc::TUNSETVNETHDRSZ as _, &size) };
+            assert_eq!(set, 0);
+            assert_eq!(tap.vnet_header_bytes().unwrap(), 12);
+        })
+        .unwrap();
+    }
+
+    /// The counters are all there and only the programs are gone, as after a stray `bpftool link
+    /// detach`: reading the pins alone would not tell.
+    #[test]
+    fn a_tap_whose_programs_are_cut_off_fails() {
+        let verdict = verdict_after(|tap, guard| {
+            let namespace = std::fs::metadata("/proc/thread-self/ns/net").unwrap();
+            let inode = std::os::unix::fs::MetadataExt::ino(&namespace);
+            for link in ["link_egress", "link_ingress"] {
+                let pin = format!("/sys/fs/bpf/omerta/{inode}/omcanary/{link}");
+                std::fs::remove_file(pin).unwrap();
+            }
+            // The kernel lets go of a link some time after its last pin is removed.
+            let started = std::time::Instant::now();
+            loop {
+                let before = forged_sources_dropped(guard).unwrap();
+                tap.send_as_guest(&frame(GUEST, GATEWAY)).unwrap();
+                if forged_sources_dropped(guard).unwrap() == before {
+                    break;
+                }
+                assert!(
+                    started.elapsed() < Duration::from_secs(10),
+                    "the link stays"
+                );
+            }
+        });
+        let error = verdict.unwrap_err();
+        assert!(
+            matches!(error, CanaryError::NotDropped { dropped: 0, .. }),
+            "{error:?}"
+        );
+        assert!(error.to_string().contains("omcanary"));
+    }
+
+    #[test]
+    fn a_tap_whose_guard_is_detached_fails() {
+        verdict_after(|_, _| Guard::open("omcanary").unwrap().detach().unwrap()).unwrap_err();
+    }
 }

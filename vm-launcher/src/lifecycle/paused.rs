@@ -99,6 +99,13 @@ impl Paused {
             mode: spec.mode,
             allow: vec![spec.consumer.allowed_endpoint()],
         };
+        // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.
+        if Guard::remove_stale(&spec.tap)? {
+            tracing::info!(
+                tap = spec.tap,
+                "removed the pins of a guard whose tap is gone"
+            );
+        }
         let guard = slot.insert(Guard::attach(&spec.tap, &config)?);
         guard.verify()?;
         tap.bring_up(spec.gateway, spec.address, spec.mac).await?;

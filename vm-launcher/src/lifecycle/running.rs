@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::Spec;
+use crate::clock::monotonic_ns;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::watcher::Watcher;
 use crate::lifecycle::{Control, Ended, GuestEvent, Paused};
@@ -148,6 +149,18 @@ impl Running {
         // Usually a few milliseconds, spent here rather than in `unwind`, which blocks.
         let _ = timeout(Duration::from_secs(5), process.wait()).await;
         drop((watcher, events, control, process));
-        machine.unwind()
+        // Closing the tap waits some 50 ms for the kernel; other guests' tasks need not.
+        let name = machine.spec.name.clone();
+        let unwound = tokio::task::spawn_blocking(move || machine.unwind()).await;
+        unwound.unwrap_or_else(|error| {
+            tracing::error!(guest = %name, %error, "tidying up failed");
+            let now = monotonic_ns();
+            Ended {
+                status: None,
+                ended_at_ns: now,
+                tap_removed_at_ns: now,
+                leftovers: vec![format!("unknown: tidying up failed: {error}")],
+            }
+        })
     }
 }

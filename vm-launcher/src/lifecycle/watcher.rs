@@ -113,10 +113,10 @@ impl Watcher {
 
     async fn fail_closed(&self, why: String) {
         tracing::error!(why, "the guard is lost; stopping the guest");
-        if self.control.pause().await.is_err() {
-            if let Err(error) = self.process.kill() {
-                tracing::error!(%error, "cannot stop a guest without a guard");
-            }
+        if self.control.pause().await.is_err()
+            && let Err(error) = self.process.kill()
+        {
+            tracing::error!(%error, "cannot stop a guest without a guard");
         }
         tell(&self.events, GuestEvent::GuardLost { why });
     }

@@ -1,0 +1,191 @@
+//! What the launcher's tests share: a namespace with a runtime of its own, guests of a few
+//! instructions, and the search for what a guest may have left behind.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use omerta_dataplane::Guard;
+use omerta_test_support::Namespace;
+use omerta_verdict::Mode;
+use omerta_vm_launcher::{Accel, Consumer, GuestEvent, Image, Running, Spec, Tunnel, WgPublicKey};
+
+/// Instructions after which a processor does nothing more, interrupts being off.
+pub const IDLE: &[u8] = &[0xf4, 0xeb, 0xfd];
+/// Resets the machine by the chipset's reset register.
+pub const RESET: &[u8] = &[0xba, 0xf9, 0x0c, 0, 0, 0xb0, 0x06, 0xee, 0xf4, 0xeb, 0xfd];
+/// Reports a panic by pvpanic's port.
+pub const PANIC: &[u8] = &[0xba, 0x05, 0x05, 0, 0, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd];
+/// Turns the power off by ACPI's PM1a control register.
+pub const POWER_OFF: &[u8] = &[
+    0xba, 0x04, 0x06, 0, 0, 0x66, 0xb8, 0x00, 0x20, 0x66, 0xef, 0xf4, 0xeb, 0xfd,
+];
+/// Writes `A` to the serial console without end.
+pub const CHATTER: &[u8] = &[0xba, 0xf8, 0x03, 0, 0, 0xb0, 0x41, 0xee, 0xeb, 0xfd];
+
+/// A namespace, a directory and an image of `program`, all gone with it.
+pub struct Stage {
+    pub namespace: Namespace,
+    pub directory: tempfile::TempDir,
+}
+
+impl Stage {
+    pub fn new(program: &[u8]) -> Self {
+        let namespace = Namespace::new("vml").expect("a namespace takes root");
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("vmlinuz"), multiboot(program)).unwrap();
+        fs::write(directory.path().join("initrd.img"), b"none").unwrap();
+        Self {
+            namespace,
+            directory,
+        }
+    }
+
+    pub fn spec(&self) -> Spec {
+        spec(
+            Image::open(self.directory.path()).unwrap(),
+            self.directory.path().join("web-1"),
+        )
+    }
+
+    /// Runs `work` in the namespace, on a thread and a runtime of its own.
+    pub fn run<T: Send, F: Future<Output = T>>(&self, work: impl FnOnce(Spec) -> F + Send) -> T {
+        let spec = self.spec();
+        self.namespace
+            .enter(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()
+                    .unwrap();
+                runtime.block_on(work(spec))
+            })
+            .unwrap()
+    }
+
+    /// Everything of a guest that exists now, one line each.
+    pub fn traces(&self) -> BTreeSet<String> {
+        let run_dir = self.directory.path().join("web-1");
+        let mut traces: BTreeSet<String> = self
+            .namespace
+            .enter(|| {
+                let interfaces = nix::net::if_::if_nameindex().unwrap();
+                let interfaces = interfaces
+                    .iter()
+                    .map(|i| i.name().to_string_lossy().into_owned())
+                    .filter(|name| name != "lo")
+                    .map(|name| format!("interface {name}"));
+                let guards = Guard::list()
+                    .unwrap()
+                    .into_iter()
+                    .map(|name| format!("guard {name}"));
+                interfaces.chain(guards).collect()
+            })
+            .unwrap();
+        if run_dir.exists() {
+            traces.insert("run directory".to_owned());
+        }
+        let pins =
+            Path::new("/sys/fs/bpf/omerta").join(self.namespace.inode().unwrap().to_string());
+        for pinned in fs::read_dir(pins).into_iter().flatten().flatten() {
+            traces.insert(format!("pin {}", pinned.path().display()));
+        }
+        for pid in qemus_of(&run_dir) {
+            traces.insert(format!("process {pid}"));
+        }
+        traces
+    }
+
+    pub fn assert_nothing_is_left(&self) {
+        assert_eq!(self.traces(), BTreeSet::new());
+    }
+}
+
+/// The pids of all processes that have `run_dir` in their arguments, zombies included.
+pub fn qemus_of(run_dir: &Path) -> Vec<u32> {
+    let run_dir = run_dir.to_str().unwrap().as_bytes();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if arguments.windows(run_dir.len()).any(|part| part == run_dir) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
+    Spec {
+        name: "web-1".parse().unwrap(),
+        image,
+        cpus: 1,
+        memory_mib: 64,
+        mac: "52:54:00:12:34:56".parse().unwrap(),
+        address: "10.77.0.2".parse().unwrap(),
+        gateway: "10.77.0.1".parse().unwrap(),
+        tap: "omweb-1".into(),
+        consumer: Consumer {
+            public_key: WgPublicKey::try_from([7; 32]).unwrap(),
+            endpoint: "192.0.2.10:51820".parse().unwrap(),
+        },
+        tunnel: Tunnel {
+            address: "10.66.0.2".parse().unwrap(),
+            prefix: 24,
+            peer: "10.66.0.1".parse().unwrap(),
+        },
+        mode: Mode::Filtered,
+        console_shell: false,
+        accel: Accel::Tcg,
+        run_dir,
+    }
+}
+
+/// A multiboot kernel (Multiboot Specification 0.6.96, 3.1.3) that is `program` and nothing else.
+pub fn multiboot(program: &[u8]) -> Vec<u8> {
+    let load = 0x10_0000u32;
+    let (magic, flags) = (0x1bad_b002u32, 1u32 << 16);
+    let end = load + 32 + program.len() as u32;
+    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
+    let header = [magic, flags, checksum, load, load, end, end, load + 32];
+    let mut kernel: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+    kernel.extend_from_slice(program);
+    kernel
+}
+
+/// The first event that `wanted` takes, within a minute.
+pub async fn event(running: &mut Running, wanted: impl Fn(&GuestEvent) -> bool) -> GuestEvent {
+    let found = async {
+        loop {
+            let event = running.next_event().await;
+            if wanted(&event) {
+                return event;
+            }
+            assert!(
+                !matches!(event, GuestEvent::Exited { .. }),
+                "QEMU ended before the event"
+            );
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), found)
+        .await
+        .expect("the event did not come")
+}
+
+/// Waits until `condition` holds; gives how long that took.
+pub fn within(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) -> Duration {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < limit, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    started.elapsed()
+}
