@@ -49,6 +49,9 @@ kernel_programs() {
 dependencies() {
     local report
     cargo deny --log-level error check bans licenses sources || return 1
+    # The kernel programs are a workspace of their own, under the GPL besides.
+    cargo deny --log-level error --config deny.toml --manifest-path ebpf/programs/Cargo.toml check bans licenses sources ||
+        return 1
     # The advisories come from a database on the network; without it, say so and go on.
     report=$(cargo deny --log-level error check advisories 2>&1) || {
         if grep -q 'failed to fetch advisory database' <<<"$report"; then
