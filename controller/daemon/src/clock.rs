@@ -1,8 +1,9 @@
 //! The two clocks: the kernel's for intervals, the wall's for people.
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use nix::time::{ClockId, clock_gettime};
 use omerta_engine::Monotonic;
 
@@ -13,15 +14,29 @@ pub(crate) fn now() -> Monotonic {
     Monotonic(u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// A moment of the kernel's clock as RFC 3339 with microseconds, UTC.
+/// How far the wall's clock may wander from where it was last looked at before it is followed.
+const STEP: u64 = 10_000_000;
+
+/// A moment of the kernel's clock as RFC 3339 with microseconds, UTC. The same moment always
+/// reads the same, unless the wall's clock is set meanwhile.
 pub(crate) fn rfc3339(at: Monotonic) -> String {
-    let age = SignedDuration::from_nanos(
-        i64::try_from(now().0).unwrap_or(i64::MAX) - i64::try_from(at.0).unwrap_or(i64::MAX),
-    );
-    let moment = Timestamp::now()
-        .checked_sub(age)
-        .unwrap_or(Timestamp::UNIX_EPOCH);
+    let since_epoch = i128::from(at.0) + i128::from(wall_offset());
+    let moment = Timestamp::from_nanosecond(since_epoch).unwrap_or(Timestamp::UNIX_EPOCH);
     format!("{moment:.6}")
+}
+
+/// Nanoseconds from the kernel's clock to the wall's.
+fn wall_offset() -> i64 {
+    static KNOWN: AtomicI64 = AtomicI64::new(i64::MIN);
+    let kernel = i128::from(now().0);
+    let fresh = Timestamp::now().as_nanosecond() - kernel;
+    let fresh = i64::try_from(fresh).unwrap_or_default();
+    let known = KNOWN.load(Ordering::Relaxed);
+    if known.abs_diff(fresh) < STEP {
+        return known;
+    }
+    KNOWN.store(fresh, Ordering::Relaxed);
+    fresh
 }
 
 #[cfg(test)]
@@ -40,5 +55,14 @@ mod tests {
             .duration_since(text.parse().unwrap())
             .as_secs_f64();
         assert!((59.9..61.0).contains(&age), "{age}");
+    }
+
+    #[test]
+    fn a_moment_reads_the_same_whenever_it_is_told() {
+        let moment = now();
+        let first = rfc3339(moment);
+        for _ in 0..1000 {
+            assert_eq!(rfc3339(moment), first);
+        }
     }
 }

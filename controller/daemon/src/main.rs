@@ -20,14 +20,14 @@ mod sweep;
 mod tap_name;
 mod watch;
 
-use std::future::IntoFuture;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as notice;
 use tracing_subscriber::EnvFilter;
@@ -48,6 +48,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("OMERTA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     match start(arguments) {
@@ -104,7 +105,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
     let fleet = Arc::new(Fleet::new(settings.clone(), Arc::new(Journal::new())));
     tracing::info!(
         socket = %settings.socket.display(),
-        metrics = settings.metrics.map_or("off".to_owned(), |address| address.to_string()),
+        metrics = metrics_address(metrics_listener.as_ref()),
         "omertad {} is ready",
         env!("CARGO_PKG_VERSION"),
     );
@@ -143,6 +144,15 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
     }
     tracing::info!("every guest has ended");
     Ok(())
+}
+
+/// Where metrics are served, for the log: a configured port 0 has become another.
+fn metrics_address(listener: Option<&TcpListener>) -> String {
+    match listener.map(TcpListener::local_addr) {
+        Some(Ok(address)) => address.to_string(),
+        Some(Err(error)) => error.to_string(),
+        None => "off".to_owned(),
+    }
 }
 
 async fn until(mut stopped: notice::Receiver<bool>) {

@@ -130,3 +130,75 @@ fn outcomes(
         .map(|(reason, count)| ("dropped", reason.word(), *count));
     passed.into_iter().chain(dropped)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use omerta_engine::GuestId;
+    use omerta_verdict::Reason;
+
+    fn count(packets: u64, bytes: u64) -> Count {
+        Count { packets, bytes }
+    }
+
+    fn counters() -> Counters {
+        let direction = |allowed, dropped| DirectionCounters {
+            allowed,
+            answered: count(2, 84),
+            dropped: Reason::ALL
+                .iter()
+                .map(|reason| {
+                    let hit = *reason == Reason::Endpoint;
+                    (*reason, if hit { dropped } else { count(0, 0) })
+                })
+                .collect(),
+        };
+        Counters {
+            egress: direction(count(10, 1480), count(3, 294)),
+            ingress: direction(count(9, 1300), count(0, 0)),
+            events_lost: count(4, 400),
+        }
+    }
+
+    fn measure(counters: Option<Counters>) -> Measure {
+        Measure {
+            id: GuestId(0),
+            name: "alpha".into(),
+            interface: "omalpha".into(),
+            state: GuestState::Running,
+            rogue_frames: vec![(Reason::Endpoint, 3)],
+            counters,
+        }
+    }
+
+    #[test]
+    fn every_count_is_told_exactly() {
+        let text = render(&[measure(Some(counters()))], 5).unwrap();
+        for line in [
+            r#"omerta_guest_state{guest="alpha",state="running"} 1"#,
+            r#"omerta_guest_state{guest="alpha",state="ended"} 0"#,
+            r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="allowed",reason=""} 10"#,
+            r#"omerta_guest_bytes_total{direction="egress",guest="alpha",outcome="allowed",reason=""} 1480"#,
+            r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="answered",reason=""} 2"#,
+            r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="dropped",reason="endpoint"} 3"#,
+            r#"omerta_guest_bytes_total{direction="egress",guest="alpha",outcome="dropped",reason="endpoint"} 294"#,
+            r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="dropped",reason="fragment"} 0"#,
+            r#"omerta_guest_packets_total{direction="ingress",guest="alpha",outcome="allowed",reason=""} 9"#,
+            r#"omerta_rogue_events_total{guest="alpha",reason="endpoint"} 3"#,
+            r#"omerta_events_lost_total{where="kernel"} 4"#,
+            r#"omerta_events_lost_total{where="reader"} 5"#,
+        ] {
+            assert!(
+                text.lines().any(|l| l == line),
+                "{line} is missing from\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn guest_without_a_guard_yet_has_a_state_and_no_counts() {
+        let text = render(&[measure(None)], 0).unwrap();
+        assert!(text.contains(r#"omerta_guest_state{guest="alpha""#));
+        assert!(!text.contains("omerta_guest_packets_total{"));
+    }
+}

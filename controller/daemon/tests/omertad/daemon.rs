@@ -1,0 +1,147 @@
+//! Running an omertad of one's own.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use omerta_test_support::Process;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything here may take on a loaded machine.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// An omertad in a directory of its own. Killed on drop.
+pub struct Daemon {
+    pub process: Process,
+    directory: TempDir,
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: String,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("not JSON: {self:?}"))
+    }
+
+    /// Asserts an error answer of this status and kind, on one line, and gives its message.
+    pub fn refusal(&self, status: u16, kind: &str) -> String {
+        assert_eq!(self.status, status, "{self:?}");
+        let json = self.json();
+        assert_eq!(json["error"], kind, "{self:?}");
+        let message = json["message"].as_str().unwrap().to_owned();
+        assert_eq!(message.lines().count(), 1, "{message:?}");
+        message
+    }
+}
+
+/// The command that starts an omertad which keeps everything in `directory`.
+pub fn command(directory: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_omertad"));
+    command
+        .arg("--socket")
+        .arg(directory.join("omertad.sock"))
+        .arg("--run-dir")
+        .arg(directory.join("run"))
+        .arg("--state-dir")
+        .arg(directory.join("state"))
+        .args(["--accel", "tcg"])
+        .stdin(Stdio::null());
+    command
+}
+
+/// Runs an omertad that is expected to end by itself.
+pub fn run_to_end(mut command: Command) -> Output {
+    command.output().unwrap()
+}
+
+/// The one line that an omertad which did not start has to say.
+pub fn complaint(output: &Output, code: i32) -> String {
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    let line = text.lines().last().unwrap_or_default().to_owned();
+    assert!(line.starts_with("omertad: "), "{text}");
+    line
+}
+
+impl Daemon {
+    /// Starts one with metrics off.
+    pub fn start() -> Self {
+        Self::start_with(tempfile::tempdir().unwrap(), &["--metrics", "off"])
+    }
+
+    /// Starts one in a directory that may hold something already.
+    pub fn start_with(directory: TempDir, arguments: &[&str]) -> Self {
+        let log = std::fs::File::create(directory.path().join("log")).unwrap();
+        let mut command = command(directory.path());
+        command.args(arguments).stderr(log);
+        let process = Process::spawn(command).unwrap();
+        let daemon = Self { process, directory };
+        let end = Instant::now() + DEADLINE;
+        while !daemon.log().contains("is ready") {
+            assert!(Instant::now() < end, "not ready: {}", daemon.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        daemon
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("omertad.sock")
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Gives up the process, not the directory.
+    pub fn into_directory(self) -> TempDir {
+        self.directory
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap()
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        self.request("GET", path, "")
+    }
+
+    pub fn post(&self, path: &str, body: &str) -> Answer {
+        self.request("POST", path, body)
+    }
+
+    pub fn request(&self, method: &str, path: &str, body: &str) -> Answer {
+        let stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        exchange(stream, method, path, body)
+    }
+}
+
+/// One request over HTTP/1.0, whose answer ends with the connection.
+pub fn exchange(mut stream: impl Read + Write, method: &str, path: &str, body: &str) -> Answer {
+    let length = body.len();
+    let head = format!("{method} {path} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    // The daemon may answer and close before it has read a body that is too large.
+    let _ = stream.write_all(body.as_bytes());
+    let mut answer = Vec::new();
+    let read = stream.read_to_end(&mut answer);
+    let text = String::from_utf8(answer).unwrap();
+    let Some((headers, body)) = text.split_once("\r\n\r\n") else {
+        panic!("not an answer: {text:?} ({read:?})")
+    };
+    let status = headers.split(' ').nth(1).unwrap().parse().unwrap();
+    Answer {
+        status,
+        headers: headers.to_ascii_lowercase(),
+        body: body.to_owned(),
+    }
+}

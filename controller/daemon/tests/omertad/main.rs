@@ -1,0 +1,8 @@
+//! omertad as a process: how it starts, refuses, answers and ends. Needs root, as omertad does.
+// Helpers outside of test functions may fail the test, too.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod api;
+mod daemon;
+mod metrics;
+mod start;
