@@ -275,3 +275,203 @@ impl Drop for AbortOnDrop {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::UnixListener;
+
+    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#;
+
+    /// A QEMU that greets with `greeting` and then answers each command by `answer`, which is
+    /// given the command's name and its id.
+    async fn connected_to(
+        greeting: &'static str,
+        answer: impl Fn(&str, u64) -> Option<String> + Send + 'static,
+    ) -> Result<(Qmp, mpsc::Receiver<MachineEvent>), QmpError> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (from, mut to) = stream.into_split();
+            to.write_all(format!("{greeting}\n").as_bytes())
+                .await
+                .unwrap();
+            let mut lines = BufReader::new(from).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                let command: serde_json::Value = serde_json::from_str(&line).unwrap();
+                let name = command["execute"].as_str().unwrap();
+                if let Some(answer) = answer(name, command["id"].as_u64().unwrap()) {
+                    to.write_all(format!("{answer}\n").as_bytes())
+                        .await
+                        .unwrap();
+                }
+            }
+        });
+        Qmp::connect(&path, Duration::from_millis(300)).await
+    }
+
+    fn done(id: u64) -> String {
+        format!(r#"{{"return": {{}}, "id": {id}}}"#)
+    }
+
+    fn state(state: &str, id: u64) -> String {
+        format!(
+            r#"{{"return": {{"running": false, "singlestep": false, "status": "{state}"}}, "id": {id}}}"#
+        )
+    }
+
+    #[tokio::test]
+    async fn no_socket_is_given_up_at_the_deadline() {
+        let directory = tempfile::tempdir().unwrap();
+        let started = Instant::now();
+        let deadline = Duration::from_millis(200);
+        let error = Qmp::connect(&directory.path().join("qmp.sock"), deadline)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, QmpError::NoGreeting(_)), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(2));
+    }
+
+    #[tokio::test]
+    async fn silence_is_given_up_at_the_deadline() {
+        let error = connected_to("", |_, _| None).await.unwrap_err();
+        assert!(
+            matches!(error, QmpError::Broken { .. } | QmpError::NoGreeting(_)),
+            "{error}"
+        );
+        let error = connected_to(GREETING, |_, _| None).await.unwrap_err();
+        assert!(matches!(error, QmpError::NoGreeting(_)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_qmp_is_refused() {
+        for greeting in [
+            "SSH-2.0-OpenSSH",
+            "{}",
+            r#"{"return": {}}"#,
+            r#"{"QMP": 1}"#,
+        ] {
+            let error = connected_to(greeting, |_, id| Some(done(id)))
+                .await
+                .unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    QmpError::Broken {
+                        step: "greeting",
+                        ..
+                    }
+                ),
+                "{error:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_already_runs_is_no_prelaunch_guest() {
+        let answer = |name: &str, id| {
+            Some(if name == "query-status" {
+                state("running", id)
+            } else {
+                done(id)
+            })
+        };
+        let (qmp, _events) = connected_to(GREETING, answer).await.unwrap();
+        let error = qmp.require_prelaunch().await.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                QmpError::WrongState {
+                    expected: "prelaunch",
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn cont_that_is_acknowledged_and_not_done_is_an_error() {
+        let answer = |name: &str, id| {
+            Some(if name == "query-status" {
+                state("prelaunch", id)
+            } else {
+                done(id)
+            })
+        };
+        let (qmp, _events) = connected_to(GREETING, answer).await.unwrap();
+        let error = qmp.cont().await.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                QmpError::WrongState {
+                    expected: "running",
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_quoted_in_one_printable_line() {
+        let answer = |name: &str, id| {
+            Some(if name == "stop" {
+                format!(
+                    r#"{{"error": {{"class": "GenericError", "desc": "no\nway"}}, "id": {id}}}"#
+                )
+            } else {
+                done(id)
+            })
+        };
+        let (qmp, _events) = connected_to(GREETING, answer).await.unwrap();
+        let error = qmp.stop().await.unwrap_err().to_string();
+        assert_eq!(error, "QEMU refused `stop`: noway");
+    }
+
+    #[tokio::test]
+    async fn an_unanswered_command_ends_at_its_deadline_and_later_ones_still_work() {
+        let answer = |name: &str, id| (name != "stop").then(|| done(id));
+        let (qmp, _events) = connected_to(GREETING, answer).await.unwrap();
+        let started = Instant::now();
+        let error = qmp.stop().await.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                QmpError::NoAnswer {
+                    command: "stop",
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+        assert!(started.elapsed() < COMMAND_DEADLINE + Duration::from_secs(2));
+        qmp.quit().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn events_arrive_and_strange_messages_do_not_blind() {
+        let answer = |name: &str, id| {
+            let time = r#""timestamp": {"seconds": 1, "microseconds": 2}"#;
+            Some(if name == "stop" {
+                format!(
+                    "{{\"event\": \"FROM_THE_FUTURE\", {time}}}\n\
+                     {{\"return\": {{}}, \"id\": 4000}}\n\
+                     {{\"event\": \"STOP\", {time}}}\n{}",
+                    done(id)
+                )
+            } else {
+                done(id)
+            })
+        };
+        let (qmp, mut events) = connected_to(GREETING, answer).await.unwrap();
+        qmp.stop().await.unwrap();
+        assert_eq!(events.recv().await, Some(MachineEvent::Stopped));
+        qmp.quit().await.unwrap();
+    }
+}

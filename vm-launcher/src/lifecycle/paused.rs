@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use omerta_dataplane::{Guard, GuardConfig, GuardError};
 use tokio::net::UnixStream;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
+use tokio::task::block_in_place;
 
 use crate::lifecycle::Guarded;
 use crate::lifecycle::machine::Machine;
@@ -106,7 +108,7 @@ impl Paused {
                 "removed the pins of a guard whose tap is gone"
             );
         }
-        let guard = slot.insert(Guard::attach(&spec.tap, &config)?);
+        let guard = slot.insert(without_stalling(|| Guard::attach(&spec.tap, &config))?);
         guard.verify()?;
         tap.bring_up(spec.gateway, spec.address, spec.mac).await?;
         canary::prove(tap, guard, spec.mac, spec.gateway_mac()).await?;
@@ -133,5 +135,15 @@ async fn unless_it_ends<T>(
             Err(ProcessError::EndedEarly { status: status?, said: last_words(log) }.into())
         }
         done = work => done,
+    }
+}
+
+/// Runs `work`, which keeps the processor for some tenths of a second (the kernel verifies the
+/// guard's programs), without holding up the tasks queued behind this one. On this very thread: it
+/// is in the right network namespace, and nobody can cancel between the making and the knowing.
+fn without_stalling<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => block_in_place(work),
+        _ => work(),
     }
 }

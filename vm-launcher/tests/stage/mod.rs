@@ -87,8 +87,7 @@ impl Stage {
         if run_dir.exists() {
             traces.insert("run directory".to_owned());
         }
-        let pins =
-            Path::new("/sys/fs/bpf/omerta").join(self.namespace.inode().unwrap().to_string());
+        let pins = self.pins();
         for pinned in fs::read_dir(pins).into_iter().flatten().flatten() {
             traces.insert(format!("pin {}", pinned.path().display()));
         }
@@ -98,8 +97,19 @@ impl Stage {
         traces
     }
 
+    fn pins(&self) -> PathBuf {
+        Path::new("/sys/fs/bpf/omerta").join(self.namespace.inode().unwrap().to_string())
+    }
+
     pub fn assert_nothing_is_left(&self) {
         assert_eq!(self.traces(), BTreeSet::new());
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Tests that detach a guard behind the launcher's back leave the namespace's directory.
+        let _ = fs::remove_dir(self.pins());
     }
 }
 
