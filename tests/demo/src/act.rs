@@ -5,7 +5,7 @@ mod boot;
 mod measure;
 mod terminate;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -92,7 +92,7 @@ pub fn play(
     report.act("The host");
     daemon.ready(report)?;
     let version = daemon.omerta.json(&["version"])?;
-    let served = version.get("daemon").unwrap_or(&version);
+    let served = version.get("omertad").unwrap_or(&version);
     report.say(&format!("omertad {}", text(served, "version")?));
     report.say(&format!(
         "guests run under {}: {}",
@@ -127,10 +127,11 @@ impl Scene<'_> {
             ),
         );
         let guarded = self.daemon.omerta.guarded()?;
-        report.check(
-            guarded.is_empty(),
-            &format!("{} interfaces are guarded any more", guarded.len()),
-        );
+        if guarded.is_empty() {
+            report.check(true, "no interface is guarded any more");
+        } else {
+            report.check(false, &format!("still guarded: {}", guarded.join(", ")));
+        }
         Ok(())
     }
 
@@ -149,8 +150,8 @@ impl Scene<'_> {
         let began = Instant::now();
         let url = format!("http://{}/", consumer.tunnel_peer);
         let told = guest.console()?.run(
-            &format!("wget -q -T 5 -O - {url}"),
-            std::time::Duration::from_secs(20),
+            &format!("timeout 5 wget -q -O - {url}"),
+            Duration::from_secs(20),
         )?;
         let line = format!(
             "{} fetches {url} through its tunnel{when}: \"{}\" in {:.1} s",

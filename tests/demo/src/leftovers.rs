@@ -17,6 +17,8 @@ const GRACE: Duration = Duration::from_secs(3);
 #[derive(Default)]
 pub struct Leftovers {
     namespaces: Vec<(PathBuf, u64)>,
+    /// Where the guards of each namespace would be pinned.
+    pins: Vec<PathBuf>,
     paths: Vec<PathBuf>,
     links_before: Vec<String>,
 }
@@ -33,7 +35,14 @@ impl Leftovers {
     }
 
     pub fn watch_namespace(&mut self, namespace: &Namespace) -> Result<()> {
-        self.namespaces.push((namespace.path(), namespace.inode()?));
+        let inode = namespace.inode()?;
+        self.namespaces.push((namespace.path(), inode));
+        // The kernel uses the numbers of namespaces again: a directory that is there already is
+        // what another run left of another namespace.
+        let pins = PathBuf::from(format!("/sys/fs/bpf/omerta/{inode}"));
+        if !pins.exists() {
+            self.pins.push(pins);
+        }
         Ok(())
     }
 
@@ -59,14 +68,10 @@ impl Leftovers {
             .filter(|link| !self.links_before.contains(link))
             .collect::<Vec<_>>();
         tell(report, "interface on the machine itself", &new_links);
-        let pins = self
-            .namespaces
-            .iter()
-            .map(|(_, inode)| PathBuf::from(format!("/sys/fs/bpf/omerta/{inode}")));
         tell(
             report,
             "pin",
-            &names(pins.filter(|path| path.exists()).collect::<Vec<_>>().iter()),
+            &names(self.pins.iter().filter(|path| path.exists())),
         );
         tell(
             report,
