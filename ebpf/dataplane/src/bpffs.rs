@@ -65,14 +65,9 @@ impl Pins {
     /// Holds every other change of this namespace's guards off until the lock is dropped.
     pub fn lock(&self) -> Result<File, GuardError> {
         let root = root()?;
-        fs::create_dir_all(self.directory.parent().unwrap_or(&root))
-            .map_err(failed("create", &self.directory))?;
         // The root is never removed, so everybody locks the same inode.
         let file = File::open(&root).map_err(failed("open", &root))?;
         file.lock().map_err(failed("lock", &root))?;
-        // Another process may have removed the empty directory before the lock was ours.
-        fs::create_dir_all(self.directory.parent().unwrap_or(&root))
-            .map_err(failed("create", &self.directory))?;
         Ok(file)
     }
 }

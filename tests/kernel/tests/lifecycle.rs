@@ -64,6 +64,17 @@ fn a_guard_outlives_its_handle_and_ends_with_detach() {
 }
 
 #[test]
+fn a_handle_that_outlives_its_guard_leaves_no_directory() {
+    with_tap(|namespace, _tap| {
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        Guard::open("guest").unwrap().detach().unwrap();
+        assert!(guard.status().is_err());
+        let inode = namespace.inode().unwrap();
+        assert!(!Path::new(&format!("/sys/fs/bpf/omerta/{inode}")).exists());
+    });
+}
+
+#[test]
 fn a_guarded_interface_is_refused_and_left_alone() {
     with_tap(|_, _tap| {
         let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
