@@ -163,7 +163,7 @@ find "$image" -exec touch -h -d @0 {} +
 (cd "$image" && find . | sort | "$busybox" cpio -o -H newc -R 0:0 --renumber-inodes --ignore-devno) \
     >"$work/initrd.img" 2>/dev/null || die "cannot pack $work/initrd.img"
 cp -L "$(ls "$root"/boot/vmlinuz-* | head -n 1)" "$work/vmlinuz"
-# gzip level is a matter of boot time: inflating costs a guest less than loading would.
+# -n keeps the name and the time out of it.
 gzip -9n "$work/initrd.img" && mv "$work/initrd.img.gz" "$work/initrd.img"
 
 total=$(($(stat -c %s "$work/vmlinuz") + $(stat -c %s "$work/initrd.img")))

@@ -89,7 +89,11 @@ impl Console {
             Ok(length) => self
                 .unread
                 .extend_from_slice(piece.get(..length).unwrap_or_default()),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                ) => {}
             Err(error) => {
                 return Err(error)
                     .with_context(|| format!("cannot read the console of {}", self.guest));
