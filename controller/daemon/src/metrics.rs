@@ -2,7 +2,7 @@
 
 use omerta_dataplane::{Count, Counters, DirectionCounters, Guard};
 use omerta_engine::GuestState;
-use omerta_verdict::Direction;
+use omerta_verdict::{Direction, Reason};
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::fleet::{Fleet, Measure};
@@ -86,6 +86,10 @@ fn render(measures: &[Measure], lost_by_readers: u64) -> Result<String, promethe
                 .get_metric_with_label_values(&[&measure.name, state.word()])?
                 .set(value);
         }
+        // A series that begins at its first count would hide that count from `increase()`.
+        for reason in Reason::ALL {
+            rogue.get_metric_with_label_values(&[&measure.name, reason.word()])?;
+        }
         for (reason, count) in &measure.rogue_frames {
             rogue
                 .get_metric_with_label_values(&[&measure.name, reason.word()])?
@@ -135,7 +139,6 @@ fn outcomes(
 mod tests {
     use super::*;
     use omerta_engine::GuestId;
-    use omerta_verdict::Reason;
 
     fn count(packets: u64, bytes: u64) -> Count {
         Count { packets, bytes }
@@ -185,6 +188,7 @@ mod tests {
             r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="dropped",reason="fragment"} 0"#,
             r#"omerta_guest_packets_total{direction="ingress",guest="alpha",outcome="allowed",reason=""} 9"#,
             r#"omerta_rogue_events_total{guest="alpha",reason="endpoint"} 3"#,
+            r#"omerta_rogue_events_total{guest="alpha",reason="fragment"} 0"#,
             r#"omerta_events_lost_total{where="kernel"} 4"#,
             r#"omerta_events_lost_total{where="reader"} 5"#,
         ] {

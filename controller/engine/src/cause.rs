@@ -29,6 +29,19 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// Every cause.
+    pub const ALL: [Self; 9] = [
+        Self::Rogue,
+        Self::Stopped,
+        Self::StopDeadline,
+        Self::Killed,
+        Self::Exited,
+        Self::Panicked,
+        Self::LaunchFailed,
+        Self::GuardFailed,
+        Self::Shutdown,
+    ];
+
     /// The word used in JSON and logs.
     pub const fn word(self) -> &'static str {
         match self {
