@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use omerta_verdict::Mac;
@@ -189,6 +190,26 @@ impl Tap {
         Errno::result(result).map_err(|errno| self.io("read the header size of", errno.into()))?;
         usize::try_from(size)
             .map_err(|error| self.io("read the header size of", io::Error::other(error)))
+    }
+
+    /// Closes the tap and waits, blocking the thread, until the interface is gone or `deadline` has
+    /// passed; gives whether it is gone. The last close removes it, and that need not be this one:
+    /// a child that another thread has just forked holds every descriptor until its exec.
+    pub(crate) fn remove(self, deadline: Duration) -> bool {
+        let Self {
+            device,
+            name,
+            index,
+        } = self;
+        drop(device);
+        let until = Instant::now() + deadline;
+        while nix::net::if_::if_nametoindex(name.as_str()) == Ok(index) {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// Sends `frame` as the guest would.

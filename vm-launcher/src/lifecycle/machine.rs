@@ -15,6 +15,9 @@ use crate::{ExitStatus, Spec};
 /// How long a killed QEMU may take to be gone: it has memory to give back.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long a tap may take to be gone once it is closed.
+const TAP_DEADLINE: Duration = Duration::from_secs(1);
+
 /// What has been made so far. Dropping it at any point undoes just that.
 #[derive(Debug)]
 pub(super) struct Machine {
@@ -55,8 +58,11 @@ impl Machine {
                 ));
             }
         }
-        // The kernel removes the interface before the last close returns.
-        self.tap = None;
+        if let Some(tap) = self.tap.take()
+            && !tap.remove(TAP_DEADLINE)
+        {
+            leftovers.push(format!("interface {}: still held open", self.spec.tap));
+        }
         let tap_removed_at_ns = monotonic_ns();
         self.run_dir = None;
         if self.spec.run_dir.exists() && process_is_gone && status.is_some() {
