@@ -117,14 +117,7 @@ qemu-system-x86_64 qemu-system-x86
 ip iproute2
 ping iputils-ping
 wg wireguard-tools
-nft nftables
-tcpdump tcpdump
-cpio cpio
 zstd zstd
-xz xz-utils
-depmod kmod
-curl curl
-jq jq
 /etc/ssl/certs/ca-certificates.crt ca-certificates
 END
     kernel_has_wireguard || echo wireguard-go wireguard-go
