@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use omerta_api::{ApiError, Event, Guest, RunRequest};
+use omerta_api::{ApiError, Ended, ErrorKind, Event, Guest, RunRequest};
 use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, Cause, Engine, Event as EngineEvent, GuestEvent, GuestId, GuestState, Monotonic, Record,
@@ -119,21 +119,22 @@ impl Fleet {
         let report = self.accel().await;
         let (id, mut state) = self.admit(&order, report)?;
         let settled = |state: &GuestState| {
-            !matches!(
-                state,
-                GuestState::Launching | GuestState::Paused | GuestState::Guarded
-            )
+            use GuestState::{Ended, Running, Stopping, Suspended};
+            matches!(state, Running | Suspended | Stopping | Ended)
         };
         // An error means that the record is gone, which `view` then tells.
         let _ = state.wait_for(settled).await;
         let inner = self.lock();
-        match inner
+        let name = order.name.as_str();
+        let guest = inner.view(id).ok_or_else(|| unknown(name))?;
+        let launch_error = inner
             .facts
             .get(&id)
-            .and_then(|facts| facts.launch_error.clone())
-        {
-            Some(error) => Err(error),
-            None => inner.view(id).ok_or_else(|| unknown(order.name.as_str())),
+            .and_then(|facts| facts.launch_error.clone());
+        match (launch_error, guest.ended.as_ref()) {
+            (Some(error), _) => Err(error),
+            (None, Some(ended)) => Err(ended_at_once(name, ended)),
+            (None, None) => Ok(guest),
         }
     }
 
@@ -431,6 +432,22 @@ impl Inner {
             since: clock::rfc3339(guest.since()),
             ended: guest.ending().map(ended),
         })
+    }
+}
+
+/// What whoever asked for a guest is told if it has ended before they could be told that it runs.
+fn ended_at_once(name: &str, ended: &Ended) -> ApiError {
+    let frame = ended.frame.as_deref().unwrap_or("no frame");
+    match ended.cause {
+        Cause::Rogue => refused(format!(
+            "guest `{name}` was ended for rogue traffic as soon as it ran ({frame}): see `omerta events --guest {name}`"
+        )),
+        cause => ApiError {
+            error: ErrorKind::Failed,
+            message: format!(
+                "guest `{name}` was ended before it ran ({cause}): see `omerta events --guest {name}`"
+            ),
+        },
     }
 }
 

@@ -84,12 +84,17 @@ impl GuestTask {
         let mut queue = VecDeque::from(first);
         loop {
             while let Some(action) = queue.pop_front() {
-                for event in self.execute(action).await {
-                    queue.extend(self.fleet.tell(self.id, event));
-                }
-                // What people want is not kept waiting by a launch of many steps.
-                while let Ok(command) = self.commands.try_recv() {
+                let is_step = matches!(
+                    action,
+                    Action::Launch(_) | Action::Guard(_) | Action::Resume(_)
+                );
+                let events = self.execute(action).await;
+                // A guest that someone wants to end takes no further step towards running.
+                while let Some(command) = is_step.then(|| self.commands.try_recv().ok()).flatten() {
                     queue.extend(self.fleet.tell(self.id, wanted(command)));
+                }
+                for event in events {
+                    queue.extend(self.fleet.tell(self.id, event));
                 }
             }
             if matches!(self.stage, Stage::Absent) {

@@ -38,12 +38,12 @@ impl Guest {
         now: Monotonic,
         actions: &mut Vec<Action>,
     ) -> Self {
-        actions.push(Action::Launch(id));
         actions.push(Action::Publish {
             guest: id,
             at: now,
             record: Record::Requested,
         });
+        actions.push(Action::Launch(id));
         Self {
             id,
             name,
@@ -171,20 +171,20 @@ impl Guest {
         record: Record,
         out: &mut Vec<Action>,
     ) {
+        self.publish(now, record, out);
         match self.end_wanted {
             Some(cause) => self.kill(now, cause, None, out),
             None => out.push(action),
         }
-        self.publish(now, record, out);
     }
 
     fn resumed(&mut self, now: Monotonic, out: &mut Vec<Action>) {
         if self.state == GuestState::Guarded {
             self.enter(now, GuestState::Running);
+            self.publish(now, Record::Started, out);
             if let Some(cause) = self.end_wanted {
                 self.kill(now, cause, None, out);
             }
-            self.publish(now, Record::Started, out);
         }
     }
 

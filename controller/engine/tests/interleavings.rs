@@ -97,11 +97,18 @@ impl Watcher {
             let (id, word) = match action {
                 Action::Launch(id) => {
                     assert!(!self.shutting_down, "launched while shutting down");
+                    (id, "launch")
+                }
+                Action::Publish {
+                    guest: id,
+                    record: Record::Requested,
+                    ..
+                } => {
                     let Event::GuestRequested { on_violation, .. } = event else {
-                        panic!("launched without a request")
+                        panic!("admitted without a request")
                     };
                     self.traces.entry(*id).or_default().policy = Some(*on_violation);
-                    (id, "launch")
+                    (id, "publish")
                 }
                 Action::Guard(id) => (id, "guard"),
                 Action::Resume(id) => (id, "resume"),
