@@ -15,6 +15,7 @@ mod order;
 mod pool;
 mod preflight;
 mod record;
+mod roster;
 mod server;
 mod sweep;
 mod tap_name;

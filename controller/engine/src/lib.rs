@@ -14,6 +14,7 @@ mod monotonic;
 mod policy;
 mod state;
 mod tally;
+mod transition;
 
 pub use action::{Action, Ending, Record, Refusal};
 pub use cause::Cause;

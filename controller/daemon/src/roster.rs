@@ -1,0 +1,200 @@
+//! What is known of every guest, behind the fleet's lock.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use omerta_api::{ApiError, Guest};
+use omerta_dataplane::Counters;
+use omerta_engine::{Action, Engine, Event as EngineEvent, GuestId, GuestState};
+use omerta_vm_launcher::{AccelReport, Spec};
+use tokio::sync::{mpsc, watch};
+
+use crate::clock;
+use crate::config::Settings;
+use crate::failure::{not_found, refused};
+use crate::guest_task::Command;
+use crate::order::{Order, consumer_text};
+use crate::pool::{Addresses, Slot, Slots};
+use crate::record::ended;
+use crate::tap_name::tap_name;
+
+/// The engine and the facts that it has no use for.
+#[derive(Debug)]
+pub(crate) struct Roster {
+    pub(crate) engine: Engine,
+    pub(crate) slots: Slots,
+    pub(crate) facts: HashMap<GuestId, Facts>,
+}
+
+/// What is known of a guest beside its state.
+#[derive(Debug)]
+pub(crate) struct Facts {
+    pub(crate) spec: Arc<Spec>,
+    pub(crate) image_name: String,
+    /// Held until the guest has ended.
+    pub(crate) slot: Option<Slot>,
+    pub(crate) pid: Option<u32>,
+    pub(crate) commands: mpsc::UnboundedSender<Command>,
+    pub(crate) state: watch::Sender<GuestState>,
+    pub(crate) launch_error: Option<ApiError>,
+    /// Its guard's counters as last read: what remains of them once the guard is gone.
+    pub(crate) counters: Option<Counters>,
+}
+
+/// A guest that was admitted: what its task needs, and where its state can be watched.
+pub(crate) type Admitted = (
+    GuestId,
+    Vec<Action>,
+    mpsc::UnboundedReceiver<Command>,
+    watch::Receiver<GuestState>,
+);
+
+impl Roster {
+    /// A roster without guests.
+    pub(crate) fn new(settings: &Settings) -> Self {
+        Self {
+            engine: Engine::new(settings.max_guests),
+            slots: Slots::new(settings.guest_pool),
+            facts: HashMap::new(),
+        }
+    }
+
+    /// Admits a guest, or changes nothing.
+    pub(crate) fn admit(
+        &mut self,
+        order: &Order,
+        report: &AccelReport,
+        settings: &Settings,
+    ) -> Result<Admitted, ApiError> {
+        let (slot, addresses) = self.slots.take().ok_or_else(|| {
+            let name = &order.name;
+            refused(format!(
+                "no address is left for `{name}`: end a guest, or widen --guest-pool"
+            ))
+        })?;
+        self.admit_to(slot, addresses, order, report, settings)
+            .inspect_err(|_| self.slots.give_back(slot))
+    }
+
+    fn admit_to(
+        &mut self,
+        slot: Slot,
+        addresses: Addresses,
+        order: &Order,
+        report: &AccelReport,
+        settings: &Settings,
+    ) -> Result<Admitted, ApiError> {
+        let name = order.name.as_str();
+        let tap = tap_name(name);
+        let request = EngineEvent::GuestRequested {
+            name: name.to_owned(),
+            on_violation: order.on_violation,
+        };
+        let spec = order.spec(addresses, tap.clone(), report.accel, &settings.run_dir)?;
+        let name_is_free = self
+            .engine
+            .find(name)
+            .is_none_or(omerta_engine::Guest::is_ended);
+        if name_is_free && nix::net::if_::if_nametoindex(tap.as_str()).is_ok() {
+            return Err(refused(format!(
+                "interface {tap}, which guest `{name}` would get, exists already: choose another name, or remove it with `ip link delete {tap}`"
+            )));
+        }
+        let actions = self.engine.handle(clock::now(), request);
+        if let Some(Action::Refuse { refusal, .. }) = actions.first() {
+            return Err(refused(format!("guest `{name}`: {refusal}")));
+        }
+        let Some(id) = self.engine.find(name).map(omerta_engine::Guest::id) else {
+            return Err(unknown(name));
+        };
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let (state, watcher) = watch::channel(GuestState::Launching);
+        self.facts.insert(
+            id,
+            Facts {
+                spec: Arc::new(spec),
+                image_name: order.image_name.clone(),
+                slot: Some(slot),
+                pid: None,
+                commands,
+                state,
+                launch_error: None,
+                counters: None,
+            },
+        );
+        Ok((id, actions, receiver, watcher))
+    }
+
+    /// Brings the facts up to the engine's state.
+    pub(crate) fn settle(&mut self, id: GuestId) {
+        let (Some(guest), Some(facts)) = (self.engine.guest(id), self.facts.get_mut(&id)) else {
+            return;
+        };
+        let state = guest.state();
+        if guest.is_ended()
+            && let Some(slot) = facts.slot.take()
+        {
+            facts.pid = None;
+            self.slots.give_back(slot);
+        }
+        facts
+            .state
+            .send_if_modified(|known| std::mem::replace(known, state) != state);
+    }
+
+    /// Carries out the actions that concern the fleet itself and returns the others.
+    pub(crate) fn carry_out_own(&mut self, actions: Vec<Action>) -> Vec<Action> {
+        let mut others = Vec::with_capacity(actions.len());
+        for action in actions {
+            match action {
+                Action::Forget(id) => drop(self.facts.remove(&id)),
+                other => others.push(other),
+            }
+        }
+        others
+    }
+
+    /// The guest as it is told on the wire.
+    pub(crate) fn view(&self, id: GuestId) -> Option<Guest> {
+        let guest = self.engine.guest(id)?;
+        let facts = self.facts.get(&id)?;
+        let spec = &facts.spec;
+        let file = |name: &str| {
+            facts
+                .pid
+                .map(|_| spec.run_dir.join(name).to_string_lossy().into_owned())
+        };
+        Some(Guest {
+            name: guest.name().to_owned(),
+            state: guest.state(),
+            interface: spec.tap.clone(),
+            address: spec.address,
+            gateway: spec.gateway,
+            mac: spec.mac.to_string(),
+            public_key: guest.public_key().map(str::to_owned),
+            handshake: guest.handshake(),
+            consumer: consumer_text(&spec.consumer),
+            on_violation: guest.on_violation(),
+            mode: spec.mode.to_string(),
+            image: facts.image_name.clone(),
+            cpus: spec.cpus,
+            memory_mib: spec.memory_mib,
+            pid: facts.pid,
+            console: file("console.sock"),
+            log: file("console.log"),
+            rogue_frames: guest.rogue_frames().map(|(_, count)| count).sum(),
+            since: clock::rfc3339(guest.since()),
+            ended: guest.ending().map(ended),
+        })
+    }
+}
+
+/// No guest has the name.
+pub(crate) fn unknown(name: &str) -> ApiError {
+    let name: String = name
+        .chars()
+        .take(64)
+        .flat_map(char::escape_default)
+        .collect();
+    not_found(format!("no guest `{name}`: see `omerta vm list`"))
+}

@@ -1,0 +1,349 @@
+//! Every transition of a guest from one state to another.
+
+use omerta_verdict::Direction;
+
+use crate::{
+    Action, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Monotonic, OnViolation, Record,
+    RogueFrame,
+};
+
+impl Guest {
+    /// Takes in what happened to the guest and adds what to do about it.
+    pub(crate) fn handle(&mut self, now: Monotonic, event: GuestEvent, out: &mut Vec<Action>) {
+        match event {
+            GuestEvent::Launched => self.launched(now, out),
+            GuestEvent::Guarded => self.guarded(now, out),
+            GuestEvent::Resumed => self.resumed(now, out),
+            GuestEvent::LaunchFailed { message } => self.launch_failed(now, message, out),
+            GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
+            GuestEvent::HandshakeSeen => self.handshake_seen(now, out),
+            GuestEvent::RogueFrameSeen(frame) => self.rogue_frame_seen(now, frame, out),
+            GuestEvent::Paused { at } => self.paused(now, at, out),
+            GuestEvent::PauseFailed { message } => self.pause_failed(now, message, out),
+            GuestEvent::Reset => self.reset(now, out),
+            GuestEvent::Panicked => self.panicked(now, out),
+            GuestEvent::GuardLost { message } => {
+                self.end(now, Cause::GuardFailed, Some(message), out);
+            }
+            GuestEvent::StopRequested { deadline_seconds } => {
+                self.stop_requested(now, deadline_seconds, out);
+            }
+            GuestEvent::StopDeadlinePassed => {
+                if self.state == GuestState::Stopping {
+                    self.end(now, Cause::StopDeadline, None, out);
+                }
+            }
+            GuestEvent::EndRequested(cause) => self.end(now, cause, None, out),
+            GuestEvent::Exited => self.exited(now, out),
+            GuestEvent::Reaped { at } => {
+                if let (GuestState::Ending, Some(incident)) = (self.state, &mut self.incident) {
+                    incident.ended_at.get_or_insert(at);
+                }
+            }
+            GuestEvent::TapRemoved { at, fault } => self.tap_removed(now, at, fault, out),
+        }
+    }
+
+    fn launched(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Launching {
+            self.enter(now, GuestState::Paused);
+            self.continue_or_end(now, Action::Guard(self.id), Record::Launched, out);
+        }
+    }
+
+    fn guarded(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Paused {
+            self.enter(now, GuestState::Guarded);
+            if self.end_wanted.is_none() {
+                self.resume_ordered_at = Some(now);
+            }
+            self.continue_or_end(now, Action::Resume(self.id), Record::Guarded, out);
+        }
+    }
+
+    fn continue_or_end(
+        &mut self,
+        now: Monotonic,
+        action: Action,
+        record: Record,
+        out: &mut Vec<Action>,
+    ) {
+        self.publish(now, record, out);
+        match self.end_wanted {
+            Some(cause) => self.kill(now, cause, None, out),
+            None => out.push(action),
+        }
+    }
+
+    fn resumed(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Guarded {
+            self.enter(now, GuestState::Running);
+            self.publish(now, Record::Started, out);
+            if let Some(cause) = self.end_wanted {
+                self.kill(now, cause, None, out);
+            }
+        }
+    }
+
+    fn launch_failed(&mut self, now: Monotonic, message: String, out: &mut Vec<Action>) {
+        use GuestState::{Condemned, Ending, Guarded, Launching, Paused};
+        if !matches!(
+            self.state,
+            Launching | Paused | Guarded | Condemned | Ending
+        ) {
+            return;
+        }
+        let cause = match &self.ending {
+            Some(ending) => ending.cause,
+            None => self.condemned_cause(Cause::LaunchFailed),
+        };
+        let incident = self.incident.clone();
+        self.ending = Some(crate::Ending {
+            cause,
+            incident,
+            message: Some(message),
+        });
+        self.finish(now, out);
+    }
+
+    fn public_key_reported(&mut self, now: Monotonic, key: String, out: &mut Vec<Action>) {
+        // A late report of a guest that no longer runs may still be the only one.
+        let known = self.public_key.as_deref() == Some(key.as_str());
+        if !self.has_run() || known || self.key_limiter.pass(now).is_none() {
+            return;
+        }
+        self.handshake = false;
+        self.public_key = Some(key.clone());
+        self.publish(now, Record::PublicKey(key), out);
+    }
+
+    fn handshake_seen(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.has_run() && self.public_key.is_some() && !self.handshake {
+            self.handshake = true;
+            self.publish(now, Record::Handshake, out);
+        }
+    }
+
+    fn rogue_frame_seen(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
+        let sent_by_guest = frame.direction == Direction::Egress
+            && self
+                .resume_ordered_at
+                .is_some_and(|ordered| frame.at >= ordered);
+        if !sent_by_guest || self.is_ended() {
+            return;
+        }
+        self.tally.count(frame.reason);
+        match self.on_violation {
+            OnViolation::Drop => {}
+            OnViolation::Alert => {
+                if let Some(suppressed) = self.tally.pass(frame.reason, now) {
+                    self.publish_rogue(frame, suppressed, out);
+                }
+            }
+            OnViolation::Pause | OnViolation::Terminate => self.condemn(now, frame, out),
+        }
+    }
+
+    fn condemn(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
+        use GuestState::{Guarded, Running, Stopping, Suspended};
+        let condemned = match self.state {
+            Guarded | Running => true,
+            Stopping => {
+                self.end_wanted.get_or_insert(Cause::Stopped);
+                true
+            }
+            // It stands still already, after a panic: only termination has anything to add.
+            Suspended => self.on_violation == OnViolation::Terminate,
+            _ => false,
+        };
+        if !condemned {
+            return;
+        }
+        self.enter(now, GuestState::Condemned);
+        out.push(Action::Pause(self.id));
+        self.incident = Some(Incident::new(frame.clone()));
+        let suppressed = self.tally.pass(frame.reason, now).unwrap_or_default();
+        self.publish_rogue(frame, suppressed, out);
+    }
+
+    fn paused(&mut self, now: Monotonic, at: Monotonic, out: &mut Vec<Action>) {
+        if self.state != GuestState::Condemned {
+            return;
+        }
+        if let Some(incident) = &mut self.incident {
+            incident.paused_at.get_or_insert(at);
+        }
+        if let Some(incident) = self.incident.clone() {
+            self.publish(at, Record::Paused(incident), out);
+        }
+        match (self.on_violation, self.end_wanted) {
+            (OnViolation::Terminate, _) => self.kill(now, Cause::Rogue, None, out),
+            (_, Some(cause)) => self.kill(now, cause, None, out),
+            (_, None) => self.enter(now, GuestState::Suspended),
+        }
+    }
+
+    fn pause_failed(&mut self, now: Monotonic, message: String, out: &mut Vec<Action>) {
+        if self.state == GuestState::Condemned {
+            // What cannot be held still is not left running.
+            self.publish(
+                now,
+                Record::PauseFailed {
+                    message: message.clone(),
+                },
+                out,
+            );
+            self.kill(now, Cause::Rogue, Some(message), out);
+        }
+    }
+
+    fn reset(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if !self.has_run() {
+            return;
+        }
+        // The key lives in the guest's memory: the next boot makes another.
+        self.public_key = None;
+        self.handshake = false;
+        if self.reset_limiter.pass(now).is_some() {
+            self.publish(now, Record::Reset, out);
+        }
+    }
+
+    fn panicked(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Running {
+            self.enter(now, GuestState::Suspended);
+            self.publish(now, Record::Panicked, out);
+        }
+    }
+
+    fn stop_requested(&mut self, now: Monotonic, deadline_seconds: u32, out: &mut Vec<Action>) {
+        use GuestState::{Condemned, Guarded, Launching, Paused, Running, Suspended};
+        match self.state {
+            Running => {
+                self.enter(now, GuestState::Stopping);
+                out.push(Action::PowerDown {
+                    guest: self.id,
+                    deadline_seconds,
+                });
+                self.publish(now, Record::Stopping { deadline_seconds }, out);
+            }
+            // What stands still cannot power down.
+            Suspended => self.kill(now, Cause::Stopped, None, out),
+            Launching | Paused | Guarded | Condemned => {
+                self.end_wanted.get_or_insert(Cause::Stopped);
+            }
+            GuestState::Stopping | GuestState::Ending | GuestState::Ended => {}
+        }
+    }
+
+    fn exited(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        let cause = match self.state {
+            GuestState::Stopping => Cause::Stopped,
+            _ => Cause::Exited,
+        };
+        self.end(now, cause, None, out);
+    }
+
+    /// Ends the guest, now if nothing is under way, else after the step that is.
+    fn end(
+        &mut self,
+        now: Monotonic,
+        cause: Cause,
+        message: Option<String>,
+        out: &mut Vec<Action>,
+    ) {
+        use GuestState::{Condemned, Guarded, Launching, Paused, Running, Stopping, Suspended};
+        match self.state {
+            // The executor is inside a step that owns the half-made guest.
+            Launching | Paused | Guarded => self.end_wanted = Some(cause),
+            Running | Suspended | Stopping => self.kill(now, cause, message, out),
+            // The pause was ordered and may hang: the end does not wait for it.
+            Condemned => self.kill(now, self.condemned_cause(cause), message, out),
+            GuestState::Ending | GuestState::Ended => {}
+        }
+    }
+
+    fn condemned_cause(&self, cause: Cause) -> Cause {
+        match self.on_violation {
+            OnViolation::Terminate if self.incident.is_some() => Cause::Rogue,
+            _ => cause,
+        }
+    }
+
+    fn kill(
+        &mut self,
+        now: Monotonic,
+        cause: Cause,
+        message: Option<String>,
+        out: &mut Vec<Action>,
+    ) {
+        self.enter(now, GuestState::Ending);
+        self.ending = Some(Ending {
+            cause,
+            incident: None,
+            message,
+        });
+        out.push(Action::Kill(self.id));
+    }
+
+    fn tap_removed(
+        &mut self,
+        now: Monotonic,
+        at: Monotonic,
+        fault: Option<String>,
+        out: &mut Vec<Action>,
+    ) {
+        if self.state != GuestState::Ending {
+            return;
+        }
+        if let Some(incident) = &mut self.incident {
+            incident.tap_removed_at.get_or_insert(at);
+        }
+        if let Some(ending) = &mut self.ending {
+            ending.incident = self.incident.clone();
+            ending.message = match (ending.message.take(), fault) {
+                (Some(message), Some(fault)) => Some(format!("{message}; {fault}")),
+                (message, fault) => message.or(fault),
+            };
+        }
+        self.finish(now, out);
+    }
+
+    fn finish(&mut self, now: Monotonic, out: &mut Vec<Action>) {
+        self.enter(now, GuestState::Ended);
+        if let Some(ending) = self.ending.clone() {
+            self.publish(now, Record::Ended(ending), out);
+        }
+    }
+
+    const fn has_run(&self) -> bool {
+        use GuestState::{Condemned, Running, Stopping, Suspended};
+        matches!(self.state, Running | Condemned | Suspended | Stopping)
+    }
+
+    fn enter(&mut self, now: Monotonic, state: GuestState) {
+        self.state = state;
+        self.since = now;
+    }
+
+    fn publish(&self, at: Monotonic, record: Record, out: &mut Vec<Action>) {
+        out.push(Action::Publish {
+            guest: self.id,
+            at,
+            record,
+        });
+    }
+
+    fn publish_rogue(&self, frame: RogueFrame, suppressed: u64, out: &mut Vec<Action>) {
+        let at = frame.at;
+        self.publish(
+            at,
+            Record::Rogue {
+                frame,
+                action: self.on_violation,
+                suppressed,
+            },
+            out,
+        );
+    }
+}
