@@ -360,7 +360,7 @@ pub enum VmError {
         seconds: u32,
     },
     /// The guest has no console now.
-    #[error("guest {name} is {state} and has no console: see `omerta vm logs {name}`")]
+    #[error("guest {name} is {state} and has no console: only a guest that runs has one")]
     NoConsole {
         /// The guest.
         name: String,
