@@ -2,11 +2,12 @@
 #
 #   make setup    install what is missing (deploy/setup.sh)
 #   make build    target/release/{omerta,omertad,omerta-demo}
-#   make image    the guest image, in target/image
+#   make image    the guest image, in target/image, or make image IMAGE=DIR
 #   make demo     setup, build, image, then the demonstration
 #   make test     setup, build, image, then every test
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
+#   make bench, make lab    not built yet: they say so and fail
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -28,7 +29,7 @@ build:
 	@echo "build: done, in target/release"
 
 image:
-	@vm-launcher/image/build.sh target/image
+	@vm-launcher/image/build.sh $(or $(IMAGE),target/image)
 
 demo: setup
 	@$(MAKE) --no-print-directory build image

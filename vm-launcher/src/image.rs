@@ -12,17 +12,22 @@ pub struct Image {
     pub initrd: PathBuf,
 }
 
+/// The directory of an image's file.
+fn directory(file: &Path) -> &Path {
+    file.parent().unwrap_or(file)
+}
+
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// A file of the image does not exist.
-    #[error("guest image: {} does not exist; build the image with `make image`", path.display())]
+    #[error("guest image: {} does not exist; build the image with `make image IMAGE={}`", path.display(), directory(path).display())]
     Missing {
         /// The missing file.
         path: PathBuf,
     },
     /// A file of the image exists but cannot be used.
-    #[error("guest image: {} cannot be read; rebuild the image with `make image`", path.display())]
+    #[error("guest image: {} cannot be read; rebuild the image with `make image IMAGE={}`", path.display(), directory(path).display())]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -31,7 +36,7 @@ pub enum ImageError {
         source: std::io::Error,
     },
     /// A file of the image is empty or not a regular file.
-    #[error("guest image: {} is empty or not a file; rebuild the image with `make image`", path.display())]
+    #[error("guest image: {} is empty or not a file; rebuild the image with `make image IMAGE={}`", path.display(), directory(path).display())]
     NotAFile {
         /// The file.
         path: PathBuf,

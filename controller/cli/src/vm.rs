@@ -169,6 +169,18 @@ async fn list(client: &Client, all: bool, format: Format, out: &mut Output) -> R
     if format == Format::Json {
         return Ok(out.json(&list.guests)?);
     }
+    if list.guests.is_empty() {
+        if io::stderr().is_terminal() {
+            let remark = if all {
+                "omertad remembers no guest"
+            } else {
+                "no guest lives; `--all` lists ended ones too"
+            };
+            // A remark that cannot be shown is no reason to fail.
+            let _ = writeln!(io::stderr(), "{remark}");
+        }
+        return Ok(());
+    }
     Ok(out.table(&guests(&list.guests))?)
 }
 

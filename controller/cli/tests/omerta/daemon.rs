@@ -205,6 +205,13 @@ fn guests_are_shown_for_people() {
 }
 
 #[test]
+fn no_guests_are_an_empty_list() {
+    let omertad = Omertad::always(200, json!({"guests": []}));
+    assert_eq!(omertad.omerta("vm list").done().stdout, "");
+    assert_eq!(omertad.omerta("vm list -o json").done().stdout, "[]\n");
+}
+
+#[test]
 fn stop_passes_its_deadline_on_and_waits_for_the_end() {
     let looked = AtomicUsize::new(0);
     let omertad = Omertad::answering(move |_| {
