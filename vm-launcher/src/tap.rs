@@ -118,7 +118,9 @@ impl Tap {
             *to = from as libc::c_char;
         }
         // IFF_TUN_EXCL: a tap that exists already, perhaps someone's persistent one, is refused.
-        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+        // No IFF_VNET_HDR: its header asks the host to write a checksum where the guest says, or
+        // to cut a datagram into fragments, both after the guard has judged the frame.
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_TUN_EXCL;
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
         let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
@@ -175,23 +177,6 @@ impl Tap {
         Ok(())
     }
 
-    /// The size in bytes of the virtio-net header that precedes each frame now; QEMU changes it
-    /// when a guest's driver starts.
-    pub(crate) fn vnet_header_bytes(&self) -> Result<usize, TapError> {
-        let mut size: libc::c_int = 0;
-        // SAFETY: TUNGETVNETHDRSZ writes one int, which outlives the call.
-        let result = unsafe {
-            libc::ioctl(
-                self.device.as_raw_fd(),
-                libc::TUNGETVNETHDRSZ as _,
-                &mut size,
-            )
-        };
-        Errno::result(result).map_err(|errno| self.io("read the header size of", errno.into()))?;
-        usize::try_from(size)
-            .map_err(|error| self.io("read the header size of", io::Error::other(error)))
-    }
-
     /// Closes the tap and waits, blocking the thread, until the interface is gone or `deadline` has
     /// passed; gives whether it is gone. The last close removes it, and that need not be this one:
     /// a child that another thread has just forked holds every descriptor until its exec.
@@ -214,11 +199,9 @@ impl Tap {
 
     /// Sends `frame` as the guest would.
     pub(crate) fn send_as_guest(&self, frame: &[u8]) -> Result<(), TapError> {
-        let mut message = vec![0; self.vnet_header_bytes()?];
-        message.extend_from_slice(frame);
-        let written = nix::unistd::write(&self.device, &message)
+        let written = nix::unistd::write(&self.device, frame)
             .map_err(|errno| self.io("send a frame into", errno.into()))?;
-        if written == message.len() {
+        if written == frame.len() {
             Ok(())
         } else {
             Err(self.io("send a whole frame into", io::ErrorKind::WriteZero.into()))

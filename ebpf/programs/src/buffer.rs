@@ -51,6 +51,12 @@ impl Frame for SocketBuffer<'_> {
     }
 
     #[inline(always)]
+    fn segment_size(&self) -> u32 {
+        // SAFETY: as above; the verifier rewrites this load to the shared info's field.
+        unsafe { (*self.context.skb.skb).gso_size }
+    }
+
+    #[inline(always)]
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {
         let from = self.start + offset;
         if from + N > self.end {

@@ -87,6 +87,11 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Egress)?;
+    // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's offload
+    // header asks, and only the latter is told from the former by what no program may read.
+    if matches!(segment.protocol, crate::Protocol::Udp) && frame.segment_size() != 0 {
+        return Err(Reason::Fragment);
+    }
     let flow = Flow::new(
         segment.protocol,
         (packet.source, segment.guest_port),

@@ -10,6 +10,10 @@ pub trait Frame {
     /// Whether a VLAN tag travels beside the bytes (hardware offload).
     fn is_tagged(&self) -> bool;
 
+    /// Payload bytes of each segment that the host is still to cut the frame into; 0 where it
+    /// leaves the frame whole.
+    fn segment_size(&self) -> u32;
+
     /// `N` bytes at `offset`, or `None` where the frame does not reach that far.
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]>;
 }
@@ -21,6 +25,10 @@ impl Frame for [u8] {
 
     fn is_tagged(&self) -> bool {
         false
+    }
+
+    fn segment_size(&self) -> u32 {
+        0
     }
 
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {

@@ -88,7 +88,7 @@ reasons! {
     IpOptions = "ip_options",
     /// The IP length does not agree with the frame's.
     IpLength = "ip_length",
-    /// A fragment.
+    /// A fragment, or UDP that the host was asked to cut.
     Fragment = "fragment",
     /// An IPv6 extension header.
     ExtensionHeader = "extension_header",

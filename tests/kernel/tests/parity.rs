@@ -191,3 +191,38 @@ fn a_guard_without_policy_drops_everything() {
         }
     }
 }
+
+/// `struct __sk_buff` (include/uapi/linux/bpf.h) with nothing set but `gso_size`.
+fn context_with_segments_of(bytes: u32) -> [u8; 192] {
+    const GSO_SIZE: usize = 176;
+    let mut context = [0; 192];
+    context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&bytes.to_ne_bytes());
+    context
+}
+
+/// A guest's offload header may ask the host to cut UDP into IP fragments after the verdict.
+#[test]
+fn udp_that_the_host_is_asked_to_cut_is_dropped() {
+    use omerta_kernel_tests::{
+        CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, ethernet, tcp, udp,
+    };
+    let mut pair = Pair::new(Mode::Filtered);
+    let mut run = |protocol, payload: &[u8], segment| {
+        let packet = Ipv4::new(GUEST, CONSUMER, protocol).packet(payload);
+        let frame = ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet);
+        let context = context_with_segments_of(segment);
+        let options = TestRunOptions {
+            data_in: Some(&frame),
+            ctx_in: Some(&context),
+            ..TestRunOptions::new()
+        };
+        let program = pair.programs.program(Direction::Egress).unwrap();
+        let code = program.test_run(options).unwrap().return_value;
+        (code, pair.events.next().map(|event| event.reason))
+    };
+    let datagram = udp(40000, CONSUMER_PORT, &[0xaa; 1200]);
+    assert_eq!(run(17, &datagram, 0), (NEXT, None));
+    let dropped = (SHOT, Some(omerta_verdict::Reason::Fragment));
+    assert_eq!(run(17, &datagram, 1000), dropped);
+    assert_eq!(run(6, &tcp(40000, 443), 1000), (NEXT, None));
+}
