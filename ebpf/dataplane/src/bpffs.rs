@@ -50,8 +50,16 @@ impl Pins {
         if !self.exist() {
             return Ok(());
         }
+        let mut paths = Vec::new();
         for entry in fs::read_dir(&self.directory).map_err(failed("read", &self.directory))? {
-            let path = entry.map_err(failed("read", &self.directory))?.path();
+            paths.push(entry.map_err(failed("read", &self.directory))?.path());
+        }
+        let is_link = |path: &PathBuf| {
+            path.file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"link_"))
+        };
+        paths.sort_by_key(|path| !is_link(path));
+        for path in paths {
             fs::remove_file(&path).map_err(failed("remove", &path))?;
         }
         fs::remove_dir(&self.directory).map_err(failed("remove", &self.directory))?;

@@ -53,6 +53,17 @@ pub enum GuardError {
         /// What is missing.
         why: &'static str,
     },
+    /// The guard pinned under this name is in force on an interface that has since been renamed
+    /// or moved to another network namespace.
+    #[error(
+        "the guard pinned as {interface} is in force elsewhere, on the interface of index {ifindex}, which was renamed or moved: rename it back, or bring it back, to reach its guard"
+    )]
+    Elsewhere {
+        /// The name that the guard was attached under.
+        interface: String,
+        /// The index of the interface that it guards.
+        ifindex: u32,
+    },
     /// The configuration contradicts itself.
     #[error("{problem}")]
     Config {
@@ -164,7 +175,9 @@ impl GuardError {
                 ErrorKind::NotFound
             }
             Self::Config { .. } => ErrorKind::Usage,
-            Self::AlreadyGuarded { .. } | Self::AllowlistFull { .. } => ErrorKind::Refused,
+            Self::AlreadyGuarded { .. } | Self::Elsewhere { .. } | Self::AllowlistFull { .. } => {
+                ErrorKind::Refused
+            }
             _ => ErrorKind::Failed,
         }
     }

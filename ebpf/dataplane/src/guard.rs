@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::net::IpAddr;
+use std::path::Path;
 
 use aya::maps::{MapData, PerCpuArray};
-use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::links::FdLink;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use omerta_verdict::{Address, Direction, Endpoint, MAX_ADDRESSES, Mac, Mode, Policy};
@@ -12,6 +13,7 @@ use omerta_verdict::{Address, Direction, Endpoint, MAX_ADDRESSES, Mac, Mode, Pol
 use crate::bpffs::{self, Pins};
 use crate::counters::{self, Count, Counters};
 use crate::events::EventStream;
+use crate::link::{self, LinkInfo};
 use crate::object::{Programs, program_name};
 use crate::status::{DirectionStatus, GuardStatus};
 use crate::store::{POLICY_MAPS, PolicyStore, map_error};
@@ -60,10 +62,13 @@ impl Guard {
             ifindex,
             pins,
         };
-        if guard.pins.exist() && guard.position().is_ok() {
-            return Err(GuardError::AlreadyGuarded {
-                interface: interface.to_owned(),
-            });
+        if guard.pins.exist() {
+            if in_force(guard.position())? {
+                return Err(GuardError::AlreadyGuarded {
+                    interface: interface.to_owned(),
+                });
+            }
+            refuse_elsewhere(interface, &guard.pins)?;
         }
         // What is pinned is left over from an interface that is gone, or from a crash half-way.
         // The new programs are attached before it is removed: in doubt, two guards judge.
@@ -144,8 +149,12 @@ impl Guard {
 
     /// The interfaces of this network namespace whose guard is in force, sorted by name.
     pub fn list() -> Result<Vec<String>, GuardError> {
-        let mut names = bpffs::pinned_interfaces()?;
-        names.retain(|name| Self::open(name).is_ok());
+        let mut names = Vec::new();
+        for name in bpffs::pinned_interfaces()? {
+            if in_force(Self::open(&name))? {
+                names.push(name);
+            }
+        }
         Ok(names)
     }
 
@@ -169,22 +178,10 @@ impl Guard {
             if !path.exists() {
                 return Err(self.not_in_force("a link is not pinned"));
             }
-            let link_failed = |source| GuardError::Link {
-                action: "read",
-                interface: self.interface.clone(),
-                source,
-            };
-            let link = FdLink::from(PinnedLink::from_pin(&path).map_err(link_failed)?);
-            let ours = link.info().map_err(link_failed)?.program_id();
-            let (_, attached) = SchedClassifier::query_tcx(&self.interface, hook(direction))
-                .map_err(|source| GuardError::Program {
-                    program: program_name(direction),
-                    interface: self.interface.clone(),
-                    source: Box::new(source),
-                })?;
-            attached
+            let ours = link_info(&self.interface, &path)?.program_id;
+            attached(&self.interface, direction)?
                 .iter()
-                .position(|program| program.id() == ours)
+                .position(|program| *program == ours)
                 .ok_or_else(|| {
                     self.not_in_force("the interface was re-created or the link was cut")
                 })
@@ -307,6 +304,10 @@ impl Guard {
     /// Removes the guard: the interface is then open. Take it down first, or its guest leaves.
     pub fn detach(self) -> Result<(), GuardError> {
         let _lock = self.pins.lock()?;
+        // The interface may have been renamed, or guarded anew, since this handle was opened.
+        if self.pins.exist() {
+            refuse_elsewhere(&self.interface, &self.pins)?;
+        }
         self.pins.remove()
     }
 
@@ -321,16 +322,18 @@ impl Guard {
     }
 
     /// Removes what is pinned for `interface` where that interface no longer exists or its guard
-    /// is not in force. A guard in force is left alone. Returns whether anything was removed.
+    /// is not in force. A guard in force is left alone, and refused where it is in force on an
+    /// interface that was renamed or moved. Returns whether anything was removed.
     pub fn remove_stale(interface: &str) -> Result<bool, GuardError> {
         let pins = Pins::of(interface)?;
         if !pins.exist() {
             return Ok(false);
         }
         let _lock = pins.lock()?;
-        if Self::open(interface).is_ok() {
+        if in_force(Self::open(interface))? {
             return Ok(false);
         }
+        refuse_elsewhere(interface, &pins)?;
         pins.remove()?;
         Ok(true)
     }
@@ -339,6 +342,65 @@ impl Guard {
     pub fn pin_names() -> impl Iterator<Item = &'static str> {
         POLICY_MAPS.into_iter().chain(Direction::ALL.map(link_pin))
     }
+}
+
+/// Whether a guard is in force; what could not be found out is an error, never "no".
+fn in_force<T>(checked: Result<T, GuardError>) -> Result<bool, GuardError> {
+    match checked {
+        Ok(_) => Ok(true),
+        Err(
+            GuardError::NotInForce { .. }
+            | GuardError::NotGuarded { .. }
+            | GuardError::NoInterface { .. },
+        ) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Fails where a pinned link is attached to anything but `interface`: removing its pin would open
+/// an interface that nobody named.
+fn refuse_elsewhere(interface: &str, pins: &Pins) -> Result<(), GuardError> {
+    for direction in Direction::ALL {
+        let path = pins.path(link_pin(direction));
+        if !path.exists() {
+            continue;
+        }
+        let link = link_info(interface, &path)?;
+        if link.ifindex == 0 {
+            continue;
+        }
+        // Another namespace's interface may have the same index, so the program decides.
+        let here = match interface::index(interface) {
+            Ok(_) => attached(interface, direction)?.contains(&link.program_id),
+            Err(_) => false,
+        };
+        if !here {
+            return Err(GuardError::Elsewhere {
+                interface: interface.to_owned(),
+                ifindex: link.ifindex,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn link_info(interface: &str, pin: &Path) -> Result<LinkInfo, GuardError> {
+    link::info(pin).map_err(|source| GuardError::System {
+        action: "read a link",
+        interface: interface.to_owned(),
+        source,
+    })
+}
+
+/// The ids of the programs on the hook of `direction`, first to run first.
+fn attached(interface: &str, direction: Direction) -> Result<Vec<u32>, GuardError> {
+    SchedClassifier::query_tcx(interface, hook(direction))
+        .map(|(_, programs)| programs.iter().map(|program| program.id()).collect())
+        .map_err(|source| GuardError::Program {
+            program: program_name(direction),
+            interface: interface.to_owned(),
+            source: Box::new(source),
+        })
 }
 
 /// What the guest sends enters the host by the interface's ingress hook, and the other way round.

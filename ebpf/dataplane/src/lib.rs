@@ -11,6 +11,7 @@ mod error;
 mod events;
 mod guard;
 mod interface;
+mod link;
 mod object;
 mod rules;
 mod status;

@@ -226,3 +226,53 @@ fn a_foreign_program_ahead_of_the_guard_is_noticed() {
         guard.detach().unwrap();
     });
 }
+
+#[test]
+fn a_renamed_interface_keeps_its_guard_whatever_is_done_under_the_old_name() {
+    use std::time::Duration;
+    with_tap(|namespace, tap| {
+        Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        namespace.ip("link set guest name other").unwrap();
+        assert!(matches!(
+            Guard::remove_stale("guest"),
+            Err(GuardError::Elsewhere { .. })
+        ));
+        let second = Tap::create("guest").unwrap();
+        assert!(matches!(
+            Guard::remove_stale("guest"),
+            Err(GuardError::Elsewhere { .. })
+        ));
+        let refused = Guard::attach("guest", &config(Mode::Filtered));
+        assert!(
+            matches!(refused, Err(GuardError::Elsewhere { .. })),
+            "{refused:?}"
+        );
+        drop(second);
+        std::thread::sleep(Duration::from_millis(100));
+        namespace.ip("link set other name guest").unwrap();
+        Guard::open("guest").unwrap().verify().unwrap();
+        Guard::open("guest").unwrap().detach().unwrap();
+        drop(tap);
+    });
+}
+
+#[test]
+fn an_interface_that_moved_away_keeps_its_guard() {
+    let elsewhere = Namespace::new("ot-away").unwrap();
+    with_tap(|namespace, _tap| {
+        let _veth = Veth::pair("moves", "peer").unwrap();
+        let stale = Guard::attach("moves", &config(Mode::Filtered)).unwrap();
+        namespace
+            .ip(&format!("link set moves netns {}", elsewhere.name()))
+            .unwrap();
+        assert!(matches!(
+            Guard::remove_stale("moves"),
+            Err(GuardError::Elsewhere { .. })
+        ));
+        assert!(matches!(stale.detach(), Err(GuardError::Elsewhere { .. })));
+        elsewhere
+            .ip(&format!("link set moves netns {}", namespace.name()))
+            .unwrap();
+        Guard::open("moves").unwrap().detach().unwrap();
+    });
+}
