@@ -1,14 +1,13 @@
 //! A guard: the programs, maps and links that enforce one interface's policy.
 
 use std::fs::File;
-use std::net::IpAddr;
 use std::path::Path;
 
 use aya::maps::{MapData, PerCpuArray};
 use aya::programs::links::FdLink;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
-use omerta_verdict::{Address, Direction, Endpoint, MAX_ADDRESSES, Mac, Mode, Policy};
+use omerta_verdict::{Address, Direction, Endpoint, Mode};
 
 use crate::bpffs::{self, Pins};
 use crate::counters::{self, Count, Counters};
@@ -16,28 +15,8 @@ use crate::events::EventStream;
 use crate::link::{self, LinkInfo};
 use crate::object::{Programs, program_name};
 use crate::status::{DirectionStatus, GuardStatus};
-use crate::store::{POLICY_MAPS, PolicyStore, map_error};
-use crate::{GuardError, interface};
-
-/// One frame in this many is judged against the allowlist in sampled mode.
-const SAMPLE_EVERY: u32 = 16;
-
-/// Whose interface it is and whom its guest may reach.
-#[derive(Clone, Debug)]
-pub struct GuardConfig {
-    /// The guest's MAC.
-    pub mac: Mac,
-    /// The guest's addresses: one to eight.
-    pub addresses: Vec<IpAddr>,
-    /// At most one gateway for each family.
-    pub gateways: Vec<IpAddr>,
-    /// Where the guest's IP frames must go; `None` for the interface's own MAC.
-    pub gateway_mac: Option<Mac>,
-    /// How frames are judged.
-    pub mode: Mode,
-    /// The allowlist.
-    pub allow: Vec<Endpoint>,
-}
+use crate::store::{PolicyStore, map_error};
+use crate::{GuardConfig, GuardError, interface};
 
 /// A handle on the guard of one interface. Dropping it leaves the guard in force.
 #[derive(Debug)]
@@ -51,7 +30,7 @@ impl Guard {
     /// Guards `interface`, which may be down and should be: attach before the guest can send.
     pub fn attach(interface: &str, config: &GuardConfig) -> Result<Self, GuardError> {
         let ifindex = interface::index(interface)?;
-        let policy = policy_of(interface, config)?;
+        let policy = config.policy(interface)?;
         let mut programs = Programs::load(interface, config.mode)?;
         PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
 
@@ -62,14 +41,12 @@ impl Guard {
             ifindex,
             pins,
         };
-        if guard.pins.exist() {
-            if in_force(guard.position())? {
-                return Err(GuardError::AlreadyGuarded {
-                    interface: interface.to_owned(),
-                });
-            }
-            refuse_elsewhere(interface, &guard.pins)?;
+        if in_force(guard.position())? {
+            return Err(GuardError::AlreadyGuarded {
+                interface: interface.to_owned(),
+            });
         }
+        refuse_elsewhere(interface, &guard.pins)?;
         // What is pinned is left over from an interface that is gone, or from a crash half-way.
         // The new programs are attached before it is removed: in doubt, two guards judge.
         let links = guard.link(&mut programs)?;
@@ -305,9 +282,7 @@ impl Guard {
     pub fn detach(self) -> Result<(), GuardError> {
         let _lock = self.pins.lock()?;
         // The interface may have been renamed, or guarded anew, since this handle was opened.
-        if self.pins.exist() {
-            refuse_elsewhere(&self.interface, &self.pins)?;
-        }
+        refuse_elsewhere(&self.interface, &self.pins)?;
         self.pins.remove()
     }
 
@@ -336,11 +311,6 @@ impl Guard {
         refuse_elsewhere(interface, &pins)?;
         pins.remove()?;
         Ok(true)
-    }
-
-    /// The names under which a guard is pinned: maps of policy, then links.
-    pub fn pin_names() -> impl Iterator<Item = &'static str> {
-        POLICY_MAPS.into_iter().chain(Direction::ALL.map(link_pin))
     }
 }
 
@@ -424,66 +394,4 @@ fn pin_failed(path: std::path::PathBuf, error: aya::pin::PinError) -> GuardError
         path,
         source: std::io::Error::other(error),
     }
-}
-
-fn policy_of(interface: &str, config: &GuardConfig) -> Result<Policy, GuardError> {
-    let refuse = |problem: String| Err(GuardError::Config { problem });
-    if !config.mac.is_unicast() {
-        return refuse(format!(
-            "{} is not a unicast MAC: a guest's MAC must be",
-            config.mac
-        ));
-    }
-    let gateway_mac = match config.gateway_mac {
-        Some(mac) => mac,
-        None => interface::mac(interface)?,
-    };
-    if !gateway_mac.is_unicast() || gateway_mac == config.mac {
-        return refuse(format!(
-            "{gateway_mac} cannot be the gateway's MAC: give a unicast MAC other than the guest's"
-        ));
-    }
-    let count = config.addresses.len();
-    if count == 0 || count > MAX_ADDRESSES {
-        return refuse(format!(
-            "a guest owns 1 to {MAX_ADDRESSES} addresses, not {count}"
-        ));
-    }
-    let mut policy = Policy {
-        mode: config.mode as u32,
-        sample_every: SAMPLE_EVERY,
-        mac: config.mac,
-        gateway_mac,
-        ..Policy::EMPTY
-    };
-    for (index, address) in config.addresses.iter().enumerate() {
-        let owned = Address::from(*address);
-        let mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-        if mapped || !owned.is_possible_peer() {
-            return refuse(format!(
-                "{address} cannot be a guest's address: give a unicast address"
-            ));
-        }
-        if policy.addresses.contains(&owned) {
-            return refuse(format!("the address {address} is given twice"));
-        }
-        policy.addresses[index] = owned;
-    }
-    for gateway in &config.gateways {
-        let place = usize::from(gateway.is_ipv6());
-        let address = Address::from(*gateway);
-        let mapped = matches!(gateway, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-        if mapped || !address.is_possible_peer() || policy.owns(address) {
-            return refuse(format!(
-                "{gateway} cannot be a gateway: give a unicast address that is not the guest's"
-            ));
-        }
-        if !policy.gateways[place].is_unspecified() {
-            return refuse(format!(
-                "a second gateway of one family: {gateway}; give one for each family"
-            ));
-        }
-        policy.gateways[place] = address;
-    }
-    Ok(policy)
 }

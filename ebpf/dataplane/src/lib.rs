@@ -6,6 +6,7 @@
 //! act on the network namespace of the calling thread.
 
 mod bpffs;
+mod config;
 mod counters;
 mod error;
 mod events;
@@ -17,10 +18,11 @@ mod rules;
 mod status;
 mod store;
 
+pub use config::GuardConfig;
 pub use counters::{Count, Counters, DirectionCounters};
 pub use error::{ErrorKind, GuardError};
 pub use events::{EventStream, FrameEvent};
-pub use guard::{Guard, GuardConfig};
+pub use guard::Guard;
 pub use object::{Programs, kernel_support};
 pub use rules::MAX_ENDPOINTS;
 pub use status::{DirectionStatus, GuardStatus};

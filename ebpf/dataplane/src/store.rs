@@ -17,7 +17,7 @@ use crate::object::Programs;
 use crate::rules::{self, BUCKETS, MAX_ENDPOINTS};
 
 /// The maps that hold policy, by the names that the programs give them.
-pub const POLICY_MAPS: [&str; 3] = ["GENERATION", "POLICY", "RULES"];
+const POLICY_MAPS: [&str; 3] = ["GENERATION", "POLICY", "RULES"];
 
 /// A map value of a `repr(C)` type from the verdict crate.
 #[derive(Clone, Copy)]
@@ -46,56 +46,46 @@ impl PolicyStore<MapData> {
                 .map(Map::Array)
                 .map_err(|source| map_error(interface, "open", name, source))
         };
-        Self::build(interface, open)
+        let [generation, policy, rules] = POLICY_MAPS;
+        Self::build(interface, [open(generation)?, open(policy)?, open(rules)?])
     }
 }
 
 impl<'a> PolicyStore<&'a mut MapData> {
     /// The store of programs that are not pinned.
     pub fn of(programs: &'a mut Programs, interface: &str) -> Result<Self, GuardError> {
-        let maps = programs.ebpf().maps_disjoint_mut(POLICY_MAPS);
-        let mut found = POLICY_MAPS.into_iter().zip(maps);
-        let mut next = || -> Result<(&'static str, &'a mut Map), GuardError> {
-            match found.next() {
-                Some((name, Some(map))) => Ok((name, map)),
-                _ => Err(map_error(
-                    interface,
-                    "find",
-                    "of policy",
-                    MapError::InvalidName {
-                        name: "policy".into(),
-                    },
-                )),
+        match programs.ebpf().maps_disjoint_mut(POLICY_MAPS) {
+            [Some(generation), Some(policy), Some(rules)] => {
+                Self::build(interface, [generation, policy, rules])
             }
-        };
-        let (generation, policy, rules) = (next()?, next()?, next()?);
-        let error = |name| move |source| map_error(interface, "open", name, source);
-        Ok(Self {
-            interface: interface.to_owned(),
-            generation: generation.1.try_into().map_err(error(generation.0))?,
-            policy: policy.1.try_into().map_err(error(policy.0))?,
-            rules: rules.1.try_into().map_err(error(rules.0))?,
-        })
-    }
-}
-
-impl PolicyStore<MapData> {
-    fn build(
-        interface: &str,
-        mut open: impl FnMut(&'static str) -> Result<Map, GuardError>,
-    ) -> Result<Self, GuardError> {
-        let error = |name| move |source| map_error(interface, "open", name, source);
-        let [generation, policy, rules] = POLICY_MAPS;
-        Ok(Self {
-            interface: interface.to_owned(),
-            generation: open(generation)?.try_into().map_err(error(generation))?,
-            policy: open(policy)?.try_into().map_err(error(policy))?,
-            rules: open(rules)?.try_into().map_err(error(rules))?,
-        })
+            _ => {
+                let missing = MapError::InvalidName {
+                    name: "policy".into(),
+                };
+                Err(map_error(interface, "find", "of policy", missing))
+            }
+        }
     }
 }
 
 impl<M: Borrow<MapData>> PolicyStore<M> {
+    /// `maps` in the order of [`POLICY_MAPS`].
+    fn build<T>(interface: &str, maps: [T; 3]) -> Result<Self, GuardError>
+    where
+        Array<M, u64>: TryFrom<T, Error = MapError>,
+        Array<M, Value<Policy>>: TryFrom<T, Error = MapError>,
+        Array<M, Value<Bucket>>: TryFrom<T, Error = MapError>,
+    {
+        let error = |name| move |source| map_error(interface, "open", name, source);
+        let [generation, policy, rules] = maps;
+        Ok(Self {
+            interface: interface.to_owned(),
+            generation: generation.try_into().map_err(error(POLICY_MAPS[0]))?,
+            policy: policy.try_into().map_err(error(POLICY_MAPS[1]))?,
+            rules: rules.try_into().map_err(error(POLICY_MAPS[2]))?,
+        })
+    }
+
     fn generation(&self) -> Result<u64, GuardError> {
         self.generation
             .get(&0, 0)

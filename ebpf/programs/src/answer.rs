@@ -39,46 +39,40 @@ fn set_mark(context: &TcContext, mark: u32) {
 #[inline(always)]
 pub fn send(context: &TcContext, answer: &Answer, direction: Direction) -> Option<i32> {
     let skb = context.skb.skb;
-    let [arp, advertisement] = Answer::LENGTHS;
-    // The verifier wants constant lengths.
-    let length = if answer.length() == arp {
-        arp
-    } else {
-        advertisement
-    };
     let scratch = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: the element is this CPU's own, and programs do not preempt one another on a CPU
     // while the network stack runs them (bottom halves are off).
-    let buffer = unsafe { &mut *scratch };
-    answer.compose(buffer);
-    // SAFETY: `skb` is valid for the whole run; `buffer` holds `ANSWER_CAPACITY` bytes, and both
-    // lengths are no greater.
+    let frame = unsafe { &mut *scratch };
+    answer.compose(frame);
+    let [arp, advertisement] = Answer::LENGTHS;
+    let written = if answer.length() == arp {
+        overwrite(context, frame, arp as u32)
+    } else {
+        overwrite(context, frame, advertisement as u32)
+    };
+    if !written {
+        return None;
+    }
+    let flags = match direction {
+        Direction::Egress => 0,
+        Direction::Ingress => {
+            set_mark(context, MARK);
+            BPF_F_INGRESS as u64
+        }
+    };
+    // SAFETY: `skb` is valid for the whole run of the program.
+    Some(unsafe { bpf_redirect((*skb).ifindex, flags) } as i32)
+}
+
+/// Makes the buffer hold the first `length` bytes of `frame`. Inlined, so that the verifier sees
+/// a constant length.
+#[inline(always)]
+fn overwrite(context: &TcContext, frame: &[u8; ANSWER_CAPACITY], length: u32) -> bool {
+    let skb = context.skb.skb;
+    // SAFETY: `skb` is valid for the whole run of the program, and `frame` holds
+    // `ANSWER_CAPACITY` bytes, which no answer's length exceeds.
     unsafe {
-        if bpf_skb_change_tail(skb, length as u32, 0) != 0 {
-            return None;
-        }
-        let stored = if length == arp {
-            bpf_skb_store_bytes(skb.cast(), 0, buffer.as_ptr().cast(), arp as u32, 0)
-        } else {
-            bpf_skb_store_bytes(
-                skb.cast(),
-                0,
-                buffer.as_ptr().cast(),
-                advertisement as u32,
-                0,
-            )
-        };
-        if stored != 0 {
-            return None;
-        }
-        let ifindex = (*skb).ifindex;
-        let flags = match direction {
-            Direction::Egress => 0,
-            Direction::Ingress => {
-                set_mark(context, MARK);
-                BPF_F_INGRESS as u64
-            }
-        };
-        Some(bpf_redirect(ifindex, flags) as i32)
+        bpf_skb_change_tail(skb, length, 0) == 0
+            && bpf_skb_store_bytes(skb.cast(), 0, frame.as_ptr().cast(), length, 0) == 0
     }
 }

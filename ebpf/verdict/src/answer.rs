@@ -275,7 +275,7 @@ fn solicited<F: Frame + ?Sized>(
     packet: &Packet,
     sender: Mac,
 ) -> Result<Address, Reason> {
-    let (kind, target, _) = discovery(frame, packet)?;
+    let (kind, target) = discovery(frame, packet)?;
     if kind != SOLICITATION {
         return Err(Reason::Neighbour);
     }
@@ -307,7 +307,7 @@ pub(crate) fn is_advertisement_of<F: Frame + ?Sized>(
     if packet.source.is_v4() || packet.protocol != crate::transport::ICMPV6 {
         return false;
     }
-    let Ok((kind, target, _)) = discovery(frame, packet) else {
+    let Ok((kind, target)) = discovery(frame, packet) else {
         return false;
     };
     let Ok(option) = link_option(frame, packet) else {
@@ -319,9 +319,9 @@ pub(crate) fn is_advertisement_of<F: Frame + ?Sized>(
         && option_mac(option).equals(mac)
 }
 
-/// Type, target and flags of a discovery message (RFC 4861, 7.1: hop limit 255, code 0).
+/// Type and target of a discovery message (RFC 4861, 7.1: hop limit 255, code 0).
 #[inline(always)]
-fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<(u8, Address, u8), Reason> {
+fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<(u8, Address), Reason> {
     if packet.hop_limit != 255 || packet.payload_length < DISCOVERY_LENGTH {
         return Err(Reason::Neighbour);
     }
@@ -335,7 +335,7 @@ fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<(u8, Addre
         b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15], b[16], b[17], b[18], b[19], b[20],
         b[21], b[22], b[23],
     ]);
-    Ok((b[0], target, b[4]))
+    Ok((b[0], target))
 }
 
 #[inline(always)]

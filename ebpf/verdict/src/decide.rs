@@ -58,13 +58,20 @@ pub fn ingress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Ve
     judge_ingress(frame, guard).into()
 }
 
+/// The policy in force, with a mode that this program knows.
+#[inline(always)]
+fn in_force<G: Guard + ?Sized>(guard: &G) -> Result<(&Policy, Mode), Reason> {
+    let policy = guard.policy().ok_or(Reason::NoPolicy)?;
+    let mode = Mode::from_number(policy.mode).ok_or(Reason::NoPolicy)?;
+    Ok((policy, mode))
+}
+
 #[inline(always)]
 fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
 ) -> Result<Verdict, Reason> {
-    let policy = guard.policy().ok_or(Reason::NoPolicy)?;
-    let mode = Mode::from_number(policy.mode).ok_or(Reason::NoPolicy)?;
+    let (policy, mode) = in_force(guard)?;
     let ethernet = Ethernet::read(frame)?;
     if !ethernet.source.equals(policy.mac) {
         return Err(Reason::SourceMac);
@@ -109,8 +116,7 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
 ) -> Result<Verdict, Reason> {
-    let policy = guard.policy().ok_or(Reason::NoPolicy)?;
-    let mode = Mode::from_number(policy.mode).ok_or(Reason::NoPolicy)?;
+    let (policy, mode) = in_force(guard)?;
     let ethernet = Ethernet::read(frame)?;
     if !ethernet.source.is_unicast() {
         return Err(Reason::SourceMac);

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use omerta_dataplane::GuardConfig;
-use omerta_verdict::{Endpoint, Mac, Mode, Policy};
+use omerta_verdict::{Endpoint, Mac, Mode};
 
 /// The guest's MAC.
 pub const GUEST_MAC: Mac = Mac([0x52, 0x54, 0x00, 0x00, 0x00, 0x01]);
@@ -54,22 +54,4 @@ pub fn config(mode: Mode) -> GuardConfig {
         mode,
         allow: allowlist(),
     }
-}
-
-/// The policy that a guard of `config` has, for programs that are attached to nothing.
-pub fn policy(config: &GuardConfig) -> Policy {
-    let mut policy = Policy {
-        mode: config.mode as u32,
-        sample_every: 1,
-        mac: config.mac,
-        gateway_mac: GATEWAY_MAC,
-        ..Policy::EMPTY
-    };
-    for (place, address) in policy.addresses.iter_mut().zip(&config.addresses) {
-        *place = (*address).into();
-    }
-    for gateway in &config.gateways {
-        policy.gateways[usize::from(gateway.is_ipv6())] = (*gateway).into();
-    }
-    policy
 }

@@ -9,7 +9,7 @@
 
 use aya::programs::{TestRun, TestRunOptions};
 use omerta_dataplane::{EventStream, PolicyStore, Programs};
-use omerta_kernel_tests::{Generator, allowlist, config, policy};
+use omerta_kernel_tests::{Generator, allowlist, config};
 use omerta_verdict::{
     ANSWER_CAPACITY, Bucket, Direction, EVENT_FRAME_BYTES, MemoryGuard, Mode, Policy, Table,
     Verdict, egress, ingress,
@@ -32,7 +32,9 @@ impl Pair {
         let mut programs = Programs::load("parity", mode).unwrap();
         let policy = {
             let mut store = PolicyStore::of(&mut programs, "parity").unwrap();
-            store.commit(policy(&config(mode)), &allowlist()).unwrap();
+            store
+                .commit(config(mode).policy("guest").unwrap(), &allowlist())
+                .unwrap();
             store.policy().unwrap()
         };
         let mut buckets = vec![Bucket::EMPTY; policy.table_mask as usize + 1];
@@ -103,7 +105,7 @@ impl Pair {
 }
 
 /// Linux refuses to TEST_RUN an IP frame without a whole IP header, or an Ethernet header alone
-/// (bpf_prog_test_run_skb in net/bpf/test_run.c). Real taps carry those frames in `tap.rs`.
+/// (bpf_prog_test_run_skb in net/bpf/test_run.c). Real taps carry those frames in `tap/`.
 fn test_run_takes(frame: &[u8]) -> bool {
     frame.len()
         >= match frame[12..14] {

@@ -10,7 +10,7 @@
 use std::net::IpAddr;
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, allowlist, config, policy};
+use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, allowlist, config};
 use omerta_verdict::{
     Bucket, Direction, Endpoint, MemoryGuard, Mode, Policy, Protocol, Table, Verdict, egress,
     ingress,
@@ -19,7 +19,7 @@ use omerta_verdict::{
 const FRAMES: usize = 300_000;
 
 fn guard_state(mode: Mode) -> (Policy, Vec<Bucket>) {
-    let mut policy = policy(&config(mode));
+    let mut policy = config(mode).policy("guest").unwrap();
     policy.table_seed = 0x5eed;
     policy.table_mask = 63;
     let mut buckets = vec![Bucket::EMPTY; 64];
