@@ -7,7 +7,8 @@
 #   make test     setup, build, image, then every test
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
-#   make bench, make lab    not built yet: they say so and fail
+#   make bench    what a guard costs, against no filter and nftables; BENCH="tap --rounds 31" chooses
+#   make lab      not built yet: it says so and fails
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -43,7 +44,12 @@ lint:
 	@deploy/setup.sh --lint
 	@tests/lint.sh
 
-bench lab:
+bench:
+	@deploy/setup.sh --bench
+	@cargo build --release --locked -p omerta-bench
+	@target/release/omerta-bench $(BENCH)
+
+lab:
 	@echo "make $@: not built yet" >&2
 	@exit 1
 

@@ -4,6 +4,7 @@
 #
 #   deploy/setup.sh           everything that `make build`, `make demo` and `make test` need
 #   deploy/setup.sh --lint    the same, and what only `make lint` needs (cargo-deny, shellcheck)
+#   deploy/setup.sh --bench   the same, and the filters that `make bench` compares with (nftables, iptables, ipset)
 #
 # OMERTA_BPF_RUSTC=PATH       use this rustc (it needs its rust-src) for the BPF programs
 set -euo pipefail
@@ -216,12 +217,26 @@ install_lint_tools() {
     fi
 }
 
-lint=no
+install_bench_tools() {
+    local tool missing=()
+    for tool in nftables/nft iptables/iptables ipset/ipset; do
+        PATH=$PATH:/usr/sbin:/sbin has "${tool#*/}" || missing+=("${tool%/*}")
+    done
+    if [ ${#missing[@]} = 0 ]; then
+        step ok "nft, iptables, ipset"
+    elif apt_install "${missing[@]}"; then
+        step installed "${missing[*]}"
+    else
+        step warning "${missing[*]} could not be installed: the rows that compare with them will be missing"
+    fi
+}
+
+also=
 case ${1:-} in
 '') ;;
---lint) lint=yes ;;
+--lint | --bench) also=${1#--} ;;
 *)
-    printf 'setup: %s: unknown argument; usage: deploy/setup.sh [--lint]\n' "$1" >&2
+    printf 'setup: %s: unknown argument; usage: deploy/setup.sh [--lint|--bench]\n' "$1" >&2
     exit 2
     ;;
 esac
@@ -231,7 +246,10 @@ install_packages
 check_rust
 install_bpf_rustc
 install_bpf_linker
-if [ "$lint" = yes ]; then install_lint_tools; fi
+case $also in
+lint) install_lint_tools ;;
+bench) install_bench_tools ;;
+esac
 if [ "$installed" = 0 ]; then
     printf 'setup: all in place, nothing to install (%s s)\n' "$(elapsed)"
 else

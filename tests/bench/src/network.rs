@@ -1,0 +1,239 @@
+//! A lane: one namespace in which a guest's tap is routed to an uplink that swallows everything,
+//! with one way of filtering on the path.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use nix::time::{ClockId, clock_gettime};
+use omerta_dataplane::Guard;
+use omerta_kernel_tests::{CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, config};
+use omerta_test_support::{Namespace, index_of};
+use omerta_verdict::Mode;
+
+use crate::kernel::{self, Hook, Kind};
+
+/// What stands between the tap and the uplink.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filter {
+    /// Nothing.
+    None,
+    /// The guard.
+    Guard,
+    /// An XDP program that drops everything: the least that a drop can cost.
+    XdpFloor,
+    /// nftables at the tap's netdev hook.
+    NftNetdev,
+    /// nftables in the forward chain.
+    NftForward,
+    /// The same behind connection tracking.
+    NftForwardConntrack,
+    /// iptables with an ipset in the forward chain.
+    IptablesIpset,
+}
+
+/// The namespace, the guest's end of its tap and the filter.
+pub struct Lane {
+    namespace: Namespace,
+    guest: File,
+    filter: Filter,
+    // Programs that are detached when these are closed.
+    _links: Vec<OwnedFd>,
+}
+
+/// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h), ten bytes before each frame.
+pub type OffloadHeader = [u8; 10];
+
+/// A frame as it is, without offload.
+pub const PLAIN: OffloadHeader = [0; 10];
+
+impl Lane {
+    pub fn new(filter: Filter) -> Result<Self> {
+        let namespace = Namespace::new("omerta-bench")?;
+        namespace.disable_ipv6()?;
+        namespace.enable_forwarding()?;
+        let guest = namespace.enter(open_tap)??;
+        for step in [
+            &format!("link set guest address {GATEWAY_MAC}"),
+            "link add uplink type veth peer name sink",
+            "link set sink up",
+            "link set uplink up",
+            "addr add 203.0.113.1/24 dev uplink",
+        ] {
+            namespace.ip(step)?;
+        }
+        let links = namespace.enter(|| attach(filter))??;
+        for step in [
+            "link set guest up",
+            "addr add 10.77.0.1/32 dev guest",
+            "route add 10.77.0.2/32 dev guest",
+            "route add default via 203.0.113.9",
+            "neigh replace 203.0.113.9 lladdr 52:54:00:00:00:cc dev uplink nud permanent",
+        ] {
+            namespace.ip(step)?;
+        }
+        for (program, arguments) in rules(filter) {
+            let output = namespace
+                .command(program)
+                .args(arguments)
+                .stdin(Stdio::null())
+                .output()
+                .with_context(|| format!("cannot run {program} (make bench installs it)"))?;
+            if !output.status.success() {
+                let complaint = String::from_utf8_lossy(&output.stderr);
+                let first = complaint.lines().next().unwrap_or("no message");
+                bail!("{program} refused the rules of {filter:?}: {first}");
+            }
+        }
+        Ok(Self {
+            namespace,
+            guest,
+            filter,
+            _links: links,
+        })
+    }
+
+    /// Nanoseconds of this thread for one frame, over `count` frames; fails unless the uplink sent
+    /// exactly the frames that the filter lets through.
+    pub fn send(
+        &self,
+        header: &OffloadHeader,
+        frame: &[u8],
+        count: u32,
+        passes: bool,
+    ) -> Result<f64> {
+        let buffer = [&header[..], frame].concat();
+        let sent_before = self.sent()?;
+        let before = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+        for _ in 0..count {
+            (&self.guest)
+                .write_all(&buffer)
+                .context("send a frame on the tap")?;
+        }
+        let after = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+        let sent = self.sent()? - sent_before;
+        let expected = if passes { u64::from(count) } else { 0 };
+        if sent != expected {
+            bail!(
+                "{:?}: the uplink sent {sent} frames, not {expected}",
+                self.filter
+            );
+        }
+        let spent = std::time::Duration::from(after - before);
+        Ok(spent.as_nanos() as f64 / f64::from(count))
+    }
+
+    /// Frames that the uplink has sent.
+    fn sent(&self) -> Result<u64> {
+        // /proc/thread-self/net shows the namespace of the thread.
+        let table = self
+            .namespace
+            .enter(|| fs::read_to_string("/proc/thread-self/net/dev"))??;
+        table
+            .lines()
+            .find_map(|line| line.trim_start().strip_prefix("uplink:"))
+            .and_then(|fields| fields.split_whitespace().nth(9))
+            .and_then(|field| field.parse().ok())
+            .context("the uplink's count in /proc/net/dev")
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        if self.filter == Filter::Guard {
+            // Pins outlive the namespace; a drop cannot report.
+            let _ = self
+                .namespace
+                .enter(|| Guard::open("guest").and_then(Guard::detach));
+        }
+    }
+}
+
+/// A tap with an offload header, as libvirt makes them.
+fn open_tap() -> Result<File> {
+    let queue = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .context("cannot open /dev/net/tun")?;
+    // SAFETY: ifreq is plain data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"guest") {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes the request, which outlives the call.
+    if unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
+        return Err(std::io::Error::last_os_error()).context("cannot make the guest's tap");
+    }
+    Ok(queue)
+}
+
+/// The filter's program where it is one, and the one that swallows what the uplink sends.
+fn attach(filter: Filter) -> Result<Vec<OwnedFd>> {
+    /// `TC_ACT_SHOT`.
+    const SHOT: i32 = 2;
+    const XDP_DROP: i32 = 1;
+    let swallow = kernel::constant(Kind::Classifier, SHOT)?;
+    let mut links = vec![kernel::attach(
+        &swallow,
+        index_of("sink")?,
+        Hook::TcxIngress,
+    )?];
+    match filter {
+        Filter::Guard => drop(Guard::attach("guest", &config(Mode::Filtered))?),
+        Filter::XdpFloor => {
+            let program = kernel::constant(Kind::Xdp, XDP_DROP)?;
+            links.push(kernel::attach(&program, index_of("guest")?, Hook::Xdp)?);
+        }
+        _ => {}
+    }
+    Ok(links)
+}
+
+/// The guard's policy in another tool's words.
+fn rules(filter: Filter) -> Vec<(&'static str, Vec<String>)> {
+    let nft = |family: &str, hook: &str, before: &str| {
+        let script = format!(
+            "table {family} bench {{
+                set peers {{
+                    type ipv4_addr . inet_service
+                    elements = {{ {CONSUMER} . {CONSUMER_PORT}, {CONSUMER} . 443 }}
+                }}
+                chain guest {{
+                    type filter hook {hook} priority 0; policy drop;
+                    {before}
+                    iifname \"guest\" ether saddr {GUEST_MAC} ip saddr {GUEST} meta l4proto {{ tcp, udp }} ip daddr . th dport @peers accept
+                }}
+            }}"
+        );
+        vec![("nft", vec![script])]
+    };
+    match filter {
+        Filter::None | Filter::Guard | Filter::XdpFloor => Vec::new(),
+        Filter::NftNetdev => nft("netdev", "ingress device guest", ""),
+        Filter::NftForward => nft("ip", "forward", ""),
+        Filter::NftForwardConntrack => nft("ip", "forward", "ct state established,related accept"),
+        Filter::IptablesIpset => {
+            let words = |text: &str| text.split(' ').map(str::to_owned).collect();
+            vec![
+                ("ipset", words("create peers hash:ip,port")),
+                (
+                    "ipset",
+                    words(&format!("add peers {CONSUMER},udp:{CONSUMER_PORT}")),
+                ),
+                ("iptables", words("-P FORWARD DROP")),
+                (
+                    "iptables",
+                    words(&format!(
+                        "-A FORWARD -i guest -s {GUEST} -m mac --mac-source {GUEST_MAC} \
+                         -m set --match-set peers dst,dst -j ACCEPT"
+                    )),
+                ),
+            ]
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! `policy`: from the call that changes an allowlist until the kernel enforces it.
+//!
+//! The commit is a store to a map that the programs read, so the call's return is the moment of
+//! enforcement.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use omerta_dataplane::{Guard, MAX_ENDPOINTS};
+use omerta_kernel_tests::{GATEWAY_MAC, config};
+use omerta_test_support::{Namespace, Tap};
+use omerta_verdict::{Endpoint, Mode};
+
+use crate::report::{Bench, median};
+use crate::rounds::{Case, Rounds};
+
+/// Commits in one round.
+const COMMITS: usize = 101;
+
+fn many(count: usize) -> Vec<Endpoint> {
+    (0..count)
+        .filter_map(|index| {
+            let [_, high, middle, low] = (index as u32).to_be_bytes();
+            format!("udp:100.{}.{middle}.{low}:51820", 64 + high)
+                .parse()
+                .ok()
+        })
+        .collect()
+}
+
+fn microseconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let began = Instant::now();
+    work()?;
+    Ok(began.elapsed().as_secs_f64() * 1e6)
+}
+
+pub fn measure(rounds: Rounds) -> Result<Bench> {
+    let namespace = Namespace::new("omerta-bench")?;
+    let _tap = namespace.enter(|| Tap::create("guest"))??;
+    namespace.ip(&format!("link set guest address {GATEWAY_MAC}"))?;
+    let samples = namespace.enter(|| -> Result<_> {
+        let attach_once = || {
+            microseconds(|| {
+                Guard::attach("guest", &config(Mode::Filtered))?;
+                Ok(())
+            })
+        };
+        attach_once()?;
+        let guard = Guard::open("guest")?;
+        let endpoint: Endpoint = "udp:203.0.113.7:4433".parse()?;
+        let all = many(MAX_ENDPOINTS);
+        let commits = || -> Result<Vec<f64>> {
+            let mut figures = Vec::with_capacity(COMMITS);
+            for turn in 0..COMMITS {
+                figures.push(microseconds(|| {
+                    if turn % 2 == 0 {
+                        guard.allow(&[endpoint])?;
+                    } else {
+                        guard.revoke(&[endpoint])?;
+                    }
+                    Ok(())
+                })?);
+            }
+            figures.sort_by(f64::total_cmp);
+            Ok(figures)
+        };
+        let samples = rounds.run(vec![
+            Case::new("commit-p50", "commit-p50", || Ok(median(&commits()?))),
+            Case::new("commit-p99", "commit-p50", || {
+                let figures = commits()?;
+                Ok(figures[figures.len() * 99 / 100])
+            }),
+            Case::new("replace-full", "commit-p50", || {
+                guard.replace(&all[1..])?;
+                let took = microseconds(|| {
+                    guard.replace(&all)?;
+                    Ok(())
+                })?;
+                guard.replace(&omerta_kernel_tests::allowlist())?;
+                Ok(took)
+            }),
+            Case::new("attach", "commit-p50", || {
+                Guard::open("guest")?.detach()?;
+                attach_once()
+            }),
+        ]);
+        // Pins outlive the namespace.
+        Guard::open("guest")?.detach()?;
+        samples
+    })??;
+    Ok(Bench::of("policy", "us", &rounds, &samples, Vec::new()))
+}
