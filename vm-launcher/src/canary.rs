@@ -144,6 +144,7 @@ mod tests {
                     gateway_mac: Some(GATEWAY),
                     mode: Mode::Filtered,
                     allow: vec!["udp:192.0.2.10:51820".parse().unwrap()],
+                    owner: None,
                 };
                 let guard = Guard::attach("omcanary", &config).unwrap();
                 tap.bring_up(GATEWAY_ADDRESS, ADDRESS, GUEST).await.unwrap();

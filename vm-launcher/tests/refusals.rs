@@ -112,6 +112,7 @@ fn a_tap_that_someone_guarded_first_is_refused() {
             gateway_mac: Some(spec.gateway_mac()),
             mode: Mode::Filtered,
             allow: Vec::new(),
+            owner: None,
         };
         let tap = spec.tap.clone();
         let paused = Paused::launch(spec).await.unwrap();

@@ -104,6 +104,9 @@ fn policy(status: &GuardStatus) -> Table {
             status.interface, status.ifindex
         )),
     );
+    if let Some(owner) = &status.owner {
+        table.pair("owner", Cell::new(owner));
+    }
     table.pair("mode", Cell::new(status.mode));
     table.pair("epoch", Cell::new(status.epoch));
     let party =

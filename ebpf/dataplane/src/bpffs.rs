@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::IntoRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -15,9 +15,10 @@ use std::sync::OnceLock;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use crate::GuardError;
+use crate::{GuardError, Owner};
 
 const MOUNT_POINT: &str = "/sys/fs/bpf";
+const OWNER: &str = "owner";
 
 /// The pins of one interface's guard.
 #[derive(Clone, Debug)]
@@ -43,6 +44,27 @@ impl Pins {
 
     pub fn create(&self) -> Result<(), GuardError> {
         fs::create_dir_all(&self.directory).map_err(failed("create", &self.directory))
+    }
+
+    /// Records whose the guard is, as a symbolic link: it is whole at once, and goes with the pins.
+    pub fn set_owner(&self, owner: &Owner) -> Result<(), GuardError> {
+        let path = self.path(OWNER);
+        symlink(owner.as_str(), &path).map_err(failed("create", &path))
+    }
+
+    /// Whose the guard is.
+    pub fn owner(&self) -> Result<Option<Owner>, GuardError> {
+        let path = self.path(OWNER);
+        match fs::read_link(&path) {
+            Ok(name) => {
+                let owner = name.to_str().and_then(|name| name.parse().ok());
+                owner.map(Some).ok_or_else(|| {
+                    failed("read", &path)(io::Error::other("this is no owner's name"))
+                })
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read", &path)(error)),
+        }
     }
 
     /// Removes every pin; the links' first, so that no program runs without its maps' pins.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Mode, Policy};
 
-use crate::{GuardError, interface};
+use crate::{GuardError, Owner, interface};
 
 /// One frame in this many is judged against the allowlist in sampled mode.
 const SAMPLE_EVERY: u32 = 16;
@@ -24,6 +24,8 @@ pub struct GuardConfig {
     pub mode: Mode,
     /// The allowlist.
     pub allow: Vec<Endpoint>,
+    /// Who alone may change and remove the guard; `None` for everybody.
+    pub owner: Option<Owner>,
 }
 
 impl GuardConfig {

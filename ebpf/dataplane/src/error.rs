@@ -7,6 +7,8 @@ use aya::maps::MapError;
 use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
 
+use crate::Owner;
+
 /// What kind of failure an error is, for exit codes and API answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -63,6 +65,26 @@ pub enum GuardError {
         interface: String,
         /// The index of the interface that it guards.
         ifindex: u32,
+    },
+    /// The guard belongs to somebody else.
+    #[error(
+        "the guard of {interface} is {owner}'s to change or remove: `omerta vm stop NAME` ends its guest and with it the guard; where {owner} is gone, its next start removes it"
+    )]
+    Owned {
+        /// The interface's name.
+        interface: String,
+        /// Whose it is.
+        owner: Owner,
+    },
+    /// The guard belongs to nobody, and was asked for by an owner.
+    #[error(
+        "the guard of {interface} was not made by {owner}: `omerta guard detach {interface}` removes it"
+    )]
+    NotOwned {
+        /// The interface's name.
+        interface: String,
+        /// Who asked.
+        owner: Owner,
     },
     /// The configuration contradicts itself.
     #[error("{problem}")]
@@ -175,9 +197,11 @@ impl GuardError {
                 ErrorKind::NotFound
             }
             Self::Config { .. } => ErrorKind::Usage,
-            Self::AlreadyGuarded { .. } | Self::Elsewhere { .. } | Self::AllowlistFull { .. } => {
-                ErrorKind::Refused
-            }
+            Self::AlreadyGuarded { .. }
+            | Self::Elsewhere { .. }
+            | Self::Owned { .. }
+            | Self::NotOwned { .. }
+            | Self::AllowlistFull { .. } => ErrorKind::Refused,
             _ => ErrorKind::Failed,
         }
     }

@@ -16,7 +16,7 @@ use crate::link::{self, LinkInfo};
 use crate::object::{Programs, program_name};
 use crate::status::{DirectionStatus, GuardStatus};
 use crate::store::{PolicyStore, map_error};
-use crate::{GuardConfig, GuardError, interface};
+use crate::{GuardConfig, GuardError, Owner, interface};
 
 /// A handle on the guard of one interface. Dropping it leaves the guard in force.
 #[derive(Debug)]
@@ -24,6 +24,19 @@ pub struct Guard {
     interface: String,
     ifindex: u32,
     pins: Pins,
+    /// In whose name this handle acts.
+    acting: Option<Owner>,
+}
+
+/// What is pinned for one interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinnedGuard {
+    /// The interface's name.
+    pub interface: String,
+    /// Whose the guard is.
+    pub owner: Option<Owner>,
+    /// Whether the guard is in force. [`Guard::remove_stale`] removes what is not.
+    pub in_force: bool,
 }
 
 impl Guard {
@@ -40,6 +53,7 @@ impl Guard {
             interface: interface.to_owned(),
             ifindex,
             pins,
+            acting: config.owner.clone(),
         };
         if in_force(guard.position())? {
             return Err(GuardError::AlreadyGuarded {
@@ -92,6 +106,9 @@ impl Guard {
         links: [(Direction, FdLink); 2],
     ) -> Result<(), GuardError> {
         self.pins.create()?;
+        if let Some(owner) = &self.acting {
+            self.pins.set_owner(owner)?;
+        }
         for (name, map) in programs.ebpf().maps() {
             if name.starts_with('.') {
                 continue;
@@ -106,7 +123,8 @@ impl Guard {
         Ok(())
     }
 
-    /// The guard in force on `interface`.
+    /// The guard in force on `interface`, to be read; to be changed and detached only where it
+    /// has no owner.
     pub fn open(interface: &str) -> Result<Self, GuardError> {
         let ifindex = interface::index(interface)?;
         let pins = Pins::of(interface)?;
@@ -119,9 +137,49 @@ impl Guard {
             interface: interface.to_owned(),
             ifindex,
             pins,
+            acting: None,
         };
         guard.position()?;
         Ok(guard)
+    }
+
+    /// The guard that `owner` attached to `interface`, to be changed and detached by it. Fails for
+    /// a guard that is another's or nobody's.
+    pub fn open_as(interface: &str, owner: &Owner) -> Result<Self, GuardError> {
+        let mut guard = Self::open(interface)?;
+        guard.acting = Some(owner.clone());
+        guard.authorise()?;
+        Ok(guard)
+    }
+
+    /// Everything that is pinned for this network namespace, in force or left over, sorted by
+    /// interface.
+    pub fn pinned() -> Result<Vec<PinnedGuard>, GuardError> {
+        let pinned = |interface: String| {
+            Ok(PinnedGuard {
+                owner: Pins::of(&interface)?.owner()?,
+                in_force: in_force(Self::open(&interface))?,
+                interface,
+            })
+        };
+        bpffs::pinned_interfaces()?
+            .into_iter()
+            .map(pinned)
+            .collect()
+    }
+
+    /// Fails where this handle may not change the guard.
+    fn authorise(&self) -> Result<(), GuardError> {
+        let interface = self.interface.clone();
+        match (self.pins.owner()?, &self.acting) {
+            (owner, acting) if owner == *acting => Ok(()),
+            (Some(owner), _) => Err(GuardError::Owned { interface, owner }),
+            (None, Some(owner)) => Err(GuardError::NotOwned {
+                interface,
+                owner: owner.clone(),
+            }),
+            (None, None) => Ok(()),
+        }
     }
 
     /// The interfaces of this network namespace whose guard is in force, sorted by name.
@@ -211,6 +269,7 @@ impl Guard {
         edit: impl FnOnce(&mut Vec<Endpoint>) -> Result<(), GuardError>,
     ) -> Result<u64, GuardError> {
         let (_lock, mut store) = self.locked_store()?;
+        self.authorise()?;
         let policy = store.policy()?;
         let before = store.endpoints()?;
         let mut after = before.clone();
@@ -241,6 +300,7 @@ impl Guard {
             interface: self.interface.clone(),
             ifindex: self.ifindex,
             mode: Mode::from_number(policy.mode).map_or("none", Mode::word),
+            owner: self.pins.owner()?.map(|owner| owner.to_string()),
             epoch: policy.epoch,
             mac: policy.mac.to_string(),
             addresses: policy
@@ -281,6 +341,9 @@ impl Guard {
     /// Removes the guard: the interface is then open. Take it down first, or its guest leaves.
     pub fn detach(self) -> Result<(), GuardError> {
         let _lock = self.pins.lock()?;
+        if self.pins.exist() {
+            self.authorise()?;
+        }
         // The interface may have been renamed, or guarded anew, since this handle was opened.
         refuse_elsewhere(&self.interface, &self.pins)?;
         self.pins.remove()

@@ -43,6 +43,8 @@ pub struct GuardStatus {
     pub ifindex: u32,
     /// The mode's word.
     pub mode: &'static str,
+    /// Who alone changes and removes the guard.
+    pub owner: Option<String>,
     /// The version of the policy.
     pub epoch: u64,
     /// The guest's MAC.

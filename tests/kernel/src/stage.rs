@@ -53,5 +53,6 @@ pub fn config(mode: Mode) -> GuardConfig {
         gateway_mac: Some(GATEWAY_MAC),
         mode,
         allow: allowlist(),
+        owner: None,
     }
 }

@@ -9,7 +9,7 @@
 
 use std::path::Path;
 
-use omerta_dataplane::{Guard, GuardError, MAX_ENDPOINTS};
+use omerta_dataplane::{ErrorKind, Guard, GuardError, MAX_ENDPOINTS, Owner, PinnedGuard};
 use omerta_kernel_tests::{allowlist, config};
 use omerta_test_support::{Namespace, Tap, Veth};
 use omerta_verdict::{Endpoint, Mode};
@@ -274,5 +274,73 @@ fn an_interface_that_moved_away_keeps_its_guard() {
             .ip(&format!("link set moves netns {}", namespace.name()))
             .unwrap();
         Guard::open("moves").unwrap().detach().unwrap();
+    });
+}
+
+#[test]
+fn an_owned_guard_is_changed_and_removed_by_its_owner_alone() {
+    with_tap(|namespace, _tap| {
+        let owner: Owner = "omertad".parse().unwrap();
+        let other: Owner = "other".parse().unwrap();
+        let mut owned = config(Mode::Filtered);
+        owned.owner = Some(owner.clone());
+        let ours = Guard::attach("guest", &owned).unwrap();
+        let refused = |result: Result<u64, GuardError>| {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains("omertad"), "{error}");
+            assert!(error.to_string().contains("omerta vm stop"), "{error}");
+        };
+        let [first, second] = [endpoints(2)[0], endpoints(2)[1]];
+        let anybody = Guard::open("guest").unwrap();
+        let before = anybody.status().unwrap();
+        assert_eq!(before.owner.as_deref(), Some("omertad"));
+        refused(anybody.allow(&[first]));
+        refused(anybody.revoke(&allowlist()));
+        refused(anybody.replace(&[]));
+        refused(anybody.detach().map(|()| 0));
+        refused(Guard::open_as("guest", &other).map(|_| 0));
+        assert_eq!(ours.status().unwrap().allow, before.allow);
+        assert_eq!(
+            Guard::pinned().unwrap(),
+            [PinnedGuard {
+                interface: "guest".into(),
+                owner: Some(owner.clone()),
+                in_force: true
+            }]
+        );
+
+        ours.allow(&[first]).unwrap();
+        let again = Guard::open_as("guest", &owner).unwrap();
+        again.allow(&[second]).unwrap();
+        again.detach().unwrap();
+        assert!(!pins(namespace, "guest"));
+
+        // Nobody's guard is not the owner's to take.
+        Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        let error = Guard::open_as("guest", &owner).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        Guard::open("guest").unwrap().detach().unwrap();
+    });
+}
+
+#[test]
+fn what_an_owner_left_behind_is_found_without_its_help() {
+    with_tap(|namespace, tap| {
+        let mut owned = config(Mode::Filtered);
+        owned.owner = Some("omertad".parse().unwrap());
+        Guard::attach("guest", &owned).unwrap();
+        drop(tap);
+        let found = Guard::pinned().unwrap();
+        assert_eq!(
+            found,
+            [PinnedGuard {
+                interface: "guest".into(),
+                owner: owned.owner,
+                in_force: false
+            }]
+        );
+        assert!(Guard::remove_stale("guest").unwrap());
+        assert!(!pins(namespace, "guest"));
     });
 }

@@ -100,6 +100,7 @@ impl Paused {
             gateway_mac: Some(spec.gateway_mac()),
             mode: spec.mode,
             allow: vec![spec.consumer.allowed_endpoint()],
+            owner: None,
         };
         // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.
         if Guard::remove_stale(&spec.tap)? {

@@ -174,6 +174,7 @@ impl AttachArgs {
                 gateway_mac: self.gateway_mac,
                 mode: self.mode,
                 allow: self.allow,
+                owner: None,
             },
         })
     }

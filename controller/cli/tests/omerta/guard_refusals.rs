@@ -6,6 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use omerta_dataplane::{Guard, GuardConfig};
+use omerta_verdict::Mode;
+
 use crate::guard::{GUEST, Stage};
 use crate::run::{OMERTA, Ran, fed, prepare};
 
@@ -216,5 +219,41 @@ fn kernel_without_tcx_is_named_with_the_version_that_has_it() {
         });
     }
     Ran::from(command.output().unwrap()).failed(1, &["2.6.", "TCX", "6.6"]);
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn owned_guard_is_shown_and_not_changed() {
+    let Some(stage) = Stage::set() else { return };
+    let config = GuardConfig {
+        mac: "52:54:00:00:00:01".parse().unwrap(),
+        addresses: vec!["10.77.0.2".parse().unwrap()],
+        gateways: vec!["10.77.0.1".parse().unwrap()],
+        gateway_mac: None,
+        mode: Mode::Filtered,
+        allow: vec!["udp:192.0.2.1:1".parse().unwrap()],
+        owner: Some("omertad".parse().unwrap()),
+    };
+    let guard = stage
+        .namespace()
+        .enter(|| Guard::attach("omt0", &config))
+        .unwrap()
+        .unwrap();
+    let before = stage.shown();
+    assert_eq!(before["owner"], "omertad");
+    let text = stage.guard("show", "").done().stdout;
+    assert!(text.contains("owner      omertad\n"), "{text}");
+    for (verb, options) in [
+        ("allow", "udp:192.0.2.2:2"),
+        ("revoke", "udp:192.0.2.1:1"),
+        ("replace", "--file /dev/null"),
+        ("detach", ""),
+    ] {
+        stage
+            .guard(verb, options)
+            .failed(4, &["omt0", "omertad", "omerta vm stop"]);
+    }
+    assert_eq!(stage.shown(), before);
+    stage.namespace().enter(|| guard.detach()).unwrap().unwrap();
     assert_eq!(stage.pins(), [""; 0]);
 }
