@@ -56,6 +56,10 @@ pub enum Command {
     /// Show what happened to guests
     Events(EventsArgs),
 
+    /// Look at what this host has and lacks, and what to do about it
+    #[command(after_help = "Changes nothing. Exit codes: 0 guards work here, 1 they do not.")]
+    Doctor(Shown),
+
     /// Print the versions of this command and of omertad
     Version(Shown),
 

@@ -9,6 +9,7 @@ mod allowlist;
 mod args;
 mod client;
 mod console;
+mod doctor;
 mod events;
 mod exit;
 mod guard;
@@ -53,6 +54,7 @@ fn carry_out(line: CommandLine) -> Result<(), Failure> {
         Command::Guard(command) => guard::run(command, &mut out)?,
         Command::Vm(command) => wait_for(vm::run(&client, command, &mut out))??,
         Command::Events(args) => wait_for(events::run(&client, &args, &mut out))??,
+        Command::Doctor(shown) => wait_for(doctor::run(&client, shown.format, &mut out))??,
         Command::Version(shown) => wait_for(version::run(&client, shown.format, &mut out))??,
         Command::Completions { shell } => manual::completions(shell, &mut out)?,
         Command::Man { dir } => manual::pages(&dir)?,
@@ -123,6 +125,9 @@ enum Failure {
     /// `omerta events`.
     #[error(transparent)]
     Events(#[from] events::EventsError),
+    /// `omerta doctor`.
+    #[error(transparent)]
+    Doctor(#[from] doctor::DoctorError),
     /// `omerta version`.
     #[error(transparent)]
     Version(#[from] version::VersionError),
@@ -144,7 +149,9 @@ impl Failure {
             Self::Guard(error) => error.exit(),
             Self::Vm(error) => error.exit(),
             Self::Events(error) => error.exit(),
-            Self::Version(_) | Self::Manual(_) | Self::Runtime { .. } => Exit::Failed,
+            Self::Doctor(_) | Self::Version(_) | Self::Manual(_) | Self::Runtime { .. } => {
+                Exit::Failed
+            }
         }
     }
 
@@ -154,6 +161,7 @@ impl Failure {
             Self::Guard(guard::GuardCommandError::Output(error))
             | Self::Vm(vm::VmError::Output(error))
             | Self::Events(events::EventsError::Output(error))
+            | Self::Doctor(doctor::DoctorError::Output(error))
             | Self::Version(version::VersionError::Output(error))
             | Self::Manual(manual::ManualError::Output(error)) => error,
             _ => return false,

@@ -8,6 +8,7 @@
 
 mod console;
 mod daemon;
+mod doctor;
 mod guard;
 mod guard_refusals;
 mod manual;

@@ -1,0 +1,244 @@
+//! The requirements, one function for each part of the product.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use omerta_api::{Version, route};
+use omerta_dataplane::{GuardError, Programs, kernel_support};
+use omerta_verdict::Mode;
+
+use super::Check;
+use crate::client::{Client, ClientError};
+use crate::exit::explain;
+
+/// What QEMU's command is called.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// What the guard's programs need of the kernel.
+pub(super) fn kernel() -> Vec<Check> {
+    vec![hooks(), programs(), jit(), unprivileged(), bpffs()]
+}
+
+/// What a guest's frames need.
+pub(super) fn network() -> Vec<Check> {
+    vec![tun(), forwarding()]
+}
+
+/// What `omerta vm` needs besides.
+pub(super) fn guests() -> Vec<Check> {
+    vec![qemu(), kvm()]
+}
+
+fn hooks() -> Check {
+    const NAME: &str = "kernel hooks";
+    let release = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_else(|_| "unknown release".to_owned());
+    match kernel_support() {
+        Ok(()) => Check::ok(NAME, format!("Linux {release} has TCX hooks")),
+        Err(error) => Check::failed(NAME, format!("Linux {release}"), as_line(&error)),
+    }
+}
+
+/// Loads the programs and attaches them to nothing.
+fn programs() -> Check {
+    const NAME: &str = "kernel programs";
+    if !nix::unistd::geteuid().is_root() {
+        return Check::failed(
+            NAME,
+            "not tried: loading them needs root",
+            "run `sudo omerta doctor`",
+        );
+    }
+    let began = Instant::now();
+    match Programs::load("doctor", Mode::Filtered) {
+        Ok(_) => Check::ok(
+            NAME,
+            format!(
+                "the kernel verified and loaded them in {} ms",
+                began.elapsed().as_millis()
+            ),
+        ),
+        Err(error) => Check::failed(
+            NAME,
+            as_line(&error),
+            match error {
+                GuardError::NotPermitted => {
+                    "give this process CAP_BPF and CAP_NET_ADMIN, or leave the container"
+                }
+                _ => "report this with the output of `omerta version` and `uname -a`",
+            },
+        ),
+    }
+}
+
+fn jit() -> Check {
+    const NAME: &str = "BPF JIT";
+    match read_setting("/proc/sys/net/core/bpf_jit_enable") {
+        Ok(value) if value != "0" => Check::ok(NAME, "on"),
+        Ok(_) => Check::warning(
+            NAME,
+            "off: every frame is judged by the interpreter",
+            "sysctl -w net.core.bpf_jit_enable=1",
+        ),
+        // Kernels that are built with CONFIG_BPF_JIT_ALWAYS_ON may not show it in a namespace.
+        Err(error) => Check::warning(
+            NAME,
+            format!("cannot be told ({error})"),
+            "look in the host's own network namespace",
+        ),
+    }
+}
+
+fn unprivileged() -> Check {
+    const NAME: &str = "unprivileged BPF";
+    match read_setting("/proc/sys/kernel/unprivileged_bpf_disabled") {
+        Ok(value) if value == "0" => Check::warning(
+            NAME,
+            "any user may load programs",
+            "sysctl -w kernel.unprivileged_bpf_disabled=1",
+        ),
+        Ok(_) => Check::ok(NAME, "off"),
+        Err(error) => Check::warning(
+            NAME,
+            format!("cannot be told ({error})"),
+            "see that only root may load programs",
+        ),
+    }
+}
+
+fn bpffs() -> Check {
+    const NAME: &str = "bpffs";
+    /// include/uapi/linux/magic.h.
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    match nix::sys::statfs::statfs("/sys/fs/bpf") {
+        Ok(found) if found.filesystem_type() == nix::sys::statfs::FsType(BPF_FS_MAGIC) => {
+            Check::ok(NAME, "mounted at /sys/fs/bpf")
+        }
+        Ok(_) => Check::warning(
+            NAME,
+            "not mounted yet: the first guard mounts it",
+            "mount it at boot, so that every tool sees the same one: `mount -t bpf bpf /sys/fs/bpf`",
+        ),
+        Err(error) => Check::failed(
+            NAME,
+            format!("/sys/fs/bpf cannot be looked at ({error})"),
+            "mount sysfs at /sys and bpffs at /sys/fs/bpf",
+        ),
+    }
+}
+
+fn tun() -> Check {
+    const NAME: &str = "taps";
+    match File::options().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => Check::ok(NAME, "/dev/net/tun opens"),
+        Err(error) => Check::warning(
+            NAME,
+            format!("/dev/net/tun cannot be opened ({error}), so no guest can have a tap"),
+            if error.kind() == io::ErrorKind::PermissionDenied {
+                "run this as root"
+            } else {
+                "modprobe tun"
+            },
+        ),
+    }
+}
+
+fn forwarding() -> Check {
+    const NAME: &str = "forwarding";
+    match read_setting("/proc/sys/net/ipv4/ip_forward") {
+        Ok(value) if value == "0" => Check::warning(
+            NAME,
+            "IPv4 forwarding is off: a routed guest does not reach its consumer",
+            "sysctl -w net.ipv4.ip_forward=1 (a bridged guest does not need it)",
+        ),
+        Ok(_) => Check::ok(NAME, "IPv4 forwarding is on"),
+        Err(error) => Check::warning(
+            NAME,
+            format!("cannot be told ({error})"),
+            "see that /proc/sys is mounted",
+        ),
+    }
+}
+
+fn qemu() -> Check {
+    const NAME: &str = "QEMU";
+    let output = Command::new(QEMU)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output();
+    match output {
+        Ok(output) if output.status.success() => {
+            let said = String::from_utf8_lossy(&output.stdout);
+            Check::ok(NAME, said.lines().next().unwrap_or_default().trim())
+        }
+        Ok(output) => Check::warning(
+            NAME,
+            format!("`{QEMU} --version` ended with {}", output.status),
+            "install qemu-system-x86 anew",
+        ),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Check::warning(
+            NAME,
+            format!("{QEMU} is not on the PATH: guards work, `omerta vm` does not"),
+            "apt install qemu-system-x86",
+        ),
+        Err(error) => Check::warning(
+            NAME,
+            format!("{QEMU} cannot be run ({error})"),
+            "see its permissions",
+        ),
+    }
+}
+
+fn kvm() -> Check {
+    const NAME: &str = "KVM";
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        // Nested hosts open it and hang the guest; only a guest that ran is a proof.
+        Ok(_) => Check::ok(
+            NAME,
+            "/dev/kvm opens; whether a guest runs on it, omertad tries at its start",
+        ),
+        Err(error) => Check::warning(
+            NAME,
+            format!(
+                "/dev/kvm cannot be opened ({error}): guests are emulated, several times slower"
+            ),
+            "turn on virtualisation in the firmware and load kvm_intel or kvm_amd",
+        ),
+    }
+}
+
+/// The daemon, which is not needed for guards alone.
+pub(super) async fn omertad(client: &Client) -> Check {
+    const NAME: &str = "omertad";
+    let answer: Result<Version, ClientError> = client.get(route::VERSION).await;
+    match answer {
+        Ok(version) => Check::ok(
+            NAME,
+            format!(
+                "{}, pid {}, {}: {}",
+                version.version, version.pid, version.accel, version.accel_why
+            ),
+        ),
+        Err(error @ (ClientError::NotRunning(_) | ClientError::Forbidden(_))) => {
+            let line = as_line(&error);
+            let (found, remedy) = line
+                .split_once("; ")
+                .or(line.split_once(": "))
+                .unwrap_or((&line, "start it"));
+            Check::warning(NAME, found, remedy)
+        }
+        Err(error) => Check::warning(NAME, as_line(&error), "see omertad's log, or restart it"),
+    }
+}
+
+fn as_line(error: &dyn Error) -> String {
+    explain(error)
+}
+
+fn read_setting(path: &str) -> io::Result<String> {
+    Ok(fs::read_to_string(path)?.trim().to_owned())
+}
