@@ -49,7 +49,7 @@ kernel_programs() {
 dependencies() {
     local report
     cargo deny --log-level error check bans licenses sources || return 1
-    # The kernel programs are a workspace of their own, under the GPL besides.
+    # The kernel programs are a workspace of their own.
     cargo deny --log-level error --config deny.toml --manifest-path ebpf/programs/Cargo.toml check bans licenses sources ||
         return 1
     # The advisories come from a database on the network; without it, say so and go on.
