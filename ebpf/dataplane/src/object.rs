@@ -1,15 +1,18 @@
 //! The kernel programs: one instance, with maps of its own, for each guard.
 
+use std::io;
+
 use aya::maps::MapError;
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use omerta_verdict::{Direction, Mode};
+use omerta_verdict::{Direction, Mode, SocketBufferLayout};
 
 use crate::GuardError;
+use crate::btf::Btf;
 use crate::events::EventStream;
 use crate::rules::BUCKETS;
-use crate::store::map_error;
+use crate::store::{Value, map_error};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
@@ -46,7 +49,14 @@ impl Programs {
     /// Loads and verifies the programs. `interface` is for messages only.
     pub fn load(interface: &str, mode: Mode) -> Result<Self, GuardError> {
         kernel_support()?;
+        let layout = Value(socket_buffer_layout().map_err(|source| GuardError::System {
+            action: "find the fields of struct sk_buff in /sys/kernel/btf/vmlinux",
+            interface: interface.to_owned(),
+            source,
+        })?);
         let mut loader = EbpfLoader::new();
+        // The programs are built against no kernel's types; what they need of them is set here.
+        loader.btf(None).override_global("SKB", &layout, true);
         loader.map_max_entries("RULES", 2 * BUCKETS as u32);
         if mode == Mode::Conntrack {
             loader.map_max_entries("FLOWS", FLOWS);
@@ -103,6 +113,38 @@ impl Programs {
     pub(crate) fn ebpf(&mut self) -> &mut Ebpf {
         &mut self.ebpf
     }
+}
+
+/// Where this kernel keeps what the programs read of a socket buffer.
+fn socket_buffer_layout() -> io::Result<SocketBufferLayout> {
+    let types = std::fs::read("/sys/kernel/btf/vmlinux")?;
+    let unknown = || io::Error::other("this kernel's type information lacks them");
+    let names = ["head", "data", "csum_start", "csum_offset", "ip_summed"];
+    let fields = Btf::parse(&types).and_then(|btf| btf.fields("sk_buff", names));
+    let [head, data, checksum_start, checksum_offset, summed] = fields.ok_or_else(unknown)?;
+    let whole = [head, data, checksum_start, checksum_offset];
+    let shift = summed.bit_offset % 8;
+    if whole
+        .iter()
+        .any(|field| field.bits != 0 || field.bit_offset % 8 != 0)
+        || summed.bits != 2
+        || shift > 6
+    {
+        return Err(unknown());
+    }
+    let shift = if cfg!(target_endian = "big") {
+        6 - shift
+    } else {
+        shift
+    };
+    Ok(SocketBufferLayout {
+        head: head.bit_offset / 8,
+        data: data.bit_offset / 8,
+        checksum_start: checksum_start.bit_offset / 8,
+        checksum_offset: checksum_offset.bit_offset / 8,
+        summed: summed.bit_offset / 8,
+        summed_mask: 3 << shift,
+    })
 }
 
 fn is_permission(error: &EbpfError) -> bool {

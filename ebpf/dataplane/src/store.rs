@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read};
 
 use aya::maps::{Array, Map, MapData, MapError};
-use omerta_verdict::{Bucket, Endpoint, Policy, Table};
+use omerta_verdict::{Bucket, Endpoint, Policy, SocketBufferLayout, Table};
 
 use crate::GuardError;
 use crate::bpffs::Pins;
@@ -22,13 +22,15 @@ const POLICY_MAPS: [&str; 3] = ["GENERATION", "POLICY", "RULES"];
 /// A map value of a `repr(C)` type from the verdict crate.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-struct Value<T: Copy>(T);
+pub(crate) struct Value<T: Copy>(pub(crate) T);
 
 // SAFETY: `Policy` and `Bucket` are `repr(C)`, hold integers only, and name their padding as
 // fields, so every byte is initialised and every bit pattern is valid.
 unsafe impl aya::Pod for Value<Policy> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<Bucket> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Value<SocketBufferLayout> {}
 
 /// Reads and commits the policy of one guard.
 pub struct PolicyStore<M: Borrow<MapData>> {

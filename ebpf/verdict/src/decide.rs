@@ -78,7 +78,8 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     let packet = match ethernet.payload(frame)? {
         Payload::Arp => {
-            return answer::arp_for_gateway(frame, policy, &ethernet).map(Verdict::Answer);
+            let answer = answer::arp_for_gateway(frame, policy, &ethernet)?;
+            return finished(frame, Verdict::Answer(answer));
         }
         Payload::Ip(packet) => packet,
     };
@@ -87,18 +88,15 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     if packet.protocol == ICMPV6 && answer::is_neighbour_discovery(frame, &packet) {
         packet.shape()?;
-        return answer::neighbour_for_gateway(frame, policy, &packet).map(Verdict::Answer);
+        let answer = answer::neighbour_for_gateway(frame, policy, &packet)?;
+        return finished(frame, Verdict::Answer(answer));
     }
     if !ethernet.destination.equals(policy.gateway_mac) {
         return Err(Reason::DestinationMac);
     }
     packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Egress)?;
-    // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's offload
-    // header asks, and only the latter is told from the former by what no program may read.
-    if matches!(segment.protocol, crate::Protocol::Udp) && frame.segment_size() != 0 {
-        return Err(Reason::Fragment);
-    }
+    segment.offload(frame, &packet)?;
     let flow = Flow::new(
         segment.protocol,
         (packet.source, segment.guest_port),
@@ -122,12 +120,16 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::SourceMac);
     }
     let packet = match ethernet.payload(frame)? {
-        Payload::Arp => return answer::arp_to_guest(frame, policy, &ethernet),
+        Payload::Arp => {
+            let verdict = answer::arp_to_guest(frame, policy, &ethernet)?;
+            return finished(frame, verdict);
+        }
         Payload::Ip(packet) => packet,
     };
     if packet.protocol == ICMPV6 && answer::is_neighbour_discovery(frame, &packet) {
         packet.shape()?;
-        return answer::neighbour_to_guest(frame, policy, &ethernet, &packet);
+        let verdict = answer::neighbour_to_guest(frame, policy, &ethernet, &packet)?;
+        return finished(frame, verdict);
     }
     if !ethernet.destination.equals(policy.mac) {
         return Err(Reason::DestinationMac);
@@ -137,6 +139,7 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Ingress)?;
+    segment.offload(frame, &packet)?;
     let flow = Flow::new(
         segment.protocol,
         (packet.destination, segment.guest_port),
@@ -147,6 +150,19 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::NoFlow);
     }
     Ok(Verdict::Allow)
+}
+
+/// `verdict`, where nobody is to change the frame any more: a pending checksum or cut would be
+/// carried out on the answer.
+#[inline(always)]
+fn finished<F: Frame + ?Sized>(frame: &F, verdict: Verdict) -> Result<Verdict, Reason> {
+    if frame.segment_size() != 0 {
+        return Err(Reason::Fragment);
+    }
+    if frame.pending_checksum().is_some() {
+        return Err(Reason::ChecksumOffload);
+    }
+    Ok(verdict)
 }
 
 /// The allowlist, as far as the mode asks for it.

@@ -14,8 +14,22 @@ pub trait Frame {
     /// leaves the frame whole.
     fn segment_size(&self) -> u32;
 
+    /// The checksum that the host, or its network card, is still to write; `None` where the bytes
+    /// stay as they are.
+    fn pending_checksum(&self) -> Option<PendingChecksum>;
+
     /// `N` bytes at `offset`, or `None` where the frame does not reach that far.
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]>;
+}
+
+/// A checksum left to whoever sends the frame on (`CHECKSUM_PARTIAL` in include/linux/skbuff.h).
+/// On an interface with offload headers (virtio-net) a guest chooses both places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingChecksum {
+    /// Offset in the frame of the first byte that is summed.
+    pub start: u32,
+    /// Offset in the frame of the two bytes that are overwritten.
+    pub field: u32,
 }
 
 impl Frame for [u8] {
@@ -29,6 +43,10 @@ impl Frame for [u8] {
 
     fn segment_size(&self) -> u32 {
         0
+    }
+
+    fn pending_checksum(&self) -> Option<PendingChecksum> {
+        None
     }
 
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {

@@ -88,7 +88,7 @@ reasons! {
     IpOptions = "ip_options",
     /// The IP length does not agree with the frame's.
     IpLength = "ip_length",
-    /// A fragment, or UDP that the host was asked to cut.
+    /// A fragment, or a frame other than TCP that the host was asked to cut.
     Fragment = "fragment",
     /// An IPv6 extension header.
     ExtensionHeader = "extension_header",
@@ -96,6 +96,8 @@ reasons! {
     Protocol = "protocol",
     /// A transport header that is cut short or whose lengths are wrong.
     TransportHeader = "transport_header",
+    /// The host was asked to write a checksum elsewhere than into the transport header's field.
+    ChecksumOffload = "checksum_offload",
     /// An ICMP message other than echo, or in the wrong direction.
     IcmpType = "icmp_type",
     /// Neighbour discovery other than a solicitation of the gateway (egress) or guest (ingress).

@@ -11,6 +11,8 @@ pub(crate) struct Segment {
     pub(crate) protocol: Protocol,
     pub(crate) guest_port: u16,
     pub(crate) peer_port: u16,
+    /// Offset of the checksum field in the transport header.
+    checksum_field: u32,
 }
 
 impl Segment {
@@ -44,6 +46,7 @@ impl Segment {
         }
         Ok(Self::ports(
             Protocol::Udp,
+            6,
             [header[0], header[1], header[2], header[3]],
             direction,
         ))
@@ -62,6 +65,7 @@ impl Segment {
         }
         Ok(Self::ports(
             Protocol::Tcp,
+            16,
             [header[0], header[1], header[2], header[3]],
             direction,
         ))
@@ -78,11 +82,17 @@ impl Segment {
             protocol: Protocol::Icmp,
             guest_port: identifier,
             peer_port: 0,
+            checksum_field: 2,
         })
     }
 
     #[inline(always)]
-    fn ports(protocol: Protocol, ports: [u8; 4], direction: Direction) -> Self {
+    fn ports(
+        protocol: Protocol,
+        checksum_field: u32,
+        ports: [u8; 4],
+        direction: Direction,
+    ) -> Self {
         let source = u16::from_be_bytes([ports[0], ports[1]]);
         let destination = u16::from_be_bytes([ports[2], ports[3]]);
         let (guest_port, peer_port) = if is_egress(direction) {
@@ -94,6 +104,31 @@ impl Segment {
             protocol,
             guest_port,
             peer_port,
+            checksum_field,
+        }
+    }
+
+    /// Judges what the host was asked to do to the frame after the verdict: it may fill in the
+    /// transport header's own checksum, and cut TCP into segments.
+    #[inline(always)]
+    pub(crate) fn offload<F: Frame + ?Sized>(
+        &self,
+        frame: &F,
+        packet: &Packet,
+    ) -> Result<(), Reason> {
+        // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's offload
+        // header asks, and only the latter is told from the former by what no program may read.
+        if frame.segment_size() != 0 && !matches!(self.protocol, Protocol::Tcp) {
+            return Err(Reason::Fragment);
+        }
+        match frame.pending_checksum() {
+            Some(pending)
+                if pending.start != packet.payload_offset as u32
+                    || pending.field != pending.start.wrapping_add(self.checksum_field) =>
+            {
+                Err(Reason::ChecksumOffload)
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -4,6 +4,6 @@ mod frame;
 mod generate;
 mod stage;
 
-pub use frame::{Ipv4, Ipv6, arp, ethernet, icmp_echo, tcp, udp};
+pub use frame::{Ipv4, Ipv6, arp, checksum, ethernet, icmp_echo, tcp, udp};
 pub use generate::Generator;
 pub use stage::*;

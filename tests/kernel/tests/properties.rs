@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, allowlist, config};
 use omerta_verdict::{
-    Bucket, Direction, Endpoint, MemoryGuard, Mode, Policy, Protocol, Table, Verdict, egress,
-    ingress,
+    Bucket, Direction, Endpoint, Frame, MemoryGuard, Mode, PendingChecksum, Policy, Protocol,
+    Reason, Table, Verdict, egress, ingress,
 };
 
 const FRAMES: usize = 300_000;
@@ -160,6 +160,82 @@ fn no_other_source_mac_is_ever_allowed_or_answered() {
             }
         }
     }
+}
+
+/// A frame that the host is still to change.
+struct Offloaded<'a> {
+    bytes: &'a [u8],
+    segment: u32,
+    checksum: Option<PendingChecksum>,
+}
+
+impl Frame for Offloaded<'_> {
+    fn length(&self) -> u32 {
+        self.bytes.length()
+    }
+
+    fn is_tagged(&self) -> bool {
+        false
+    }
+
+    fn segment_size(&self) -> u32 {
+        self.segment
+    }
+
+    fn pending_checksum(&self) -> Option<PendingChecksum> {
+        self.checksum
+    }
+
+    fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {
+        self.bytes.bytes(offset)
+    }
+}
+
+#[test]
+fn what_the_host_is_asked_to_change_never_widens_a_verdict() {
+    let (policy, buckets) = guard_state(Mode::Filtered);
+    let guard = memory(&policy, &buckets);
+    let mut generator = Generator::new(15);
+    let mut rng = fastrand::Rng::with_seed(15);
+    let (mut kept, mut dropped) = (0, 0);
+    for _ in 0..FRAMES / 3 {
+        let bytes = generator.frame();
+        let start = [34, 54, rng.u32(..80)][rng.usize(..3)];
+        let field = start + [2, 6, 16, rng.u32(..80)][rng.usize(..4)];
+        let frame = Offloaded {
+            bytes: &bytes,
+            segment: [0, 0, 700][rng.usize(..3)],
+            checksum: rng.bool().then_some(PendingChecksum { start, field }),
+        };
+        for (plain, offloaded) in [
+            (egress(&bytes[..], &guard), egress(&frame, &guard)),
+            (ingress(&bytes[..], &guard), ingress(&frame, &guard)),
+        ] {
+            if plain == offloaded {
+                kept += u32::from(plain == Verdict::Allow);
+                if plain == Verdict::Allow && frame.checksum.is_some() {
+                    let v6 = bytes[12..14] == [0x86, 0xdd];
+                    let (transport, protocol) = if v6 { (54, bytes[20]) } else { (34, bytes[23]) };
+                    let own = match protocol {
+                        6 => 16,
+                        17 => 6,
+                        _ => 2,
+                    };
+                    assert_eq!((start, field), (transport, transport + own), "{bytes:02x?}");
+                }
+                continue;
+            }
+            dropped += 1;
+            assert!(
+                matches!(
+                    offloaded,
+                    Verdict::Drop(Reason::ChecksumOffload | Reason::Fragment)
+                ),
+                "{plain:?} became {offloaded:?}: {bytes:02x?}"
+            );
+        }
+    }
+    assert!(kept > 1000 && dropped > 1000, "{kept} {dropped}");
 }
 
 #[test]

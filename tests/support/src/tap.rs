@@ -16,7 +16,7 @@ const LONGEST_FRAME: usize = 65_536 + 18;
 
 /// A tap of the namespace in which it was created: what is sent here, the kernel receives on the
 /// interface; what the kernel sends there, is received here. Frames are bare, without packet
-/// information or vnet header. The kernel removes the interface on drop.
+/// information, and without vnet header unless it was asked for. The kernel removes the interface on drop.
 #[derive(Debug)]
 pub struct Tap {
     name: String,
@@ -30,6 +30,19 @@ impl Tap {
     /// # Errors
     /// Where the name is taken or longer than 15 bytes, `/dev/net/tun` is missing, or without root.
     pub fn create(name: &str) -> Result<Self, StageError> {
+        Self::create_with(name, 0)
+    }
+
+    /// As [`Tap::create`], but every frame sent and received begins with a `struct
+    /// virtio_net_hdr` of 10 bytes (include/uapi/linux/virtio_net.h), as hypervisors ask for.
+    ///
+    /// # Errors
+    /// As [`Tap::create`].
+    pub fn create_with_offload_header(name: &str) -> Result<Self, StageError> {
+        Self::create_with(name, libc::IFF_VNET_HDR)
+    }
+
+    fn create_with(name: &str, flags: libc::c_int) -> Result<Self, StageError> {
         let failed = |source| StageError::Interface {
             action: "create tap",
             name: name.to_owned(),
@@ -42,7 +55,7 @@ impl Tap {
             .open("/dev/net/tun")
             .map_err(failed)?;
         let mut request = interface::request(name)?;
-        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | flags) as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes the request, which outlives the call.
         if unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
             return Err(failed(io::Error::last_os_error()));

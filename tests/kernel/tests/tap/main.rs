@@ -8,6 +8,7 @@
 )]
 
 mod frames;
+mod offload;
 mod stage;
 
 use std::thread::sleep;

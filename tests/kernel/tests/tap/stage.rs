@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use omerta_dataplane::{Guard, GuardError};
 use omerta_kernel_tests::*;
-use omerta_test_support::{Capture, FrameSender, Namespace, Tap, Veth, mac_of};
+use omerta_test_support::{Capture, FrameSender, Namespace, StageError, Tap, Veth, mac_of};
 use omerta_verdict::{Direction, Mac, Mode, Reason};
 
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -22,6 +22,10 @@ pub struct Stage {
 
 impl Stage {
     pub fn new(mode: Mode) -> Self {
+        Self::with_tap(mode, || Tap::create("guest"))
+    }
+
+    pub fn with_tap(mode: Mode, create: impl FnOnce() -> Result<Tap, StageError> + Send) -> Self {
         let provider = Namespace::new("ot-prov").unwrap();
         let world = Namespace::new("ot-world").unwrap();
         for namespace in [&provider, &world] {
@@ -31,7 +35,7 @@ impl Stage {
         Veth::across((&provider, "uplink"), (&world, "inet")).unwrap();
         provider.ip("link set uplink up").unwrap();
         world.ip("link set inet up").unwrap();
-        let tap = provider.enter(|| Tap::create("guest")).unwrap().unwrap();
+        let tap = provider.enter(create).unwrap().unwrap();
         provider
             .ip(&format!("link set guest address {GATEWAY_MAC}"))
             .unwrap();

@@ -1,0 +1,32 @@
+//! Where this kernel keeps what a program needs of a socket buffer and its context does not show.
+
+/// Byte offsets in `struct sk_buff` (include/linux/skbuff.h), found by userspace in the running
+/// kernel's own type information and fixed when a program is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct SocketBufferLayout {
+    /// `head`: address of the buffer's first byte.
+    pub head: u32,
+    /// `data`: address of the frame's first byte, within the buffer.
+    pub data: u32,
+    /// `csum_start`, counted from `head`.
+    pub checksum_start: u32,
+    /// `csum_offset`, counted from `csum_start`.
+    pub checksum_offset: u32,
+    /// The byte that holds `ip_summed`.
+    pub summed: u32,
+    /// The bits of that byte that are `ip_summed`; all are set for `CHECKSUM_PARTIAL`.
+    pub summed_mask: u32,
+}
+
+impl SocketBufferLayout {
+    /// Not filled in.
+    pub const UNKNOWN: Self = Self {
+        head: 0,
+        data: 0,
+        checksum_start: 0,
+        checksum_offset: 0,
+        summed: 0,
+        summed_mask: 0,
+    };
+}

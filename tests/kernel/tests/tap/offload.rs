@@ -1,0 +1,192 @@
+//! Frames that the host, or its card, is still to change: taps with offload headers (virtio-net).
+
+use std::thread::sleep;
+
+use omerta_dataplane::Guard;
+use omerta_kernel_tests::*;
+use omerta_test_support::Tap;
+use omerta_verdict::{Direction, Mode, Reason};
+
+use crate::stage::{PATIENCE, SETTLE, Stage, soon};
+
+const NEEDS_CHECKSUM: u8 = 1;
+const TCP_V4: u8 = 1;
+const UDP_FRAGMENTS: u8 = 3;
+/// The first place that Linux takes as a checksum's start, in the midst of an IP header.
+const NETWORK: u16 = 20;
+const TRANSPORT: u16 = 14 + 20;
+
+/// `struct virtio_net_hdr` before a frame: a checksum over all from `start`, to be written
+/// `offset` bytes further on.
+fn offloaded(start: u16, offset: u16, frame: &[u8]) -> Vec<u8> {
+    header(NEEDS_CHECKSUM, 0, 0, (start, offset), frame)
+}
+
+fn header(flags: u8, gso: u8, segment: u16, checksum: (u16, u16), frame: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![flags, gso];
+    let headers = frame.len().min(54) as u16;
+    for number in [headers, segment, checksum.0, checksum.1] {
+        bytes.extend(number.to_ne_bytes());
+    }
+    bytes.extend(frame);
+    bytes
+}
+
+fn from_guest(protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let packet = Ipv4::new(GUEST, CONSUMER, protocol).packet(payload);
+    ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet)
+}
+
+fn stage() -> Stage {
+    let stage = Stage::with_tap(Mode::Filtered, || Tap::create_with_offload_header("guest"));
+    // The uplink leaves nothing to a card: the host finishes every checksum before it sends.
+    let off = stage
+        .provider
+        .command("ethtool")
+        .args(["-K", "uplink", "tx", "off"])
+        .output()
+        .unwrap();
+    assert!(off.status.success(), "{off:?}");
+    stage
+}
+
+#[test]
+fn a_checksum_is_written_nowhere_but_into_its_own_field() {
+    let stage = stage();
+    let arrivals = stage.arrivals();
+    let datagram = from_guest(17, &udp(40000, CONSUMER_PORT, b"leak, or not"));
+    let segment = from_guest(6, &tcp(40000, 443));
+    let echo = from_guest(1, &icmp_echo(8, 7));
+    let request = arp(1, (GUEST_MAC, GUEST), (STRANGER_MAC, GATEWAY));
+    let request = ethernet(GUEST_MAC, GATEWAY_MAC, 0x0806, &request);
+    let wrong = [
+        ("the destination port", offloaded(TRANSPORT, 2, &datagram)),
+        ("the source port", offloaded(TRANSPORT, 0, &datagram)),
+        ("UDP's length", offloaded(TRANSPORT, 4, &datagram)),
+        ("TCP's field in UDP", offloaded(TRANSPORT, 16, &datagram)),
+        ("UDP's field in TCP", offloaded(TRANSPORT, 6, &segment)),
+        ("TCP's port", offloaded(TRANSPORT, 2, &segment)),
+        ("the destination address", offloaded(NETWORK, 10, &datagram)),
+        (
+            "the destination port, from the IP header on",
+            offloaded(NETWORK, 16, &datagram),
+        ),
+        (
+            "UDP's field, summed from elsewhere",
+            offloaded(NETWORK, 20, &datagram),
+        ),
+        ("the payload", offloaded(TRANSPORT, 10, &datagram)),
+        ("echo's type", offloaded(TRANSPORT, 0, &echo)),
+        ("an answer's field", offloaded(NETWORK, 2, &request)),
+    ];
+    for (index, (name, frame)) in wrong.iter().enumerate() {
+        stage
+            .tap
+            .send(frame)
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let dropped = || stage.dropped(Direction::Egress, Reason::ChecksumOffload);
+        let counted = soon(|| (dropped() == index as u64 + 1).then_some(()));
+        assert!(
+            counted.is_some(),
+            "{name}: {:?}",
+            stage.guarded(Guard::counters).egress
+        );
+    }
+    sleep(SETTLE);
+    let leaked = arrivals.frames().unwrap();
+    assert!(leaked.is_empty(), "{leaked:02x?}");
+    assert_eq!(
+        stage.tap.recv(SETTLE).unwrap(),
+        None,
+        "nothing was answered"
+    );
+}
+
+#[test]
+fn honest_offload_passes_and_its_checksum_is_right() {
+    let stage = stage();
+    let arrivals = stage.arrivals();
+    let datagram = from_guest(17, &udp(40000, CONSUMER_PORT, b"honest"));
+    let mut with_sum = datagram.clone();
+    let udp_sum = pseudo_header_sum(17, &datagram[34..]);
+    with_sum[40..42].copy_from_slice(&udp_sum.to_be_bytes());
+    let mut segment = from_guest(6, &tcp(40000, 443));
+    let tcp_sum = pseudo_header_sum(6, &segment[34..]);
+    segment[50..52].copy_from_slice(&tcp_sum.to_be_bytes());
+    let echo = from_guest(1, &icmp_echo(8, 7));
+    for frame in [
+        offloaded(TRANSPORT, 6, &with_sum),
+        offloaded(TRANSPORT, 16, &segment),
+        offloaded(TRANSPORT, 2, &echo),
+        header(0, 0, 0, (0, 0), &datagram),
+    ] {
+        stage.tap.send(&frame).unwrap();
+    }
+    let arrived = soon(|| {
+        let frames: Vec<_> = arrivals.frames().unwrap();
+        (frames.len() >= 4).then_some(frames)
+    });
+    let arrived = arrived.unwrap_or_else(|| {
+        panic!(
+            "not all arrived: {:?}",
+            stage.guarded(Guard::counters).egress
+        )
+    });
+    for frame in &arrived[..3] {
+        let transport = &frame.bytes[34..];
+        let seed = match frame.bytes[23] {
+            1 => 0,
+            protocol => pseudo_header_sum(protocol, transport),
+        };
+        // A right checksum makes the sum of all words zero, in its negated form.
+        let words = [&seed.to_be_bytes()[..], transport].concat();
+        assert_eq!(checksum(&words), 0, "{frame:02x?}");
+    }
+}
+
+#[test]
+fn only_tcp_is_cut_by_the_host() {
+    let stage = stage();
+    let arrivals = stage.arrivals();
+    let datagram = from_guest(17, &udp(40000, CONSUMER_PORT, &[0xaa; 1400]));
+    let checksum = (TRANSPORT, 6);
+    let asked = header(NEEDS_CHECKSUM, UDP_FRAGMENTS, 500, checksum, &datagram);
+    stage.tap.send(&asked).unwrap();
+    let dropped = || stage.dropped(Direction::Egress, Reason::Fragment);
+    assert!(soon(|| (dropped() == 1).then_some(())).is_some());
+
+    let long = [tcp(40000, 443), vec![0xaa; 1400]].concat();
+    let segments = header(
+        NEEDS_CHECKSUM,
+        TCP_V4,
+        700,
+        (TRANSPORT, 16),
+        &from_guest(6, &long),
+    );
+    stage.tap.send(&segments).unwrap();
+    let payload = soon(|| {
+        let frames = arrivals.frames().unwrap();
+        let bytes: usize = frames.iter().map(|frame| frame.bytes.len() - 54).sum();
+        (bytes >= 1400).then_some(bytes)
+    });
+    assert_eq!(
+        payload,
+        Some(1400),
+        "{:?}",
+        stage.guarded(Guard::counters).egress
+    );
+    assert_eq!(stage.tap.recv(PATIENCE / 20).unwrap(), None);
+}
+
+/// The sum that a checksum field holds before the rest is added (RFC 768, RFC 9293).
+fn pseudo_header_sum(protocol: u8, transport: &[u8]) -> u16 {
+    let length = transport.len() as u16;
+    let covered = [
+        &GUEST.octets()[..],
+        &CONSUMER.octets(),
+        &[0, protocol],
+        &length.to_be_bytes(),
+    ]
+    .concat();
+    !checksum(&covered)
+}
