@@ -173,7 +173,8 @@ fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
             Err(
                 GuardError::NoInterface { .. }
                 | GuardError::NotGuarded { .. }
-                | GuardError::NotInForce { .. },
+                | GuardError::NotInForce { .. }
+                | GuardError::Replaced { .. },
             ) => {}
             Err(error) => return Err(error.into()),
         }

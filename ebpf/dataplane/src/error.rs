@@ -55,16 +55,39 @@ pub enum GuardError {
         /// What is missing.
         why: &'static str,
     },
-    /// The guard pinned under this name is in force on an interface that has since been renamed
-    /// or moved to another network namespace.
+    /// The interface that was guarded under this name has another name now.
     #[error(
-        "the guard pinned as {interface} is in force elsewhere, on the interface of index {ifindex}, which was renamed or moved: rename it back, or bring it back, to reach its guard"
+        "the guard attached to {interface} is in force on {now}, as that interface is called now: use that name, or rename it back"
+    )]
+    Renamed {
+        /// The name that the guard was attached under.
+        interface: String,
+        /// The interface's name now.
+        now: String,
+    },
+    /// The interface that was guarded under this name is in another network namespace now.
+    #[error(
+        "the guard attached to {interface} is in force in another network namespace, on the interface of index {ifindex}: bring that interface back to reach its guard"
     )]
     Elsewhere {
         /// The name that the guard was attached under.
         interface: String,
         /// The index of the interface that it guards.
         ifindex: u32,
+    },
+    /// The guard that this handle was opened on has been removed and another attached.
+    #[error(
+        "the guard of {interface} is another one by now; nothing was changed: look at it with `omerta guard show {interface}`, and try again"
+    )]
+    Replaced {
+        /// The interface's name.
+        interface: String,
+    },
+    /// Something stands among a guard's pins that is not the guard's.
+    #[error("{} is not a guard's, so nothing was removed: remove it (`rm -r`, which detaches what is pinned there), and try again", path.display())]
+    Foreign {
+        /// What it is.
+        path: PathBuf,
     },
     /// The guard belongs to somebody else.
     #[error(
@@ -199,6 +222,9 @@ impl GuardError {
             Self::Config { .. } => ErrorKind::Usage,
             Self::AlreadyGuarded { .. }
             | Self::Elsewhere { .. }
+            | Self::Renamed { .. }
+            | Self::Replaced { .. }
+            | Self::Foreign { .. }
             | Self::Owned { .. }
             | Self::NotOwned { .. }
             | Self::AllowlistFull { .. } => ErrorKind::Refused,

@@ -8,7 +8,7 @@ use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
 use omerta_verdict::{Direction, EventRecord, Reason};
 
 use crate::GuardError;
-use crate::bpffs::Pins;
+use crate::pins::Pins;
 use crate::store::map_error;
 
 /// A dropped frame.

@@ -1,7 +1,7 @@
 //! Interfaces of the calling thread's network namespace.
 
 use nix::ifaddrs::getifaddrs;
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use omerta_verdict::Mac;
 
 use crate::GuardError;
@@ -30,4 +30,11 @@ pub fn mac(interface: &str) -> Result<Mac, GuardError> {
                 "{interface} has no Ethernet address: only Ethernet interfaces can be guarded"
             ),
         })
+}
+
+/// The name of the interface that has `index`, or `None` where this network namespace has none.
+pub fn name(index: u32) -> Option<String> {
+    // nix 0.32 takes the null of a failed call for success, and leaves the name empty.
+    let name = if_indextoname(index).ok()?;
+    (!name.is_empty()).then(|| name.to_string_lossy().into_owned())
 }

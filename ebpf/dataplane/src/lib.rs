@@ -5,6 +5,7 @@
 //! process that made it: [`Guard`] is a handle, and dropping it changes nothing. All functions
 //! act on the network namespace of the calling thread.
 
+mod attach;
 mod bpffs;
 mod btf;
 mod config;
@@ -16,6 +17,8 @@ mod interface;
 mod link;
 mod object;
 mod owner;
+mod pinned;
+mod pins;
 mod rules;
 mod status;
 mod store;
@@ -24,9 +27,10 @@ pub use config::GuardConfig;
 pub use counters::{Count, Counters, DirectionCounters};
 pub use error::{ErrorKind, GuardError};
 pub use events::{EventStream, FrameEvent};
-pub use guard::{Guard, PinnedGuard};
+pub use guard::Guard;
 pub use object::{Programs, kernel_support};
 pub use owner::{Owner, OwnerParseError};
+pub use pinned::PinnedGuard;
 pub use rules::MAX_ENDPOINTS;
 pub use status::{DirectionStatus, GuardStatus};
 pub use store::PolicyStore;

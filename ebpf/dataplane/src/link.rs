@@ -15,7 +15,8 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 #[repr(C)]
 pub struct LinkInfo {
     kind: u32,
-    id: u32,
+    /// The link's number, which the kernel gives to no other while it runs (until it wraps).
+    pub id: u32,
     /// The program that the link runs.
     pub program_id: u32,
     padding: u32,

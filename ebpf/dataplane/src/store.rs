@@ -12,8 +12,8 @@ use aya::maps::{Array, Map, MapData, MapError};
 use omerta_verdict::{Bucket, Endpoint, Policy, SocketBufferLayout, Table};
 
 use crate::GuardError;
-use crate::bpffs::Pins;
 use crate::object::Programs;
+use crate::pins::Pins;
 use crate::rules::{self, BUCKETS, MAX_ENDPOINTS};
 
 /// The maps that hold policy, by the names that the programs give them.

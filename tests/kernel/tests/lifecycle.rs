@@ -8,6 +8,7 @@
 )]
 
 use std::path::Path;
+use std::time::Duration;
 
 use omerta_dataplane::{ErrorKind, Guard, GuardError, MAX_ENDPOINTS, Owner, PinnedGuard};
 use omerta_kernel_tests::{allowlist, config};
@@ -229,30 +230,105 @@ fn a_foreign_program_ahead_of_the_guard_is_noticed() {
 
 #[test]
 fn a_renamed_interface_keeps_its_guard_whatever_is_done_under_the_old_name() {
-    use std::time::Duration;
+    let renamed = |error: GuardError| {
+        assert!(matches!(&error, GuardError::Renamed { now, .. } if now == "other"));
+        assert_eq!(error.kind(), ErrorKind::Refused);
+    };
     with_tap(|namespace, tap| {
         Guard::attach("guest", &config(Mode::Filtered)).unwrap();
         namespace.ip("link set guest name other").unwrap();
-        assert!(matches!(
-            Guard::remove_stale("guest"),
-            Err(GuardError::Elsewhere { .. })
-        ));
+        renamed(Guard::remove_stale("guest").unwrap_err());
         let second = Tap::create("guest").unwrap();
-        assert!(matches!(
-            Guard::remove_stale("guest"),
-            Err(GuardError::Elsewhere { .. })
-        ));
-        let refused = Guard::attach("guest", &config(Mode::Filtered));
-        assert!(
-            matches!(refused, Err(GuardError::Elsewhere { .. })),
-            "{refused:?}"
-        );
+        renamed(Guard::remove_stale("guest").unwrap_err());
+        renamed(Guard::attach("guest", &config(Mode::Filtered)).unwrap_err());
+        renamed(Guard::open("guest").unwrap_err());
         drop(second);
         std::thread::sleep(Duration::from_millis(100));
         namespace.ip("link set other name guest").unwrap();
         Guard::open("guest").unwrap().verify().unwrap();
         Guard::open("guest").unwrap().detach().unwrap();
         drop(tap);
+    });
+}
+
+#[test]
+fn a_renamed_interface_is_guarded_under_its_new_name() {
+    with_tap(|namespace, _tap| {
+        let mut owned = config(Mode::Filtered);
+        owned.owner = Some("omertad".parse().unwrap());
+        let old = Guard::attach("guest", &owned).unwrap();
+        namespace.ip("link set guest name other").unwrap();
+        assert!(matches!(
+            Guard::attach("other", &owned),
+            Err(GuardError::AlreadyGuarded { .. })
+        ));
+        assert_eq!(Guard::list().unwrap(), ["other"]);
+        assert_eq!(
+            Guard::pinned().unwrap(),
+            [PinnedGuard {
+                interface: "other".into(),
+                owner: owned.owner.clone(),
+                in_force: true
+            }]
+        );
+        assert!(old.detach().is_err(), "it names an interface that is gone");
+        let guard = Guard::open_as("other", &owned.owner.unwrap()).unwrap();
+        guard.verify().unwrap();
+        assert_eq!(guard.status().unwrap().interface, "other");
+        assert_eq!(guard.replace(&[]).unwrap(), 2);
+        guard.detach().unwrap();
+        assert!(Guard::list().unwrap().is_empty());
+        assert!(!pins(namespace, "guest"));
+        assert!(!pins(namespace, "other"));
+    });
+}
+
+#[test]
+fn a_handle_never_reaches_the_guard_that_came_after_its_own() {
+    with_tap(|_, _tap| {
+        let old = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        Guard::open("guest").unwrap().detach().unwrap();
+        let new = Guard::attach("guest", &config(Mode::Direct)).unwrap();
+        for error in [
+            old.replace(&[]).unwrap_err(),
+            old.verify().unwrap_err(),
+            old.detach().unwrap_err(),
+        ] {
+            assert!(matches!(error, GuardError::Replaced { .. }), "{error}");
+            assert_eq!(error.kind(), ErrorKind::Refused);
+        }
+        new.verify().unwrap();
+        assert_eq!(new.status().unwrap().epoch, 1);
+        new.detach().unwrap();
+    });
+}
+
+#[test]
+fn what_no_guard_pinned_is_named_and_nothing_removed() {
+    with_tap(|namespace, tap| {
+        Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        let place = format!("/sys/fs/bpf/omerta/{}/guest", namespace.inode().unwrap());
+        let foreign = format!("{place}/foreign");
+        std::fs::create_dir(&foreign).unwrap();
+        let refused = |result: Result<(), GuardError>| {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            let text = error.to_string();
+            assert!(text.contains(&format!("{foreign} ")), "{text}");
+            assert!(text.contains("rm -r"), "{text}");
+        };
+        refused(Guard::open("guest").unwrap().detach());
+        Guard::open("guest").unwrap().verify().unwrap();
+        drop(tap);
+        refused(Guard::remove_stale("guest").map(drop));
+        let _tap = Tap::create("guest").unwrap();
+        refused(Guard::attach("guest", &config(Mode::Filtered)).map(drop));
+        std::fs::remove_dir(&foreign).unwrap();
+        Guard::attach("guest", &config(Mode::Filtered))
+            .unwrap()
+            .detach()
+            .unwrap();
+        assert!(!pins(namespace, "guest"));
     });
 }
 

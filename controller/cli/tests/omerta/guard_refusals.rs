@@ -257,3 +257,48 @@ fn owned_guard_is_shown_and_not_changed() {
     stage.namespace().enter(|| guard.detach()).unwrap().unwrap();
     assert_eq!(stage.pins(), [""; 0]);
 }
+
+#[test]
+fn renamed_interface_is_guarded_by_its_new_name_alone() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .namespace()
+        .ip("link add omv0 type veth peer name omv1")
+        .unwrap();
+    stage.omerta(&format!("guard attach omv0 {GUEST}")).done();
+    stage.namespace().ip("link set omv0 name omv9").unwrap();
+    let shown = stage.omerta("guard show omv9").done().stdout;
+    assert!(shown.contains("interface  omv9"), "{shown}");
+    stage
+        .omerta(&format!("guard attach omv9 {GUEST}"))
+        .failed(4, &["omv9", "guarded already"]);
+    stage
+        .omerta("guard detach omv0")
+        .failed(4, &["omv0", "omv9"]);
+    stage.omerta("guard detach omv9").done();
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn foreign_pins_are_named_with_their_real_path() {
+    let Some(stage) = Stage::set() else { return };
+    let place = format!(
+        "/sys/fs/bpf/omerta/{}/omt0",
+        stage.namespace().inode().unwrap()
+    );
+    // Below another /sys the pins are reached through a descriptor.
+    let below = |arguments: &str| -> Ran {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", stage.namespace().name(), OMERTA]);
+        prepare(&mut command, arguments);
+        command.output().unwrap().into()
+    };
+    below(&format!("guard attach omt0 {GUEST}")).done();
+    let foreign = format!("{place}/foreign");
+    fs::create_dir(&foreign).unwrap();
+    below("guard detach omt0").failed(4, &[&foreign, "rm -r"]);
+    stage.guard("show", "").done();
+    fs::remove_dir(&foreign).unwrap();
+    below("guard detach omt0").done();
+    assert_eq!(stage.pins(), [""; 0]);
+}

@@ -1,0 +1,122 @@
+//! Attaching a guard: at every instant the interface is as it was, or guarded with its pins whole.
+
+use aya::programs::links::FdLink;
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use omerta_verdict::Direction;
+
+use crate::bpffs::failed;
+use crate::object::{Programs, program_name};
+use crate::pinned::{is_in_force, refuse_elsewhere, remove_aside};
+use crate::pins::Pins;
+use crate::store::PolicyStore;
+use crate::{Guard, GuardConfig, GuardError, interface};
+
+impl Guard {
+    /// Guards `interface`, which may be down and should be: attach before the guest can send. The
+    /// handle acts in the name of the owner that `config` gives the guard.
+    pub fn attach(interface: &str, config: &GuardConfig) -> Result<Self, GuardError> {
+        let ifindex = interface::index(interface)?;
+        let policy = config.policy(interface)?;
+        let mut programs = Programs::load(interface, config.mode)?;
+        PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
+
+        let _lock = Pins::lock()?;
+        for (_, pins) in Pins::all()? {
+            // Whatever name the interface had when it was guarded.
+            if is_in_force(interface, ifindex, &pins)? {
+                return Err(GuardError::AlreadyGuarded {
+                    interface: interface.to_owned(),
+                });
+            }
+        }
+        let place = Pins::of(interface)?;
+        refuse_elsewhere(interface, &place)?;
+        place.refuse_foreign()?;
+        // What is pinned there is left over from an interface that is gone. It gives way to the
+        // new guard when that is whole; until then two may judge, never none.
+        let links = link(&mut programs, interface)?;
+        let aside = place.create_aside()?;
+        let made = pin(&aside, &mut programs, links, config)
+            .and_then(|()| Self::of_pins(interface, ifindex, aside.clone())?.verify())
+            .and_then(|()| aside.put_in_place(&place));
+        if let Err(error) = made {
+            // The error to report is the first; whatever stays is removed by the next change.
+            let _ = aside.remove_aside();
+            return Err(error);
+        }
+        let mut guard = Self::of_pins(interface, ifindex, place)?;
+        guard.acting = config.owner.clone();
+        // The guard is in force; what cannot be removed now is removed by the next change.
+        let _ = remove_aside();
+        Ok(guard)
+    }
+}
+
+fn link(programs: &mut Programs, interface: &str) -> Result<[(Direction, FdLink); 2], GuardError> {
+    let mut link = |direction| {
+        let failed = |source| GuardError::Program {
+            program: program_name(direction),
+            interface: interface.to_owned(),
+            source: Box::new(source),
+        };
+        let program = programs.program(direction)?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program
+            .attach_with_options(interface, hook(direction), options)
+            .map_err(failed)?;
+        let link = program.take_link(id).map_err(failed)?;
+        FdLink::try_from(link)
+            .map(|link| (direction, link))
+            .map_err(|source| GuardError::Link {
+                action: "make",
+                interface: interface.to_owned(),
+                source,
+            })
+    };
+    Ok([link(Direction::Ingress)?, link(Direction::Egress)?])
+}
+
+fn pin(
+    pins: &Pins,
+    programs: &mut Programs,
+    links: [(Direction, FdLink); 2],
+    config: &GuardConfig,
+) -> Result<(), GuardError> {
+    if let Some(owner) = &config.owner {
+        pins.set_owner(owner)?;
+    }
+    for (name, map) in programs.ebpf().maps() {
+        if name.starts_with('.') {
+            continue;
+        }
+        let path = pins.path(name);
+        map.pin(&path)
+            .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
+    }
+    for (direction, link) in links {
+        let path = pins.link_path(direction);
+        link.pin(&path)
+            .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
+    }
+    Ok(())
+}
+
+/// The ids of the programs on the hook of `direction`, first to run first.
+pub fn attached(interface: &str, direction: Direction) -> Result<Vec<u32>, GuardError> {
+    SchedClassifier::query_tcx(interface, hook(direction))
+        .map(|(_, programs)| programs.iter().map(|program| program.id()).collect())
+        .map_err(|source| GuardError::Program {
+            program: program_name(direction),
+            interface: interface.to_owned(),
+            source: Box::new(source),
+        })
+}
+
+/// What the guest sends enters the host by the interface's ingress hook, and the other way round.
+fn hook(direction: Direction) -> TcAttachType {
+    match direction {
+        Direction::Egress => TcAttachType::Ingress,
+        Direction::Ingress => TcAttachType::Egress,
+    }
+}

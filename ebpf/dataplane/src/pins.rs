@@ -1,0 +1,253 @@
+//! The pins of one guard: `/sys/fs/bpf/omerta/<network namespace>/<interface>/`.
+//!
+//! A directory of pins is made beside its place and renamed to it, and renamed aside before it is
+//! removed, so that what stands at a guard's place is whole at every instant. A process that dies
+//! in between leaves a directory aside, which guards nothing that anybody was promised; whoever
+//! changes a guard of this network namespace next removes it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use omerta_verdict::Direction;
+
+use crate::bpffs::{failed, namespace_directory, root, shown};
+use crate::link::{self, LinkInfo};
+use crate::{GuardError, Owner};
+
+const OWNER: &str = "owner";
+/// Between the interface's name and a number, in the name of a directory that stands aside. No
+/// encoded name of an interface contains it.
+const ASIDE: &str = "%aside";
+
+/// One directory of pins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pins {
+    directory: PathBuf,
+}
+
+impl Pins {
+    /// The place of `interface`'s pins in this thread's network namespace. Nothing is created.
+    pub fn of(interface: &str) -> Result<Self, GuardError> {
+        Ok(Self {
+            directory: namespace_directory()?.join(encode(interface)),
+        })
+    }
+
+    /// All pins of this thread's network namespace, by the name of the interface that they were
+    /// made for.
+    pub fn all() -> Result<Vec<(String, Self)>, GuardError> {
+        Ok(directories()?
+            .into_iter()
+            .filter(|(name, _)| !name.contains(ASIDE))
+            .map(|(name, pins)| (decode(&name), pins))
+            .collect())
+    }
+
+    /// What stands aside in this thread's network namespace, likewise.
+    pub fn aside() -> Result<Vec<(String, Self)>, GuardError> {
+        Ok(directories()?
+            .into_iter()
+            .filter_map(|(name, pins)| Some((decode(name.split_once(ASIDE)?.0), pins)))
+            .collect())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    pub fn exist(&self) -> bool {
+        self.directory.is_dir()
+    }
+
+    /// The pinned link of `direction`.
+    pub fn link(&self, direction: Direction) -> Result<Option<LinkInfo>, GuardError> {
+        let path = self.link_path(direction);
+        match link::info(&path) {
+            Ok(info) => Ok(Some(info)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read the link", &path)(error)),
+        }
+    }
+
+    pub fn link_path(&self, direction: Direction) -> PathBuf {
+        self.path(match direction {
+            Direction::Egress => "link_egress",
+            Direction::Ingress => "link_ingress",
+        })
+    }
+
+    /// Records whose the guard is, as a symbolic link: it is whole at once, and goes with the pins.
+    pub fn set_owner(&self, owner: &Owner) -> Result<(), GuardError> {
+        let path = self.path(OWNER);
+        symlink(owner.as_str(), &path).map_err(failed("create", &path))
+    }
+
+    /// Whose the guard is.
+    pub fn owner(&self) -> Result<Option<Owner>, GuardError> {
+        let path = self.path(OWNER);
+        match fs::read_link(&path) {
+            Ok(name) => {
+                let owner = name.to_str().and_then(|name| name.parse().ok());
+                owner.map(Some).ok_or_else(|| {
+                    failed("read", &path)(io::Error::other("this is no owner's name"))
+                })
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read", &path)(error)),
+        }
+    }
+
+    /// An empty directory aside from this place, on which [`Pins::put_in_place`] acts.
+    pub fn create_aside(&self) -> Result<Self, GuardError> {
+        if let Some(parent) = self.directory.parent() {
+            fs::create_dir_all(parent).map_err(failed("create", parent))?;
+        }
+        for number in 0_u32.. {
+            let directory = self.numbered_aside(number);
+            match fs::create_dir(&directory) {
+                Ok(()) => return Ok(Self { directory }),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(failed("create", &directory)(error)),
+            }
+        }
+        Err(failed("create", &self.directory)(
+            io::ErrorKind::AlreadyExists.into(),
+        ))
+    }
+
+    fn numbered_aside(&self, number: u32) -> PathBuf {
+        let mut path = self.directory.clone().into_os_string();
+        path.push(format!("{ASIDE}{number}"));
+        path.into()
+    }
+
+    /// Puts these pins at `place`, at once; what was there stands aside instead.
+    pub fn put_in_place(&self, place: &Self) -> Result<(), GuardError> {
+        let flags = if place.exist() {
+            RenameFlags::RENAME_EXCHANGE
+        } else {
+            RenameFlags::RENAME_NOREPLACE
+        };
+        self.rename(place, flags)
+    }
+
+    fn rename(&self, to: &Self, flags: RenameFlags) -> Result<(), GuardError> {
+        renameat2(AT_FDCWD, &self.directory, AT_FDCWD, &to.directory, flags)
+            .map_err(|errno| failed("rename", &self.directory)(errno.into()))
+    }
+
+    /// Removes every pin: at once from its place, then one by one.
+    pub fn remove(&self) -> Result<(), GuardError> {
+        if !self.exist() {
+            return Ok(());
+        }
+        self.refuse_foreign()?;
+        let aside = self.create_aside()?;
+        // Over the empty directory.
+        self.rename(&aside, RenameFlags::empty())?;
+        aside.remove_aside()
+    }
+
+    /// Removes what stands aside; the links first, so that no program runs without its maps' pins.
+    pub fn remove_aside(&self) -> Result<(), GuardError> {
+        let mut paths = self.entries()?;
+        let is_link = |path: &PathBuf| {
+            path.file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"link_"))
+        };
+        paths.sort_by_key(|path| !is_link(path));
+        for path in paths {
+            fs::remove_file(&path).map_err(failed("remove", &path))?;
+        }
+        fs::remove_dir(&self.directory).map_err(failed("remove", &self.directory))?;
+        // The namespace's directory goes with its last guard.
+        if let Some(parent) = self.directory.parent() {
+            let _ = fs::remove_dir(parent);
+        }
+        Ok(())
+    }
+
+    /// Fails where something stands among the pins that no guard put there.
+    pub fn refuse_foreign(&self) -> Result<(), GuardError> {
+        for path in self.entries()? {
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            // Maps of any version of the programs are named in capitals.
+            let is_map = name.iter().all(|b| b.is_ascii_uppercase() || *b == b'_');
+            let is_ours =
+                is_map || [&b"link_egress"[..], b"link_ingress", b"owner"].contains(&name);
+            if !is_ours || path.is_dir() {
+                return Err(GuardError::Foreign { path: shown(&path) });
+            }
+        }
+        Ok(())
+    }
+
+    fn entries(&self) -> Result<Vec<PathBuf>, GuardError> {
+        read(&self.directory)
+    }
+
+    /// Holds every other change of this namespace's guards off until the lock is dropped.
+    pub fn lock() -> Result<File, GuardError> {
+        let root = root()?;
+        // The root is never removed, so everybody locks the same inode.
+        let file = File::open(&root).map_err(failed("open", &root))?;
+        file.lock().map_err(failed("lock", &root))?;
+        Ok(file)
+    }
+}
+
+/// The directories of this thread's network namespace and their encoded names, sorted.
+fn directories() -> Result<Vec<(String, Pins)>, GuardError> {
+    let directory = namespace_directory()?;
+    if !directory.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut found: Vec<_> = read(&directory)?
+        .into_iter()
+        .filter(|path| path.is_dir())
+        .filter_map(|directory| {
+            let name = directory.file_name()?.to_string_lossy().into_owned();
+            Some((name, Pins { directory }))
+        })
+        .collect();
+    found.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(found)
+}
+
+fn read(directory: &Path) -> Result<Vec<PathBuf>, GuardError> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        // It went between two calls.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed("read", directory)(error)),
+    };
+    entries
+        .map(|entry| Ok(entry.map_err(failed("read", directory))?.path()))
+        .collect()
+}
+
+/// bpffs refuses names with dots, which interfaces may have (VLANs).
+fn encode(interface: &str) -> String {
+    interface.replace('%', "%25").replace('.', "%2e")
+}
+
+fn decode(name: &str) -> String {
+    name.replace("%2e", ".").replace("%25", "%")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interface_names_round_trip_without_dots() {
+        for name in ["tap0", "eth0.100", "a%b", "%2e", "a.%.b", "a%aside0"] {
+            assert!(!encode(name).contains('.'));
+            assert!(!encode(name).contains(ASIDE));
+            assert_eq!(decode(&encode(name)), name);
+        }
+    }
+}
