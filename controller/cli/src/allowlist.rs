@@ -17,25 +17,33 @@ pub fn read(path: &Path) -> Result<Vec<Endpoint>, AllowlistError> {
     let (name, read) = if path == Path::new("-") {
         (
             PathBuf::from("standard input"),
-            io::stdin().lock().read_to_end(&mut bytes),
+            io::stdin()
+                .lock()
+                .take(MAX_BYTES + 1)
+                .read_to_end(&mut bytes),
         )
     } else {
         (
             path.to_owned(),
-            fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
+            fs::File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)),
         )
     };
     match read {
+        Ok(length) if length as u64 > MAX_BYTES => Err(AllowlistError::TooLong(name)),
         Ok(_) => parse(&name, &bytes),
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
             Err(AllowlistError::Missing(name))
+        }
+        Err(source) if source.kind() == io::ErrorKind::IsADirectory => {
+            Err(AllowlistError::Directory(name))
         }
         Err(source) => Err(AllowlistError::Read { name, source }),
     }
 }
 
-/// Parses an allowlist. Blank lines and what follows `#` are ignored.
+/// Parses an allowlist. A byte order mark, blank lines and what follows `#` are ignored.
 fn parse(name: &Path, bytes: &[u8]) -> Result<Vec<Endpoint>, AllowlistError> {
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
     let mut endpoints = Vec::new();
     for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
         let number = index + 1;
@@ -58,6 +66,8 @@ fn parse(name: &Path, bytes: &[u8]) -> Result<Vec<Endpoint>, AllowlistError> {
     Ok(endpoints)
 }
 
+/// The longest allowlist that is read, in bytes: more than a full one of the longest endpoints.
+const MAX_BYTES: u64 = 64 << 20;
 /// How much of a bad line an error quotes, in characters. No endpoint is longer.
 const SHOWN: usize = 60;
 
@@ -68,7 +78,7 @@ pub enum AllowlistError {
     #[error("there is no file {}: give the allowlist's path, or - for standard input", .0.display())]
     Missing(PathBuf),
     /// The file cannot be read.
-    #[error("cannot read the allowlist {}", name.display())]
+    #[error("cannot read the allowlist {}: give a readable file, or - for standard input", name.display())]
     Read {
         /// The file.
         name: PathBuf,
@@ -76,8 +86,14 @@ pub enum AllowlistError {
         #[source]
         source: io::Error,
     },
+    /// A directory.
+    #[error("{} is a directory: give a file with one endpoint a line, or - for standard input", .0.display())]
+    Directory(PathBuf),
+    /// More than any allowlist has.
+    #[error("{} is longer than {} MiB, so it is no allowlist: give a file with one endpoint a line", .0.display(), MAX_BYTES >> 20)]
+    TooLong(PathBuf),
     /// A line is not UTF-8.
-    #[error("{}, line {number}: not text; nothing was changed", name.display())]
+    #[error("{}, line {number}: not text: save the file as UTF-8; nothing was changed", name.display())]
     NotText {
         /// The file.
         name: PathBuf,
@@ -104,7 +120,10 @@ impl AllowlistError {
         match self {
             Self::Missing(_) => Exit::NotFound,
             Self::Read { .. } => Exit::Failed,
-            Self::NotText { .. } | Self::Endpoint { .. } => Exit::Usage,
+            Self::Directory(_)
+            | Self::TooLong(_)
+            | Self::NotText { .. }
+            | Self::Endpoint { .. } => Exit::Usage,
         }
     }
 }
@@ -131,6 +150,10 @@ mod tests {
             ]
         );
         assert_eq!(parsed("").unwrap(), [""; 0]);
+        assert_eq!(
+            parsed("\u{feff}udp:192.0.2.1:51820\r\n").unwrap(),
+            ["udp:192.0.2.1:51820"]
+        );
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::bpffs::failed;
 use crate::object::{Programs, program_name};
 use crate::pinned::{is_in_force, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
+use crate::rules::refuse_unreachable;
 use crate::store::PolicyStore;
 use crate::{Guard, GuardConfig, GuardError, interface};
 
@@ -18,6 +19,7 @@ impl Guard {
     pub fn attach(interface: &str, config: &GuardConfig) -> Result<Self, GuardError> {
         let ifindex = interface::index(interface)?;
         let policy = config.policy(interface)?;
+        refuse_unreachable(interface, &policy, &config.allow)?;
         let mut programs = Programs::load(interface, config.mode)?;
         PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
 

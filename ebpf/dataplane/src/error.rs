@@ -127,6 +127,18 @@ pub enum GuardError {
         /// How many fit.
         limit: usize,
     },
+    /// An endpoint that the guest could never reach.
+    #[error(
+        "{endpoint} can never be reached from {interface}: its guest has no {family} address; leave it out"
+    )]
+    NoAddressOfFamily {
+        /// The interface's name.
+        interface: String,
+        /// The endpoint.
+        endpoint: String,
+        /// IPv4 or IPv6.
+        family: &'static str,
+    },
     /// The endpoint to revoke is not on the allowlist.
     #[error("{endpoint} is not on the allowlist of {interface}; nothing was changed")]
     NotListed {
@@ -225,6 +237,7 @@ impl GuardError {
             | Self::Renamed { .. }
             | Self::Replaced { .. }
             | Self::Foreign { .. }
+            | Self::NoAddressOfFamily { .. }
             | Self::Owned { .. }
             | Self::NotOwned { .. }
             | Self::AllowlistFull { .. } => ErrorKind::Refused,

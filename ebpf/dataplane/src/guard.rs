@@ -11,6 +11,7 @@ use crate::counters::{self, Count, Counters};
 use crate::events::EventStream;
 use crate::pinned::{find, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
+use crate::rules::refuse_unreachable;
 use crate::status::{DirectionStatus, GuardStatus};
 use crate::store::{PolicyStore, map_error};
 use crate::{GuardError, Owner, interface};
@@ -183,6 +184,8 @@ impl Guard {
         if after.iter().eq(&before) {
             return Ok(policy.epoch);
         }
+        let new = after.iter().filter(|e| before.binary_search(e).is_err());
+        refuse_unreachable(&self.interface, &policy, new)?;
         let after: Vec<_> = after.into_iter().collect();
         store.commit(policy, &after)
     }

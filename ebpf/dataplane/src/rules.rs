@@ -1,6 +1,8 @@
 //! Builds the allowlist's table.
 
-use omerta_verdict::{Bucket, Endpoint, Table};
+use omerta_verdict::{Bucket, Endpoint, Policy, Table};
+
+use crate::GuardError;
 
 /// Buckets of one bank; a power of two.
 pub const BUCKETS: usize = 512;
@@ -30,6 +32,30 @@ pub fn build(endpoints: &[Endpoint], mut next_seed: impl FnMut() -> u64) -> Opti
         }
     }
     None
+}
+
+/// Fails for an endpoint of a family in which the guest of `policy` has no address to speak from.
+pub fn refuse_unreachable<'a>(
+    interface: &str,
+    policy: &Policy,
+    endpoints: impl IntoIterator<Item = &'a Endpoint>,
+) -> Result<(), GuardError> {
+    let owns = |v4: bool| {
+        let mut owned = policy.addresses.iter().filter(|a| !a.is_unspecified());
+        owned.any(|address| address.is_v4() == v4)
+    };
+    let (owns_v4, owns_v6) = (owns(true), owns(false));
+    for endpoint in endpoints {
+        let v4 = endpoint.address.is_v4();
+        if !(if v4 { owns_v4 } else { owns_v6 }) {
+            return Err(GuardError::NoAddressOfFamily {
+                interface: interface.to_owned(),
+                endpoint: endpoint.to_string(),
+                family: if v4 { "IPv4" } else { "IPv6" },
+            });
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

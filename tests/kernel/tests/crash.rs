@@ -81,6 +81,9 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
     let (mut whole, mut left) = (0, 0);
     namespace
         .enter(|| {
+            for left in Guard::pinned().unwrap() {
+                Guard::remove_stale(&left.interface).unwrap();
+            }
             let mut tap = Tap::create("guest").unwrap();
             drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
             let pins = names(&place);

@@ -30,6 +30,10 @@ fn with_tap(work: impl FnOnce(&Namespace, Tap) + Send) {
     let namespace = Namespace::new("ot-life").unwrap();
     namespace
         .enter(|| {
+            // A killed test may have left pins of a namespace whose number this one has now.
+            for left in Guard::pinned().unwrap() {
+                Guard::remove_stale(&left.interface).unwrap();
+            }
             let tap = Tap::create("guest").unwrap();
             work(&namespace, tap);
         })

@@ -99,11 +99,11 @@ pub struct AttachArgs {
     mac: Mac,
 
     /// An address of the guest (repeatable)
-    #[arg(long = "ip", value_name = "ADDR", required = true)]
+    #[arg(long = "ip", value_name = "ADDR", required = true, value_parser = parse_address)]
     addresses: Vec<IpAddr>,
 
     /// The gateway that the guest may resolve, of the same family as an --ip (repeatable)
-    #[arg(long = "gateway", value_name = "ADDR", required = true)]
+    #[arg(long = "gateway", value_name = "ADDR", required = true, value_parser = parse_address)]
     gateways: Vec<IpAddr>,
 
     /// Where the guest's IP frames must go [default: the interface's own MAC]
@@ -165,6 +165,12 @@ impl AttachArgs {
                 return Err(AttachError::GatewayWithoutAddress(gateway));
             }
         }
+        for &endpoint in &self.allow {
+            let reached = |a: &IpAddr| a.is_ipv4() == endpoint.address.is_v4();
+            if !self.addresses.iter().any(reached) {
+                return Err(AttachError::EndpointWithoutAddress(endpoint));
+            }
+        }
         Ok(Attachment {
             interface: self.interface,
             config: GuardConfig {
@@ -177,6 +183,17 @@ impl AttachArgs {
                 owner: None,
             },
         })
+    }
+}
+
+fn parse_address(text: &str) -> Result<IpAddr, String> {
+    match text.split_once('/') {
+        Some((address, _)) if address.parse::<IpAddr>().is_ok() => Err(format!(
+            "this is a network: give the one address, {address}"
+        )),
+        _ => text
+            .parse()
+            .map_err(|_| "this is no IPv4 or IPv6 address".to_owned()),
     }
 }
 
@@ -255,6 +272,11 @@ pub enum AttachError {
     /// The guest could not resolve any neighbour in this family.
     #[error("--ip {0} has no --gateway of its family: add --gateway with an {family} address", family = family(.0))]
     AddressWithoutGateway(IpAddr),
+    /// The guest has no address to speak to this endpoint from.
+    #[error(
+        "--allow {0} can never be reached without an --ip of its family: add one, or leave the endpoint out"
+    )]
+    EndpointWithoutAddress(Endpoint),
     /// The guest has no address to speak to this gateway from.
     #[error("--gateway {0} has no --ip of its family: add --ip with an {family} address, or leave the gateway out", family = family(.0))]
     GatewayWithoutAddress(IpAddr),

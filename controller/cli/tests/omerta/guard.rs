@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use omerta_dataplane::Guard;
 use omerta_test_support::{Namespace, Tap};
 use serde_json::{Value, json};
 
@@ -35,6 +36,14 @@ impl Stage {
             return None;
         }
         let namespace = Namespace::new("omcli").unwrap();
+        // A killed test may have left pins of a namespace whose number this one has now.
+        namespace
+            .enter(|| {
+                for left in Guard::pinned().unwrap() {
+                    Guard::remove_stale(&left.interface).unwrap();
+                }
+            })
+            .unwrap();
         namespace.disable_ipv6().unwrap();
         // A namespace of its own makes the name unique.
         let name = "omt0".to_owned();

@@ -95,6 +95,14 @@ fn bad_list_changes_nothing() {
                 "nothing was changed",
             ],
         );
+    stage
+        .guard("allow", "udp:192.0.2.2:2 udp:[2001:db8::1]:1")
+        .failed(4, &["udp:[2001:db8::1]:1", "omt0", "no IPv6 address"]);
+    fed(
+        stage.command("guard replace omt0 --file -"),
+        b"icmp:[2001:db8::1]\n",
+    )
+    .failed(4, &["icmp:[2001:db8::1]", "leave it out"]);
     let too_many: String = (0..60_000)
         .map(|n| format!("udp:192.0.2.{}:{}\n", n % 200, 1 + n))
         .collect();

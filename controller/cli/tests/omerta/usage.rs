@@ -212,3 +212,38 @@ fn help_goes_to_stdout_and_a_bare_command_prints_it() {
         assert!(ran.stderr.contains("Usage: omerta"), "{line}");
     }
 }
+
+#[test]
+fn file_that_is_no_allowlist_is_named_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let replace = |path: &str| omerta(&format!("guard replace omnone0 --file {path}"));
+    let here = dir.path().display().to_string();
+    replace(&here).failed(2, &[&here, "is a directory", "one endpoint a line"]);
+    // Its first page cannot be read, by root either.
+    replace("/proc/self/mem").failed(1, &["/proc/self/mem", "give a readable file"]);
+    replace("/dev/zero").failed(2, &["/dev/zero", "longer than 64 MiB"]);
+    std::fs::write(path("utf16"), b"\xff\xfeu\0d\0p\0").unwrap();
+    replace(&path("utf16")).failed(2, &["utf16, line 1", "save the file as UTF-8"]);
+    // A byte order mark and carriage returns are no error: the interface is what is missing.
+    std::fs::write(path("bom"), "\u{feff}udp:192.0.2.1:1\r\n\r\n").unwrap();
+    let ran = replace(&path("bom"));
+    assert!(!ran.stderr.contains("line 1"), "{ran:?}");
+}
+
+#[test]
+fn network_in_place_of_an_address_is_refused() {
+    let attach = "guard attach omnone0 --mac 52:54:00:00:00:01";
+    omerta(&format!("{attach} --ip 10.77.0.2/24 --gateway 10.77.0.1")).failed(
+        2,
+        &["10.77.0.2/24", "--ip", "give the one address, 10.77.0.2"],
+    );
+    omerta(&format!("{attach} --ip 10.77.0.2 --gateway 2001:db8::1/64"))
+        .failed(2, &["2001:db8::1/64", "give the one address, 2001:db8::1"]);
+}
+
+#[test]
+fn endpoint_that_could_never_be_reached_is_refused() {
+    omerta(&format!("{ATTACH} --allow udp:[2001:db8::1]:1"))
+        .failed(2, &["--allow udp:[2001:db8::1]:1", "--ip of its family"]);
+}
