@@ -15,6 +15,7 @@ use omerta_verdict::{
     Verdict, egress, ingress,
 };
 
+/// Unless `OMERTA_PARITY_FRAMES` says otherwise.
 const FRAMES: u64 = 100_000;
 const NEXT: u32 = -1_i32 as u32;
 const SHOT: u32 = 2;
@@ -115,6 +116,10 @@ fn test_run_takes(frame: &[u8]) -> bool {
         }
 }
 
+fn frames() -> u64 {
+    std::env::var("OMERTA_PARITY_FRAMES").map_or(FRAMES, |count| count.parse().unwrap())
+}
+
 fn frames_agree(mode: Mode, count: u64, seed: u64) {
     let mut pair = Pair::new(mode);
     let mut generator = Generator::new(seed);
@@ -162,12 +167,12 @@ fn frames_agree(mode: Mode, count: u64, seed: u64) {
 
 #[test]
 fn kernel_and_native_agree_on_generated_frames() {
-    frames_agree(Mode::Filtered, FRAMES, 1);
+    frames_agree(Mode::Filtered, frames(), 1);
 }
 
 #[test]
 fn kernel_and_native_agree_in_direct_mode() {
-    frames_agree(Mode::Direct, FRAMES / 10, 2);
+    frames_agree(Mode::Direct, frames() / 10, 2);
 }
 
 #[test]
