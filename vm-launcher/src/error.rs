@@ -6,7 +6,8 @@ use omerta_dataplane::{ErrorKind, GuardError};
 
 use crate::{CanaryError, ImageError, ProcessError, QmpError, RunDirError, SpecError, TapError};
 
-/// Why a guest did not come up. Everything made for it is gone when this is returned.
+/// Why a guest did not come up. Everything made for it is gone when this is returned, save what
+/// [`LaunchError::LeftBehind`] lists.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     /// The launcher does not run as root.
@@ -39,6 +40,14 @@ pub enum LaunchError {
     /// The guard did not drop the canary.
     #[error(transparent)]
     Canary(#[from] CanaryError),
+    /// It failed, and what was made for it could not be undone.
+    #[error("{}; left behind: {}", cause.report(), leftovers.join("; "))]
+    LeftBehind {
+        /// Why the guest did not come up.
+        cause: Box<LaunchError>,
+        /// What could not be removed and why, one line each.
+        leftovers: Vec<String>,
+    },
 }
 
 impl LaunchError {
@@ -48,7 +57,17 @@ impl LaunchError {
             Self::Spec(_) => ErrorKind::Usage,
             Self::Image(ImageError::Missing { .. }) => ErrorKind::NotFound,
             Self::Guard(error) => error.kind(),
+            Self::Tap(TapError::Exists(_) | TapError::AddressTaken { .. }) => ErrorKind::Refused,
+            Self::LeftBehind { cause, .. } => cause.kind(),
             _ => ErrorKind::Failed,
+        }
+    }
+
+    /// Why the guest did not come up, and what could not be undone after that.
+    pub fn split(self) -> (Self, Vec<String>) {
+        match self {
+            Self::LeftBehind { cause, leftovers } => (*cause, leftovers),
+            cause => (cause, Vec::new()),
         }
     }
 

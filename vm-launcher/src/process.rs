@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -89,6 +90,8 @@ pub(crate) struct QemuProcess {
     pid: u32,
     pidfd: AsyncFd<OwnedFd>,
     ended: Mutex<Option<ExitStatus>>,
+    /// It did not die of SIGKILL in time; waiting again would change nothing.
+    given_up: AtomicBool,
 }
 
 impl QemuProcess {
@@ -133,6 +136,7 @@ impl QemuProcess {
                 pid: child.id(),
                 pidfd,
                 ended: Mutex::new(None),
+                given_up: AtomicBool::new(false),
             }),
             Err(source) => {
                 // Without a pidfd the child handle still names exactly this process.
@@ -210,8 +214,10 @@ impl QemuProcess {
                 });
             }
         }
-        self.try_reap()?
-            .ok_or(ProcessError::Unkillable { pid: self.pid })
+        self.try_reap()?.ok_or_else(|| {
+            self.given_up.store(true, Ordering::Relaxed);
+            ProcessError::Unkillable { pid: self.pid }
+        })
     }
 
     fn try_reap(&self) -> Result<Option<ExitStatus>, ProcessError> {
@@ -236,6 +242,9 @@ impl QemuProcess {
 
 impl Drop for QemuProcess {
     fn drop(&mut self) {
+        if self.given_up.load(Ordering::Relaxed) {
+            return; // whoever gave up has said so
+        }
         if let Err(error) = self.kill_and_reap(Duration::from_secs(5)) {
             tracing::error!(pid = self.pid, %error, "QEMU is left behind");
         }

@@ -2,12 +2,11 @@
 //! in use, removed at the end.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use crate::{Ended, LockError, LockFile};
 
 /// The files within a run directory.
 #[derive(Clone, Debug)]
@@ -49,6 +48,9 @@ pub enum RunDirError {
     /// Another launcher holds it.
     #[error("{} is in use by another guest; end that one first", .0.display())]
     InUse(PathBuf),
+    /// Its lock cannot be had for another reason.
+    #[error(transparent)]
+    Lock(LockError),
     /// It exists and is not a guest's run directory.
     #[error("{} exists and is not a guest's run directory; move it away", .0.display())]
     Foreign(PathBuf),
@@ -81,7 +83,7 @@ impl RunDirError {
 pub(crate) struct RunDir {
     path: PathBuf,
     files: RunFiles,
-    _lock: Flock<File>,
+    _lock: LockFile,
 }
 
 impl RunDir {
@@ -98,20 +100,10 @@ impl RunDir {
             }
             Err(error) => return Err(RunDirError::io("create", path)(error)),
         }
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&files.lock)
-            .map_err(RunDirError::io("create", &files.lock))?;
-        let lock =
-            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(
-                |(_, errno)| match errno {
-                    Errno::EWOULDBLOCK => RunDirError::InUse(path.to_owned()),
-                    errno => RunDirError::io("lock", &files.lock)(errno.into()),
-                },
-            )?;
+        let lock = LockFile::acquire(&files.lock).map_err(|error| match error {
+            LockError::Held { .. } => RunDirError::InUse(path.to_owned()),
+            error => RunDirError::Lock(error),
+        })?;
         // From here on the directory is ours, and goes when `run_dir` does.
         let run_dir = Self {
             path: path.to_owned(),
@@ -132,6 +124,39 @@ impl RunDir {
 
     pub(crate) fn files(&self) -> &RunFiles {
         &self.files
+    }
+
+    /// The end of what the serial console has printed.
+    pub(crate) fn end_of_console(&self) -> Vec<u8> {
+        let path = &self.files.console_log;
+        let read = || {
+            let mut file = File::open(path)?;
+            let length = file.metadata()?.len();
+            let skipped = length.saturating_sub(Ended::MAX_CONSOLE_BYTES);
+            file.seek(SeekFrom::Start(skipped))?;
+            let mut bytes = Vec::new();
+            file.take(Ended::MAX_CONSOLE_BYTES)
+                .read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        read().unwrap_or_else(|error: io::Error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(path = %path.display(), %error, "cannot keep the console log's end");
+            }
+            Vec::new()
+        })
+    }
+
+    /// Removes it and tells whether it is gone.
+    pub(crate) fn remove(self) -> bool {
+        let path = self.path.clone();
+        drop(self);
+        !path.exists()
+    }
+
+    /// Leaves it where it is, and locked for as long as this process lives.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
     }
 
     fn remove_stale_files(&self) -> Result<(), RunDirError> {

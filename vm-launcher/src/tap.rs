@@ -46,6 +46,16 @@ pub enum TapError {
     /// rtnetlink could not be opened.
     #[error("cannot open rtnetlink")]
     Netlink(#[source] io::Error),
+    /// Its guest's address belongs to another interface.
+    #[error(
+        "tap {name} cannot have {address}: this network namespace routes it elsewhere (see `ip route get {address}`); end the guest that has it, or take another guest pool"
+    )]
+    AddressTaken {
+        /// The tap's name.
+        name: String,
+        /// The guest's address.
+        address: Ipv4Addr,
+    },
     /// rtnetlink refused a change.
     #[error("cannot {action} on the tap {name}")]
     Configure {
@@ -170,11 +180,17 @@ impl Tap {
             .pref_source(gateway)
             .scope(netlink_packet_route::route::RouteScope::Link)
             .build();
-        self.checked(
-            "add the guest's route",
-            handle.route().add(route).execute().await,
-        )?;
-        Ok(())
+        match handle.route().add(route).execute().await {
+            Err(rtnetlink::Error::NetlinkError(error))
+                if error.code.is_some_and(|code| code.get() == -libc::EEXIST) =>
+            {
+                Err(TapError::AddressTaken {
+                    name: self.name.clone(),
+                    address: guest,
+                })
+            }
+            added => self.checked("add the guest's route", added),
+        }
     }
 
     /// Closes the tap and waits, blocking the thread, until the interface is gone or `deadline` has

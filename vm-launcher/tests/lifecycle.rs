@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use omerta_dataplane::Guard;
 use omerta_verdict::Reason;
-use omerta_vm_launcher::{ExitStatus, GuestEvent, Paused, Spec};
+use omerta_vm_launcher::{Ended, ExitStatus, GuestEvent, Paused, Spec};
 use stage::{CHATTER, IDLE, PANIC, POWER_OFF, RESET, Stage, event, qemus_of};
 
 #[test]
@@ -44,7 +44,13 @@ fn a_guest_is_launched_guarded_resumed_and_killed_without_a_trace() {
         );
         assert_eq!(ended.status, Some(ExitStatus::Signal(9)));
         assert_eq!(ended.leftovers, [""; 0]);
-        assert!(ended.ended_at_ns <= ended.tap_removed_at_ns);
+        assert!(ended.ended_at_ns.unwrap() <= ended.tap_removed_at_ns.unwrap());
+        let counters = ended.counters.unwrap();
+        assert_eq!(
+            counters.egress.dropped_for(Reason::SourceMac).packets,
+            1,
+            "the canary"
+        );
     });
     stage.assert_nothing_is_left();
 }
@@ -138,6 +144,32 @@ async fn run(spec: Spec) -> omerta_vm_launcher::Running {
         .resume()
         .await
         .unwrap()
+}
+
+#[test]
+fn the_end_of_the_console_outlives_the_guest() {
+    let stage = Stage::new(CHATTER);
+    stage.run(|spec| async {
+        let running = run(spec).await;
+        let log = running.console_log().to_owned();
+        let most = Ended::MAX_CONSOLE_BYTES;
+        within_async("the guest prints more than is kept", || {
+            fs::metadata(&log).is_ok_and(|log| log.len() > most)
+        })
+        .await;
+        let ended = running.kill().await;
+        assert_eq!(ended.console.len() as u64, most);
+        assert!(ended.console.iter().all(|byte| *byte == b'A'));
+    });
+    stage.assert_nothing_is_left();
+}
+
+async fn within_async(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < end, "{what}: not in a minute");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[test]
@@ -363,10 +395,10 @@ fn killing_is_quick() {
                 let running = run(spec).await;
                 let before = now_ns();
                 let ended = running.kill().await;
-                let gone = ended.tap_removed_at_ns - before;
+                let gone = ended.tap_removed_at_ns.unwrap() - before;
                 (
                     Duration::from_nanos(gone),
-                    Duration::from_nanos(ended.ended_at_ns - before),
+                    Duration::from_nanos(ended.ended_at_ns.unwrap() - before),
                 )
             })
         })

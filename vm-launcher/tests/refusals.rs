@@ -18,7 +18,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use omerta_dataplane::{ErrorKind, Guard, GuardConfig};
-use omerta_test_support::Tap;
+use omerta_test_support::{Tap, ip};
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{LaunchError, Paused, RunDirError, Spec, TapError};
 use stage::{IDLE, Stage};
@@ -72,6 +72,24 @@ fn an_interface_of_the_taps_name_is_left_alone() {
         let error = refusal(spec).await;
         assert!(matches!(&error, LaunchError::Tap(TapError::Exists(name)) if name == "omweb-1"));
         assert!(nix::net::if_::if_nametoindex("omweb-1").is_ok());
+        drop(theirs);
+    });
+    stage.assert_nothing_is_left();
+}
+
+#[test]
+fn an_address_that_another_interface_has_is_named_with_the_remedy() {
+    let stage = Stage::new(IDLE);
+    stage.run(|spec| async move {
+        let theirs = Tap::create("omother").unwrap();
+        ip("link set omother up").unwrap();
+        ip("route add 10.77.0.2/32 dev omother").unwrap();
+        let error = refusal(spec).await;
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        let line = error.report();
+        for part in ["tap omweb-1", "10.77.0.2", "guest pool"] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
         drop(theirs);
     });
     stage.assert_nothing_is_left();

@@ -103,7 +103,7 @@ pub enum Occurrence {
         /// Seconds it has.
         deadline_seconds: u32,
     },
-    /// Nothing of the guest is left.
+    /// Nothing of the guest is left but what `leftovers` lists.
     Ended(crate::Ended),
     /// The reader was too slow, or the history too short: this many events are missing here.
     Lost {
@@ -153,6 +153,7 @@ mod tests {
                 frame_to_ended_us: None,
                 frame_to_tap_removed_us: None,
                 message: None,
+                leftovers: Vec::new(),
             }),
         };
         assert_eq!(

@@ -59,6 +59,7 @@ fn ended() -> Ended {
         frame_to_ended_us: Some(2),
         frame_to_tap_removed_us: Some(3),
         message: Some("message".into()),
+        leftovers: vec!["directory".into()],
     }
 }
 

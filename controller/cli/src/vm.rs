@@ -42,14 +42,12 @@ pub async fn run(client: &Client, command: VmCommand, out: &mut Output) -> Resul
                 deadline_seconds: deadline,
             };
             let guest = client.post(&path, &request).await?;
-            let guest = until_ended(client, guest).await?;
-            show(&guest, shown.format, out)
+            ended(client, guest, shown.format, out).await
         }
         VmCommand::Kill { name, shown } => {
             let path = route::of_guest(route::GUEST_KILL, name.as_str());
             let guest = client.post(&path, &serde_json::json!({})).await?;
-            let guest = until_ended(client, guest).await?;
-            show(&guest, shown.format, out)
+            ended(client, guest, shown.format, out).await
         }
         VmCommand::Console { name } => {
             let guest: Guest = client
@@ -103,14 +101,27 @@ async fn start(client: &Client, args: &RunArgs, out: &mut Output) -> Result<(), 
     show(&guest, args.shown.format, out)
 }
 
-/// Follows a guest until nothing but its record is left.
-async fn until_ended(client: &Client, mut guest: Guest) -> Result<Guest, VmError> {
+/// Follows a guest to its end and shows it. Of a guest that is to be gone, whatever is left is a
+/// failure.
+async fn ended(
+    client: &Client,
+    mut guest: Guest,
+    format: Format,
+    out: &mut Output,
+) -> Result<(), VmError> {
     let path = route::of_guest(route::GUEST, &guest.name);
     while guest.state != GuestState::Ended {
         sleep(GLANCE).await;
         guest = client.get(&path).await?;
     }
-    Ok(guest)
+    show(&guest, format, out)?;
+    match guest.ended {
+        Some(ended) if !ended.leftovers.is_empty() => Err(VmError::LeftBehind {
+            name: guest.name,
+            leftovers: ended.leftovers.join("; "),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// What `vm run` tells a person while it waits: one line on stderr for each step.
@@ -301,6 +312,9 @@ pub fn ending(ended: &Ended) -> String {
     for detail in [&ended.frame, &ended.message].into_iter().flatten() {
         phrase.push_str(&format!(": {detail}"));
     }
+    if !ended.leftovers.is_empty() {
+        phrase.push_str(&format!("; left behind: {}", ended.leftovers.join("; ")));
+    }
     phrase
 }
 
@@ -359,6 +373,14 @@ pub enum VmError {
         /// How it ended.
         ending: String,
     },
+    /// The guest has ended and not all of it is gone.
+    #[error("guest {name} has ended but left behind: {leftovers}; see omertad's log")]
+    LeftBehind {
+        /// The guest.
+        name: String,
+        /// What is left of it.
+        leftovers: String,
+    },
     /// The guest did not report its key in time. It is left running.
     #[error(
         "guest {name} is {state} and has not reported its public key in {seconds} s: see `omerta vm logs {name}`, then wait longer or `omerta vm kill {name}`"
@@ -400,9 +422,11 @@ impl VmError {
         match self {
             Self::Usage(_) => Exit::Usage,
             Self::Client(error) => error.exit(),
-            Self::Console(_) | Self::Ended { .. } | Self::NoPublicKey { .. } | Self::Output(_) => {
-                Exit::Failed
-            }
+            Self::Console(_)
+            | Self::Ended { .. }
+            | Self::LeftBehind { .. }
+            | Self::NoPublicKey { .. }
+            | Self::Output(_) => Exit::Failed,
             Self::NoConsole { .. } => Exit::Refused,
         }
     }

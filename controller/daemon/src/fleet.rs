@@ -131,7 +131,8 @@ impl Fleet {
         guests
     }
 
-    /// Tells a guest's task what someone wants, and waits until nothing of the guest is left.
+    /// Tells a guest's task what someone wants, and waits until nothing of the guest is left but
+    /// what its ending lists.
     pub(crate) async fn end(&self, name: &str, command: Command) -> Result<Guest, ApiError> {
         let (id, mut state) = {
             let roster = self.lock();
@@ -154,7 +155,7 @@ impl Fleet {
         self.lock().view(id).ok_or_else(|| unknown(name))
     }
 
-    /// Ends every guest and admits none from here on. Tells how many could not be ended in time.
+    /// Ends every guest and admits none from here on. Tells of how many something is left.
     pub(crate) async fn shut_down(&self) -> usize {
         {
             let mut roster = self.lock();
@@ -169,7 +170,15 @@ impl Fleet {
             std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         let all = async { while tasks.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(SHUTDOWN_DEADLINE, all).await;
-        let left = self.list(false).len();
+        let is_left = |guest: &Guest| match &guest.ended {
+            Some(ended) => !ended.leftovers.is_empty(),
+            None => true,
+        };
+        let left = self
+            .list(true)
+            .iter()
+            .filter(|guest| is_left(guest))
+            .count();
         self.journal.close();
         left
     }
@@ -229,6 +238,22 @@ impl Fleet {
         if let Some(facts) = self.lock().facts.get_mut(&id) {
             facts.counters = Some(counters);
         }
+    }
+
+    /// Notes what is kept of a guest whose process is gone: its guard's last counters and the end
+    /// of its console log.
+    pub(crate) fn note_remains(&self, id: GuestId, counters: Option<Counters>, console: Vec<u8>) {
+        if let Some(facts) = self.lock().facts.get_mut(&id) {
+            facts.counters = counters.or_else(|| facts.counters.take());
+            facts.console = Some(console);
+        }
+    }
+
+    /// The end of an ended guest's console log, and `None` of one that still has its log.
+    pub(crate) fn kept_console(&self, name: &str) -> Option<Vec<u8>> {
+        let roster = self.lock();
+        let id = roster.engine.find(name)?.id();
+        roster.facts.get(&id)?.console.clone()
     }
 
     /// What is known of every guest without asking the kernel.

@@ -11,13 +11,12 @@ use std::time::Duration;
 use omerta_api::ApiError;
 use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, RogueFrame};
 use omerta_vm_launcher::{
-    Ended, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
+    Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
 };
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout};
 
-use crate::clock;
-use crate::failure::report;
+use crate::failure::{failed, report};
 use crate::fleet::Fleet;
 use crate::order::kind_of;
 use crate::watch::{Watch, WatchError};
@@ -133,7 +132,7 @@ impl GuestTask {
                 self.stage = Stage::Paused(paused);
                 vec![GuestEvent::Launched]
             }
-            Err(error) => self.launch_failed(&error),
+            Err(error) => self.launch_failed(error),
         }
     }
 
@@ -144,7 +143,7 @@ impl GuestTask {
                     self.stage = Stage::Guarded(guarded);
                     vec![GuestEvent::Guarded]
                 }
-                Err(error) => self.launch_failed(&error),
+                Err(error) => self.launch_failed(error),
             },
             other => self.keep(other),
         }
@@ -157,12 +156,8 @@ impl GuestTask {
                 let watch = match Watch::open(guarded.guard()) {
                     Ok(watch) => watch,
                     Err(error) => {
-                        drop_apart(guarded).await;
-                        let message = report(&error);
-                        return self.did_not_launch(ApiError {
-                            error: omerta_api::ErrorKind::Failed,
-                            message,
-                        });
+                        let ended = guarded.end().await;
+                        return self.did_not_launch(failed(&error), ended.leftovers);
                     }
                 };
                 match guarded.resume().await {
@@ -171,7 +166,7 @@ impl GuestTask {
                         self.stage = Stage::Running(Box::new(running), watch);
                         vec![GuestEvent::Resumed]
                     }
-                    Err(error) => self.launch_failed(&error),
+                    Err(error) => self.launch_failed(error),
                 }
             }
             other => self.keep(other),
@@ -185,17 +180,29 @@ impl GuestTask {
         Vec::new()
     }
 
-    fn launch_failed(&self, error: &LaunchError) -> Vec<GuestEvent> {
-        self.did_not_launch(ApiError {
-            error: kind_of(error),
-            message: format!("guest `{}`: {}", self.spec.name, report(error)),
-        })
+    fn launch_failed(&self, error: LaunchError) -> Vec<GuestEvent> {
+        let kind = kind_of(&error);
+        let (cause, leftovers) = error.split();
+        let error = ApiError {
+            error: kind,
+            message: report(&cause),
+        };
+        self.did_not_launch(error, leftovers)
     }
 
-    fn did_not_launch(&self, error: ApiError) -> Vec<GuestEvent> {
-        let message = error.message.clone();
+    /// Notes what whoever asked for the guest is told, and tells the engine.
+    fn did_not_launch(&self, error: ApiError, leftovers: Vec<String>) -> Vec<GuestEvent> {
+        let ApiError { error, message } = error;
+        let mut told = format!("guest `{}`: {message}", self.spec.name);
+        if !leftovers.is_empty() {
+            told.push_str(&format!("; left behind: {}", leftovers.join("; ")));
+        }
+        let error = ApiError {
+            error,
+            message: told,
+        };
         self.fleet.note_launch_error(self.id, error);
-        vec![GuestEvent::LaunchFailed { message }]
+        vec![GuestEvent::LaunchFailed { message, leftovers }]
     }
 
     async fn pause(&self) -> GuestEvent {
@@ -230,27 +237,27 @@ impl GuestTask {
 
     async fn kill(&mut self) -> Vec<GuestEvent> {
         let ended = match std::mem::replace(&mut self.stage, Stage::Absent) {
-            Stage::Running(running, _watch) => {
-                if let Ok(counters) = running.guard().counters() {
-                    self.fleet.note_counters(self.id, counters);
-                }
-                running.kill().await
+            Stage::Running(running, _watch) => running.kill().await,
+            Stage::Paused(paused) => paused.end().await,
+            Stage::Guarded(guarded) => guarded.end().await,
+            // The engine ends what exists; what does not is undone already.
+            Stage::Absent => {
+                return vec![GuestEvent::Undone {
+                    tap_removed_at: None,
+                    leftovers: Vec::new(),
+                }];
             }
-            Stage::Paused(paused) => drop_apart(paused).await,
-            Stage::Guarded(guarded) => drop_apart(guarded).await,
-            Stage::Absent => now_ended(),
         };
-        let fault = (!ended.leftovers.is_empty())
-            .then(|| format!("left behind: {}", ended.leftovers.join("; ")));
-        vec![
-            GuestEvent::Reaped {
-                at: Monotonic(ended.ended_at_ns),
-            },
-            GuestEvent::TapRemoved {
-                at: Monotonic(ended.tap_removed_at_ns),
-                fault,
-            },
-        ]
+        let reaped = ended
+            .ended_at_ns
+            .map(|at| GuestEvent::Reaped { at: Monotonic(at) });
+        let undone = GuestEvent::Undone {
+            tap_removed_at: ended.tap_removed_at_ns.map(Monotonic),
+            leftovers: ended.leftovers,
+        };
+        self.fleet
+            .note_remains(self.id, ended.counters, ended.console);
+        reaped.into_iter().chain([undone]).collect()
     }
 
     /// The next thing that the engine should know. Only a stage that exists has one.
@@ -324,22 +331,5 @@ fn translate(event: LauncherEvent) -> Option<GuestEvent> {
         LauncherEvent::Exited { .. } => Some(GuestEvent::Exited),
         // The exit follows; pauses and resumptions are this task's own doing.
         LauncherEvent::Shutdown | LauncherEvent::Paused | LauncherEvent::Resumed => None,
-    }
-}
-
-/// Drops what undoes itself and blocks meanwhile, where it keeps nobody waiting.
-async fn drop_apart<T: Send + 'static>(stage: T) -> Ended {
-    // A join error means that dropping panicked; there is nothing more to undo then.
-    let _ = tokio::task::spawn_blocking(move || drop(stage)).await;
-    now_ended()
-}
-
-fn now_ended() -> Ended {
-    let now = clock::now().0;
-    Ended {
-        status: None,
-        ended_at_ns: now,
-        tap_removed_at_ns: now,
-        leftovers: Vec::new(),
     }
 }

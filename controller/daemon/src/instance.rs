@@ -1,25 +1,30 @@
-//! One omertad for each socket: the lock, and the socket itself.
+//! One omertad for each socket and each run directory: the locks, and the socket itself.
 
-use std::fs::{File, OpenOptions, Permissions};
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::fs::{DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
+use omerta_vm_launcher::{LockError, LockFile};
 use thiserror::Error;
 
-/// Why omertad cannot have its socket.
+/// The lock of a run directory; no guest's name has a dot.
+const RUN_DIR_LOCK: &str = "omertad.lock";
+
+/// Why omertad cannot have its socket or its run directory.
 #[derive(Debug, Error)]
 pub(crate) enum InstanceError {
-    #[error("another omertad{} serves {}: use that one, stop it, or give this one another --socket",
-        pid.as_ref().map(|pid| format!(" (pid {pid})")).unwrap_or_default(), socket.display())]
+    #[error("another omertad{} uses {}: use that one, stop it, or give this one another {option}",
+        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(), path.display())]
     Running {
-        socket: PathBuf,
-        pid: Option<String>,
+        path: PathBuf,
+        pid: Option<u32>,
+        option: &'static str,
     },
+    #[error(transparent)]
+    Lock(LockError),
     #[error("{} exists and is not a socket: move it away or give another --socket", .0.display())]
     NotASocket(PathBuf),
     #[error("another program serves {}: give another --socket", .0.display())]
@@ -46,37 +51,50 @@ impl InstanceError {
     }
 }
 
-/// The right to serve a socket, held until dropped, which removes the socket and the lock.
+/// The right to serve a socket and to make guests in a run directory, held until dropped, which
+/// removes the socket and the locks.
 #[derive(Debug)]
 pub(crate) struct Instance {
     socket: PathBuf,
-    lock_path: PathBuf,
-    _lock: Flock<File>,
+    locks: Vec<LockFile>,
 }
 
 impl Instance {
-    /// Takes the lock beside the socket. Makes the socket's directory (mode 0700) if it is not
-    /// there.
-    pub(crate) fn claim(socket: &Path) -> Result<Self, InstanceError> {
+    /// Takes the lock beside the socket and that in the run directory. Makes either's directory
+    /// (mode 0700) if it is not there.
+    pub(crate) fn claim(socket: &Path, run_dir: &Path) -> Result<Self, InstanceError> {
         if socket.as_os_str().len() > 107 {
             return Err(InstanceError::TooLong(socket.to_owned()));
         }
-        if let Some(directory) = socket.parent().filter(|directory| !directory.exists()) {
-            std::fs::DirBuilder::new()
+        let mut lock_path = socket.as_os_str().to_owned();
+        lock_path.push(".lock");
+        let mut instance = Self {
+            socket: socket.to_owned(),
+            locks: Vec::new(),
+        };
+        instance.lock(Path::new(&lock_path), socket, "--socket")?;
+        instance.lock(&run_dir.join(RUN_DIR_LOCK), run_dir, "--run-dir")?;
+        Ok(instance)
+    }
+
+    fn lock(&mut self, lock: &Path, of: &Path, option: &'static str) -> Result<(), InstanceError> {
+        if let Some(directory) = lock.parent().filter(|directory| !directory.exists()) {
+            DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
                 .create(directory)
                 .map_err(InstanceError::io("create", directory))?;
         }
-        let mut lock_path = socket.as_os_str().to_owned();
-        lock_path.push(".lock");
-        let lock_path = PathBuf::from(lock_path);
-        let lock = lock(&lock_path, socket)?;
-        Ok(Self {
-            socket: socket.to_owned(),
-            lock_path,
-            _lock: lock,
-        })
+        let lock = LockFile::acquire(lock).map_err(|error| match error {
+            LockError::Held { pid, .. } => InstanceError::Running {
+                path: of.to_owned(),
+                pid,
+                option,
+            },
+            error => InstanceError::Lock(error),
+        })?;
+        self.locks.push(lock);
+        Ok(())
     }
 
     /// Listens on the socket, mode 0600, in place of one that a dead omertad left.
@@ -109,55 +127,16 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        for path in [&self.socket, &self.lock_path] {
-            if let Err(error) = std::fs::remove_file(path)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                tracing::warn!(path = %path.display(), %error, "left behind");
-            }
+        // Only what is locked is ours to remove.
+        if !self.locks.is_empty()
+            && let Err(error) = std::fs::remove_file(&self.socket)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %self.socket.display(), %error, "left behind");
         }
-    }
-}
-
-fn lock(path: &Path, socket: &Path) -> Result<Flock<File>, InstanceError> {
-    loop {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(path)
-            .map_err(InstanceError::io("open", path))?;
-        let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err((mut file, Errno::EWOULDBLOCK)) => {
-                let mut pid = String::new();
-                let read = file.read_to_string(&mut pid);
-                let pid = Some(pid.trim().to_owned())
-                    .filter(|pid| read.is_ok() && pid.parse::<u32>().is_ok());
-                return Err(InstanceError::Running {
-                    socket: socket.to_owned(),
-                    pid,
-                });
-            }
-            Err((_, errno)) => return Err(InstanceError::io("lock", path)(errno.into())),
-        };
-        // Another omertad may have removed the file between our opening and our locking it; the
-        // lock would then be on a file that nobody else can see.
-        let ours = lock
-            .metadata()
-            .map_err(InstanceError::io("look at", path))?;
-        match std::fs::metadata(path) {
-            Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => {}
-            _ => continue,
+        for lock in self.locks.drain(..) {
+            lock.remove();
         }
-        lock.set_len(0)
-            .and_then(|()| lock.rewind())
-            .and_then(|()| writeln!(lock, "{}", std::process::id()))
-            .map_err(InstanceError::io("write", path))?;
-        return Ok(lock);
     }
 }
 
@@ -166,23 +145,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn second_claim_is_refused_with_socket_and_pid_until_the_first_is_gone() {
+    fn second_claim_is_refused_with_path_and_pid_until_the_first_is_gone() {
         let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("run/omertad.sock");
-        let first = Instance::claim(&socket).unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let (socket, run_dir) = (at("socket/omertad.sock"), at("run"));
+        let first = Instance::claim(&socket, &run_dir).unwrap();
         let listener = first.listen().unwrap();
-        let error = Instance::claim(&socket).unwrap_err().to_string();
+        let pid = format!("(pid {})", std::process::id());
+        for (second, shared, option) in [
+            ((&socket, &at("run2")), &socket, "--socket"),
+            (
+                (&at("socket2/omertad.sock"), &run_dir),
+                &run_dir,
+                "--run-dir",
+            ),
+        ] {
+            let error = Instance::claim(second.0, second.1).unwrap_err().to_string();
+            let shared = shared.display().to_string();
+            for part in [pid.as_str(), &shared, option] {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+        }
         assert!(
-            error.contains(&format!("(pid {})", std::process::id())),
-            "{error}"
+            socket.exists(),
+            "a refused one removes nothing of the first"
         );
-        assert!(error.contains(&socket.display().to_string()), "{error}");
         drop((first, listener));
-        assert_eq!(
-            std::fs::read_dir(socket.parent().unwrap()).unwrap().count(),
-            0
-        );
-        Instance::claim(&socket).unwrap().listen().unwrap();
+        for left in ["socket", "socket2", "run"] {
+            assert_eq!(std::fs::read_dir(at(left)).unwrap().count(), 0, "{left}");
+        }
+        Instance::claim(&socket, &run_dir)
+            .unwrap()
+            .listen()
+            .unwrap();
     }
 
     #[test]
@@ -190,7 +185,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("omertad.sock");
         drop(UnixListener::bind(&socket).unwrap());
-        let instance = Instance::claim(&socket).unwrap();
+        let instance = Instance::claim(&socket, directory.path()).unwrap();
         let listener = instance.listen().unwrap();
         let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
@@ -205,7 +200,8 @@ mod tests {
 
     #[test]
     fn overlong_path_is_refused() {
-        let error = Instance::claim(Path::new(&format!("/tmp/{}", "x".repeat(110)))).unwrap_err();
+        let socket = format!("/tmp/{}", "x".repeat(110));
+        let error = Instance::claim(Path::new(&socket), Path::new("/tmp")).unwrap_err();
         assert!(matches!(error, InstanceError::TooLong(_)));
     }
 }

@@ -13,6 +13,7 @@ mod journal;
 mod metrics;
 mod order;
 mod pool;
+mod pool_claim;
 mod preflight;
 mod record;
 mod roster;
@@ -38,6 +39,7 @@ use crate::config::{Config, Settings};
 use crate::fleet::Fleet;
 use crate::instance::Instance;
 use crate::journal::Journal;
+use crate::pool_claim::PoolClaim;
 
 /// How long open connections have to finish once the guests are gone.
 const CONNECTIONS_DEADLINE: Duration = Duration::from_secs(1);
@@ -77,9 +79,8 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
     };
     let settings = arguments.over(config).validate()?;
     preflight::check()?;
-    let instance = Instance::claim(&settings.socket)?;
-    std::fs::create_dir_all(&settings.run_dir)
-        .with_context(|| format!("cannot create run directory {}", settings.run_dir.display()))?;
+    let instance = Instance::claim(&settings.socket, &settings.run_dir)?;
+    let _pool = PoolClaim::take(settings.guest_pool)?;
     let threads = std::thread::available_parallelism()
         .map_or(1, usize::from)
         .max(MIN_THREADS);
@@ -141,7 +142,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
     };
     let _ = tokio::time::timeout(CONNECTIONS_DEADLINE, servers).await;
     if left > 0 {
-        bail!("{left} guests could not be ended in time: see the log for what is left of them");
+        bail!("of {left} guests something is left: see the log for what to remove by hand");
     }
     tracing::info!("every guest has ended");
     Ok(())

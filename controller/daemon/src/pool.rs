@@ -1,6 +1,7 @@
 //! Addresses for guests.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
@@ -64,7 +65,18 @@ impl FromStr for GuestPool {
     }
 }
 
+impl fmt::Display for GuestPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", Ipv4Addr::from(self.base), self.prefix)
+    }
+}
+
 impl GuestPool {
+    /// Its first address.
+    pub(crate) const fn base(self) -> u32 {
+        self.base
+    }
+
     /// How many guests it has addresses for.
     pub(crate) const fn capacity(self) -> usize {
         1 << (30 - self.prefix)

@@ -56,5 +56,6 @@ pub(crate) fn ended(ending: &Ending) -> Ended {
         frame_to_ended_us: incident.and_then(|incident| incident.frame_to_ended_us()),
         frame_to_tap_removed_us: incident.and_then(|incident| incident.frame_to_tap_removed_us()),
         message: ending.message.clone(),
+        leftovers: ending.leftovers.clone(),
     }
 }

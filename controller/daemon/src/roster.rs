@@ -39,6 +39,8 @@ pub(crate) struct Facts {
     pub(crate) launch_error: Option<ApiError>,
     /// Its guard's counters as last read: what remains of them once the guard is gone.
     pub(crate) counters: Option<Counters>,
+    /// The end of its console log, once the log is gone with the guest.
+    pub(crate) console: Option<Vec<u8>>,
 }
 
 /// A guest that was admitted: what its task needs, and where its state can be watched.
@@ -120,6 +122,7 @@ impl Roster {
                 state,
                 launch_error: None,
                 counters: None,
+                console: None,
             },
         );
         Ok((id, actions, receiver, watcher))
@@ -131,11 +134,14 @@ impl Roster {
             return;
         };
         let state = guest.state();
-        if guest.is_ended()
+        if let Some(ending) = guest.ending()
             && let Some(slot) = facts.slot.take()
         {
             facts.pid = None;
-            self.slots.give_back(slot);
+            // What could not be removed may still have the address.
+            if ending.leftovers.is_empty() {
+                self.slots.give_back(slot);
+            }
         }
         facts
             .state

@@ -112,10 +112,14 @@ async fn log(
 ) -> Answer<Response> {
     let name = parse_name(name)?;
     let guest = fleet.show(&name)?;
+    let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
+    if let Some(end) = fleet.kept_console(&name) {
+        return Ok((kind, String::from_utf8_lossy(&end).into_owned()).into_response());
+    }
     let Some(path) = guest.log else {
         let state = guest.state;
         return Err(not_found(format!(
-            "guest `{name}` is {state} and has no log: a log lives as long as its guest runs"
+            "guest `{name}` is {state} and has no log: there is one only of a guest that has run"
         ))
         .into());
     };
@@ -123,7 +127,7 @@ async fn log(
         .await
         .map_err(|error| failed(&error))?
         .map_err(|error| not_found(format!("the log of guest `{name}` cannot be read: {error}")))?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response())
+    Ok((kind, text).into_response())
 }
 
 fn read_end(path: &std::path::Path) -> std::io::Result<String> {

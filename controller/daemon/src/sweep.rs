@@ -1,12 +1,10 @@
 //! What a crashed omertad left behind.
 
-use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use nix::fcntl::{Flock, FlockArg};
 use omerta_dataplane::Guard;
-use omerta_vm_launcher::GuestName;
+use omerta_vm_launcher::{GuestName, LockFile};
 
 use crate::failure::report;
 use crate::tap_name::tap_name;
@@ -33,17 +31,11 @@ pub(crate) fn sweep(run_dir: &Path) {
             .to_str()
             .and_then(|name| name.parse::<GuestName>().ok());
         if let Some(name) = name
-            && is_abandoned(&entry.path())
+            && LockFile::is_abandoned(&entry.path().join(LOCK))
         {
             remove(&name, &entry.path());
         }
     }
-}
-
-/// Whether it is a guest's run directory that nobody holds.
-fn is_abandoned(directory: &Path) -> bool {
-    File::open(directory.join(LOCK))
-        .is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok())
 }
 
 fn remove(name: &GuestName, directory: &Path) {
@@ -60,27 +52,5 @@ fn remove(name: &GuestName, directory: &Path) {
             tracing::info!(%name, path = %directory.display(), "removed what a crash left behind")
         }
         Err(error) => tracing::warn!(%name, path = %directory.display(), %error, "cannot remove"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_nobody_holds_is_abandoned() {
-        let run_dir = tempfile::tempdir().unwrap();
-        let guest = run_dir.path().join("alpha");
-        std::fs::create_dir(&guest).unwrap();
-        assert!(
-            !is_abandoned(&guest),
-            "a directory without a lock is not a guest's"
-        );
-        let lock = File::create(guest.join(LOCK)).unwrap();
-        assert!(is_abandoned(&guest));
-        let held = Flock::lock(lock, FlockArg::LockExclusiveNonblock).unwrap();
-        assert!(!is_abandoned(&guest));
-        drop(held);
-        assert!(is_abandoned(&guest));
     }
 }

@@ -23,7 +23,7 @@ pub enum Action {
         /// Seconds it has.
         deadline_seconds: u32,
     },
-    /// End its process, remove its guard, then its tap. Answer with `Reaped` and `TapRemoved`.
+    /// End its process, remove its guard, then its tap. Answer with `Reaped`, if it is, and `Undone`.
     Kill(GuestId),
     /// Publish a record of it.
     Publish {
@@ -99,7 +99,7 @@ pub enum Record {
         /// Seconds it has.
         deadline_seconds: u32,
     },
-    /// Nothing of it is left.
+    /// Nothing of it is left but what its ending lists.
     Ended(Ending),
 }
 
@@ -112,4 +112,6 @@ pub struct Ending {
     pub incident: Option<Incident>,
     /// What went wrong, where something did.
     pub message: Option<String>,
+    /// What could not be removed and why, one line each.
+    pub leftovers: Vec<String>,
 }

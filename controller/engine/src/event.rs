@@ -32,10 +32,12 @@ pub enum GuestEvent {
     Guarded,
     /// Its first instruction may have run.
     Resumed,
-    /// It could not be launched, guarded or resumed, and nothing of it is left.
+    /// It could not be launched, guarded or resumed, and what was made of it is undone.
     LaunchFailed {
         /// What went wrong.
         message: String,
+        /// What could not be undone and why, one line each.
+        leftovers: Vec<String>,
     },
     /// It reported its WireGuard public key.
     PublicKeyReported(String),
@@ -78,11 +80,11 @@ pub enum GuestEvent {
         /// Since when.
         at: Monotonic,
     },
-    /// Its guard and its tap are removed: nothing of it is left.
-    TapRemoved {
-        /// Since when.
-        at: Monotonic,
-        /// What could not be removed, where something could not.
-        fault: Option<String>,
+    /// Its process, its guard and its tap are removed, as far as they could be.
+    Undone {
+        /// When the tap was gone, if it is.
+        tap_removed_at: Option<Monotonic>,
+        /// What could not be removed and why, one line each.
+        leftovers: Vec<String>,
     },
 }

@@ -84,7 +84,7 @@ impl Guest {
         self.since
     }
 
-    /// Whether nothing but this record is left of it.
+    /// Whether nothing but this record is left of it, and what its ending lists.
     pub const fn is_ended(&self) -> bool {
         matches!(self.state, GuestState::Ended)
     }

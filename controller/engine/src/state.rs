@@ -24,7 +24,7 @@ pub enum GuestState {
     Stopping,
     /// Its process, guard and tap are being removed.
     Ending,
-    /// Nothing of it is left but the record.
+    /// Nothing of it is left but the record, and what that lists as left behind.
     Ended,
 }
 

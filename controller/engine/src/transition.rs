@@ -14,7 +14,9 @@ impl Guest {
             GuestEvent::Launched => self.launched(now, out),
             GuestEvent::Guarded => self.guarded(now, out),
             GuestEvent::Resumed => self.resumed(now, out),
-            GuestEvent::LaunchFailed { message } => self.launch_failed(now, message, out),
+            GuestEvent::LaunchFailed { message, leftovers } => {
+                self.launch_failed(now, message, leftovers, out);
+            }
             GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
             GuestEvent::HandshakeSeen => self.handshake_seen(now, out),
             GuestEvent::RogueFrameSeen(frame) => self.rogue_frame_seen(now, frame, out),
@@ -40,7 +42,10 @@ impl Guest {
                     incident.ended_at.get_or_insert(at);
                 }
             }
-            GuestEvent::TapRemoved { at, fault } => self.tap_removed(now, at, fault, out),
+            GuestEvent::Undone {
+                tap_removed_at,
+                leftovers,
+            } => self.undone(now, tap_removed_at, leftovers, out),
         }
     }
 
@@ -85,7 +90,13 @@ impl Guest {
         }
     }
 
-    fn launch_failed(&mut self, now: Monotonic, message: String, out: &mut Vec<Action>) {
+    fn launch_failed(
+        &mut self,
+        now: Monotonic,
+        message: String,
+        leftovers: Vec<String>,
+        out: &mut Vec<Action>,
+    ) {
         use GuestState::{Condemned, Ending, Guarded, Launching, Paused};
         if !matches!(
             self.state,
@@ -102,6 +113,7 @@ impl Guest {
             cause,
             incident,
             message: Some(message),
+            leftovers,
         });
         self.finish(now, out);
     }
@@ -282,29 +294,27 @@ impl Guest {
             cause,
             incident: None,
             message,
+            leftovers: Vec::new(),
         });
         out.push(Action::Kill(self.id));
     }
 
-    fn tap_removed(
+    fn undone(
         &mut self,
         now: Monotonic,
-        at: Monotonic,
-        fault: Option<String>,
+        tap_removed_at: Option<Monotonic>,
+        leftovers: Vec<String>,
         out: &mut Vec<Action>,
     ) {
         if self.state != GuestState::Ending {
             return;
         }
         if let Some(incident) = &mut self.incident {
-            incident.tap_removed_at.get_or_insert(at);
+            incident.tap_removed_at = incident.tap_removed_at.or(tap_removed_at);
         }
         if let Some(ending) = &mut self.ending {
             ending.incident = self.incident.clone();
-            ending.message = match (ending.message.take(), fault) {
-                (Some(message), Some(fault)) => Some(format!("{message}; {fault}")),
-                (message, fault) => message.or(fault),
-            };
+            ending.leftovers = leftovers;
         }
         self.finish(now, out);
     }

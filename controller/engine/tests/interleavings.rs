@@ -36,7 +36,7 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         3 => Just(GuestEvent::Launched),
         3 => Just(GuestEvent::Guarded),
         3 => Just(GuestEvent::Resumed),
-        1 => Just(GuestEvent::LaunchFailed { message: "no".into() }),
+        1 => Just(GuestEvent::LaunchFailed { message: "no".into(), leftovers: Vec::new() }),
         1 => Just(GuestEvent::PublicKeyReported("key".into())),
         1 => Just(GuestEvent::HandshakeSeen),
         6 => frames().prop_map(GuestEvent::RogueFrameSeen),
@@ -50,7 +50,7 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         1 => Just(GuestEvent::EndRequested(Cause::Killed)),
         1 => Just(GuestEvent::Exited),
         1 => at().prop_map(|at| GuestEvent::Reaped { at }),
-        2 => at().prop_map(|at| GuestEvent::TapRemoved { at, fault: None }),
+        2 => at().prop_map(|at| GuestEvent::Undone { tap_removed_at: Some(at), leftovers: Vec::new() }),
     ]
 }
 
@@ -331,7 +331,10 @@ impl Run {
         let message = || "it failed".to_owned();
         let answers = match (action, fails) {
             (Action::Launch(_) | Action::Guard(_) | Action::Resume(_), true) => {
-                vec![GuestEvent::LaunchFailed { message: message() }]
+                vec![GuestEvent::LaunchFailed {
+                    message: message(),
+                    leftovers: Vec::new(),
+                }]
             }
             (Action::Launch(_), false) => vec![GuestEvent::Launched],
             (Action::Guard(_), false) => vec![GuestEvent::Guarded],
@@ -343,7 +346,10 @@ impl Run {
             (Action::Kill(_), _) => {
                 vec![
                     GuestEvent::Reaped { at },
-                    GuestEvent::TapRemoved { at, fault: None },
+                    GuestEvent::Undone {
+                        tap_removed_at: Some(at),
+                        leftovers: Vec::new(),
+                    },
                 ]
             }
             (Action::Publish { .. } | Action::Forget(_) | Action::Refuse { .. }, _) => vec![],

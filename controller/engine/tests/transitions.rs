@@ -49,6 +49,7 @@ fn paused() -> GuestEvent {
 fn failed() -> GuestEvent {
     GuestEvent::LaunchFailed {
         message: "no".into(),
+        leftovers: Vec::new(),
     }
 }
 
@@ -125,9 +126,9 @@ fn table_of_transitions_under_terminate() {
     let guard_lost = || GuestEvent::GuardLost {
         message: "detached".into(),
     };
-    let removed = || GuestEvent::TapRemoved {
-        at: Monotonic(9_000),
-        fault: None,
+    let removed = || GuestEvent::Undone {
+        tap_removed_at: Some(Monotonic(9_000)),
+        leftovers: Vec::new(),
     };
     let rows: Vec<Row> = vec![
         (
@@ -288,9 +289,9 @@ fn kill_wanted_while_launching_happens_when_the_step_is_over() {
         assert_eq!(words(&tell(&mut engine, done))[1..], ["kill"]);
         tell(
             &mut engine,
-            GuestEvent::TapRemoved {
-                at: Monotonic(2_000),
-                fault: None,
+            GuestEvent::Undone {
+                tap_removed_at: Some(Monotonic(2_000)),
+                leftovers: Vec::new(),
             },
         );
         let guest = engine.find("alpha").unwrap();
@@ -310,9 +311,9 @@ fn the_end_tells_the_frame_and_how_long_each_step_took() {
     );
     tell(
         &mut engine,
-        GuestEvent::TapRemoved {
-            at: Monotonic(ORDERED + 9_001),
-            fault: None,
+        GuestEvent::Undone {
+            tap_removed_at: Some(Monotonic(ORDERED + 9_001)),
+            leftovers: Vec::new(),
         },
     );
     let ending = engine.find("alpha").unwrap().ending().unwrap();
@@ -322,6 +323,37 @@ fn the_end_tells_the_frame_and_how_long_each_step_took() {
     assert_eq!(incident.frame_to_paused_us(), Some(4));
     assert_eq!(incident.frame_to_ended_us(), Some(7));
     assert_eq!(incident.frame_to_tap_removed_us(), Some(9));
+}
+
+#[test]
+fn what_could_not_be_removed_is_told_apart_from_what_went_wrong() {
+    let left = || vec!["process: stuck".to_owned(), "directory /run/x".to_owned()];
+    let mut engine = engine_in(GuestState::Condemned, OnViolation::Terminate);
+    tell(&mut engine, paused());
+    tell(
+        &mut engine,
+        GuestEvent::Undone {
+            tap_removed_at: None,
+            leftovers: left(),
+        },
+    );
+    let ending = engine.find("alpha").unwrap().ending().unwrap();
+    assert_eq!((&ending.message, &ending.leftovers), (&None, &left()));
+    let incident = ending.incident.as_ref().unwrap();
+    assert_eq!(incident.frame_to_ended_us(), None, "it was not reaped");
+    assert_eq!(incident.frame_to_tap_removed_us(), None);
+
+    let mut engine = engine_in(GuestState::Paused, OnViolation::Terminate);
+    tell(
+        &mut engine,
+        GuestEvent::LaunchFailed {
+            message: "no guard".into(),
+            leftovers: left(),
+        },
+    );
+    let ending = engine.find("alpha").unwrap().ending().unwrap();
+    assert_eq!(ending.message.as_deref(), Some("no guard"));
+    assert_eq!(ending.leftovers, left());
 }
 
 #[test]

@@ -4,18 +4,22 @@
 //! Everything here needs root. Everything is removed when it is dropped, so that a test that fails
 //! half-way leaves no interface, namespace or process behind.
 
+mod bare_guest;
 mod capture;
 mod error;
 mod frame_sender;
+mod grip;
 mod interface;
 mod namespace;
 mod process;
 mod tap;
 mod veth;
 
+pub use bare_guest::{CHATTER, IDLE, PANIC, POWER_OFF, RESET, write_bare_guest};
 pub use capture::{Capture, CapturedFrame, Travel};
 pub use error::StageError;
 pub use frame_sender::FrameSender;
+pub use grip::Grip;
 pub use interface::{bring_up, index_of, ip, mac_of};
 pub use namespace::Namespace;
 pub use process::Process;

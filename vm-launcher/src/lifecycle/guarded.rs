@@ -2,7 +2,7 @@
 
 use omerta_dataplane::Guard;
 
-use crate::lifecycle::{Paused, Running};
+use crate::lifecycle::{Ended, Paused, Running};
 use crate::{LaunchError, Spec};
 
 /// The tap is up behind a proven guard; no instruction of the guest has run. The only state from
@@ -23,9 +23,21 @@ impl Guarded {
     /// # Errors
     /// When the guard is not what it was, or QEMU does not do it; the guest is gone then.
     pub async fn resume(self) -> Result<Running, LaunchError> {
+        match self.cont().await {
+            Ok(()) => Ok(Running::new(self.paused, self.guard)),
+            Err(error) => Err(self.end().await.after(error)),
+        }
+    }
+
+    async fn cont(&self) -> Result<(), LaunchError> {
         self.guard.verify()?;
         self.paused.qmp.cont().await?;
-        Ok(Running::new(self.paused, self.guard))
+        Ok(())
+    }
+
+    /// Kills QEMU, which has run nothing, and removes everything.
+    pub async fn end(self) -> Ended {
+        self.paused.end().await
     }
 
     /// The guard, for reading its counters before the guest runs.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_dataplane::Guard;
+use tokio::time::timeout;
 
 use crate::clock::monotonic_ns;
 use crate::lifecycle::Ended;
@@ -39,45 +40,95 @@ impl Machine {
         }
     }
 
-    /// Undoes everything, newest first. Nothing is undone whose user might still be there: as long
-    /// as QEMU is not proven dead, its guard stays attached.
-    pub(super) fn unwind(&mut self) -> Ended {
-        let mut leftovers = Vec::new();
-        let status = self.end_process(&mut leftovers);
-        let ended_at_ns = monotonic_ns();
-        let process_is_gone = leftovers.is_empty();
-        if let Some(guard) = self.guard.take() {
-            if process_is_gone {
-                if let Err(error) = guard.detach() {
-                    leftovers.push(format!("guard of {}: {error}", self.spec.tap));
-                }
-            } else {
-                leftovers.push(format!(
-                    "guard of {}: kept, since QEMU may still send",
-                    self.spec.tap
-                ));
+    /// Kills QEMU and undoes everything, keeping nobody waiting meanwhile.
+    pub(super) async fn end(mut self) -> Ended {
+        if let Some(process) = &self.process {
+            if let Err(error) = process.kill() {
+                tracing::warn!(guest = %self.spec.name, %error, "cannot kill");
             }
+            // Usually a few milliseconds, spent here rather than in `unwind`, which blocks.
+            let _ = timeout(KILL_DEADLINE, process.wait()).await;
         }
-        if let Some(tap) = self.tap.take()
-            && !tap.remove(TAP_DEADLINE)
-        {
-            leftovers.push(format!("interface {}: still held open", self.spec.tap));
-        }
-        let tap_removed_at_ns = monotonic_ns();
-        self.run_dir = None;
-        if self.spec.run_dir.exists() && process_is_gone && status.is_some() {
-            leftovers.push(format!("directory {}", self.spec.run_dir.display()));
+        // Closing the tap waits some 50 ms for the kernel; other guests' tasks need not.
+        let name = self.spec.name.clone();
+        let unwound = tokio::task::spawn_blocking(move || self.unwind(Duration::ZERO)).await;
+        unwound.unwrap_or_else(|error| {
+            tracing::error!(guest = %name, %error, "tidying up failed");
+            Ended {
+                status: None,
+                ended_at_ns: None,
+                tap_removed_at_ns: None,
+                counters: None,
+                console: Vec::new(),
+                leftovers: vec![format!("unknown: tidying up failed: {error}")],
+            }
+        })
+    }
+
+    /// Undoes everything, newest first, with that much patience for QEMU to be gone. Nothing is
+    /// undone whose user might still be there: as long as QEMU is not proven dead, its guard and
+    /// its run directory stay.
+    fn unwind(&mut self, patience: Duration) -> Ended {
+        let mut leftovers = Vec::new();
+        let status = self.end_process(patience, &mut leftovers);
+        let process_is_gone = leftovers.is_empty();
+        let ended_at_ns = process_is_gone.then(monotonic_ns);
+        let guard = self.guard.take();
+        let tap = self.tap.take();
+        let run_dir = self.run_dir.take();
+        // After the reap, for until then the guest may send; before the detach takes them along.
+        let counters = guard.as_ref().and_then(|guard| {
+            guard
+                .counters()
+                .inspect_err(|error| tracing::warn!(%error, "no final counters"))
+                .ok()
+        });
+        let console = run_dir
+            .as_ref()
+            .map_or_else(Vec::new, RunDir::end_of_console);
+        let path = self.spec.run_dir.display();
+        let name = &self.spec.tap;
+        let mut tap_removed_at_ns = None;
+        if process_is_gone {
+            if let Some(Err(error)) = guard.map(Guard::detach) {
+                leftovers.push(format!("guard of {name}: {error}"));
+            }
+            if tap.is_none_or(|tap| tap.remove(TAP_DEADLINE)) {
+                tap_removed_at_ns = Some(monotonic_ns());
+            } else {
+                leftovers.push(format!("interface {name}: still held open"));
+            }
+            if run_dir.is_some_and(|run_dir| !run_dir.remove()) {
+                leftovers.push(format!("directory {path}: see the log"));
+            }
+        } else {
+            if guard.is_some() {
+                leftovers.push(format!("guard of {name}: kept, since QEMU may still send"));
+            }
+            if tap.is_some() {
+                leftovers.push(format!("interface {name}: QEMU holds it"));
+            }
+            if let Some(run_dir) = run_dir {
+                run_dir.keep();
+                leftovers.push(format!("directory {path}: QEMU uses it"));
+            }
         }
         Ended {
             status,
             ended_at_ns,
             tap_removed_at_ns,
+            counters,
+            console,
             leftovers,
         }
     }
 
-    fn end_process(&mut self, leftovers: &mut Vec<String>) -> Option<ExitStatus> {
-        match self.process.take()?.kill_and_reap(KILL_DEADLINE) {
+    fn end_process(
+        &mut self,
+        patience: Duration,
+        leftovers: &mut Vec<String>,
+    ) -> Option<ExitStatus> {
+        match self.process.take()?.kill_and_reap(patience) {
             Ok(status) => Some(status),
             Err(error) => {
                 leftovers.push(format!("process: {error}"));
@@ -89,7 +140,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        for leftover in self.unwind().leftovers {
+        for leftover in self.unwind(KILL_DEADLINE).leftovers {
             tracing::error!(guest = %self.spec.name, leftover, "left behind");
         }
     }

@@ -9,8 +9,8 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
-use crate::lifecycle::Guarded;
 use crate::lifecycle::machine::Machine;
+use crate::lifecycle::{Ended, Guarded};
 use crate::process::{QemuProcess, last_words};
 use crate::qmp::{CONNECT_DEADLINE, MachineEvent, Qmp};
 use crate::run_dir::RunDir;
@@ -28,6 +28,14 @@ pub struct Paused {
     pub(super) control_port: UnixStream,
 }
 
+/// QEMU, and what it is spoken to and heard by.
+type Started = (
+    Arc<QemuProcess>,
+    Qmp,
+    mpsc::Receiver<MachineEvent>,
+    UnixStream,
+);
+
 impl Paused {
     /// Makes the run directory and the tap, starts QEMU stopped, and speaks with it.
     ///
@@ -39,9 +47,22 @@ impl Paused {
             return Err(LaunchError::NotRoot);
         }
         spec.image.check()?;
-        let guest_config = spec.guest_config();
         let mut machine = Machine::new(spec);
+        match Self::start(&mut machine).await {
+            Ok((process, qmp, machine_events, control_port)) => Ok(Self {
+                machine,
+                process,
+                qmp: Arc::new(qmp),
+                machine_events,
+                control_port,
+            }),
+            Err(error) => Err(machine.end().await.after(error)),
+        }
+    }
+
+    async fn start(machine: &mut Machine) -> Result<Started, LaunchError> {
         let spec = &machine.spec;
+        let guest_config = spec.guest_config();
 
         let run_dir = RunDir::create(&spec.run_dir, &guest_config)?;
         let files = run_dir.files().clone();
@@ -67,13 +88,7 @@ impl Paused {
         };
         let (qmp, machine_events, control_port) =
             unless_it_ends(&process, &files.qemu_log, speaking).await?;
-        Ok(Self {
-            machine,
-            process,
-            qmp: Arc::new(qmp),
-            machine_events,
-            control_port,
-        })
+        Ok((process, qmp, machine_events, control_port))
     }
 
     /// Attaches the guard, verifies it, brings the tap up, and proves the guard with a canary.
@@ -81,6 +96,13 @@ impl Paused {
     /// # Errors
     /// Whatever fails; the guest is gone then.
     pub async fn guard(mut self) -> Result<Guarded, LaunchError> {
+        match self.prove_guard().await {
+            Ok(guard) => Ok(Guarded::new(self, guard)),
+            Err(error) => Err(self.end().await.after(error)),
+        }
+    }
+
+    async fn prove_guard(&mut self) -> Result<Guard, LaunchError> {
         let Machine {
             spec,
             tap,
@@ -114,8 +136,12 @@ impl Paused {
         tap.bring_up(spec.gateway, spec.address, spec.mac).await?;
         canary::prove(tap, guard, spec.mac, spec.gateway_mac()).await?;
         self.qmp.require_prelaunch().await?;
-        let guard = Guard::open(&self.machine.spec.tap)?;
-        Ok(Guarded::new(self, guard))
+        Ok(Guard::open(&self.machine.spec.tap)?)
+    }
+
+    /// Kills QEMU, which has run nothing, and removes everything.
+    pub async fn end(self) -> Ended {
+        self.machine.end().await
     }
 
     /// What is being run.

@@ -10,7 +10,6 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::Spec;
-use crate::clock::monotonic_ns;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::watcher::Watcher;
 use crate::lifecycle::{Control, Ended, GuestEvent, Paused};
@@ -135,32 +134,9 @@ impl Running {
     /// Kills QEMU at once, and removes everything: guard, tap, run directory.
     pub async fn kill(self) -> Ended {
         let Self {
-            mut machine,
-            guard: _,
-            process,
-            control,
-            events,
-            files: _,
-            watcher,
+            machine, watcher, ..
         } = self;
-        if let Err(error) = process.kill() {
-            tracing::warn!(guest = %machine.spec.name, %error, "cannot kill");
-        }
-        // Usually a few milliseconds, spent here rather than in `unwind`, which blocks.
-        let _ = timeout(Duration::from_secs(5), process.wait()).await;
-        drop((watcher, events, control, process));
-        // Closing the tap waits some 50 ms for the kernel; other guests' tasks need not.
-        let name = machine.spec.name.clone();
-        let unwound = tokio::task::spawn_blocking(move || machine.unwind()).await;
-        unwound.unwrap_or_else(|error| {
-            tracing::error!(guest = %name, %error, "tidying up failed");
-            let now = monotonic_ns();
-            Ended {
-                status: None,
-                ended_at_ns: now,
-                tap_removed_at_ns: now,
-                leftovers: vec![format!("unknown: tidying up failed: {error}")],
-            }
-        })
+        drop(watcher);
+        machine.end().await
     }
 }

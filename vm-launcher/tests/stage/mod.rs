@@ -1,6 +1,6 @@
 //! What the launcher's tests share: a namespace with a runtime of its own, guests of a few
 //! instructions, and the search for what a guest may have left behind.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its part")]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,22 +9,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use omerta_dataplane::Guard;
-use omerta_test_support::Namespace;
+use omerta_test_support::{Namespace, write_bare_guest};
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{Accel, Consumer, GuestEvent, Image, Running, Spec, Tunnel, WgPublicKey};
 
-/// Instructions after which a processor does nothing more, interrupts being off.
-pub const IDLE: &[u8] = &[0xf4, 0xeb, 0xfd];
-/// Resets the machine by the chipset's reset register.
-pub const RESET: &[u8] = &[0xba, 0xf9, 0x0c, 0, 0, 0xb0, 0x06, 0xee, 0xf4, 0xeb, 0xfd];
-/// Reports a panic by pvpanic's port.
-pub const PANIC: &[u8] = &[0xba, 0x05, 0x05, 0, 0, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd];
-/// Turns the power off by ACPI's PM1a control register.
-pub const POWER_OFF: &[u8] = &[
-    0xba, 0x04, 0x06, 0, 0, 0x66, 0xb8, 0x00, 0x20, 0x66, 0xef, 0xf4, 0xeb, 0xfd,
-];
-/// Writes `A` to the serial console without end.
-pub const CHATTER: &[u8] = &[0xba, 0xf8, 0x03, 0, 0, 0xb0, 0x41, 0xee, 0xeb, 0xfd];
+pub use omerta_test_support::{CHATTER, IDLE, PANIC, POWER_OFF, RESET};
 
 /// A namespace, a directory and an image of `program`, all gone with it.
 pub struct Stage {
@@ -36,8 +25,7 @@ impl Stage {
     pub fn new(program: &[u8]) -> Self {
         let namespace = Namespace::new("vml").expect("a namespace takes root");
         let directory = tempfile::tempdir().unwrap();
-        fs::write(directory.path().join("vmlinuz"), multiboot(program)).unwrap();
-        fs::write(directory.path().join("initrd.img"), b"none").unwrap();
+        write_bare_guest(directory.path(), program).unwrap();
         Self {
             namespace,
             directory,
@@ -157,18 +145,6 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
         accel: Accel::Tcg,
         run_dir,
     }
-}
-
-/// A multiboot kernel (Multiboot Specification 0.6.96, 3.1.3) that is `program` and nothing else.
-pub fn multiboot(program: &[u8]) -> Vec<u8> {
-    let load = 0x10_0000u32;
-    let (magic, flags) = (0x1bad_b002u32, 1u32 << 16);
-    let end = load + 32 + program.len() as u32;
-    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
-    let header = [magic, flags, checksum, load, load, end, end, load + 32];
-    let mut kernel: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
-    kernel.extend_from_slice(program);
-    kernel
 }
 
 /// The first event that `wanted` takes, within a minute.

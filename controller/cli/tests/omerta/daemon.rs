@@ -235,6 +235,25 @@ fn stop_passes_its_deadline_on_and_waits_for_the_end() {
 }
 
 #[test]
+fn guest_that_ended_and_is_not_all_gone_is_a_failure() {
+    let mut left = ended_guest("alpha");
+    left["ended"]["leftovers"] = json!(["process: stuck", "directory /run/omerta/alpha"]);
+    let omertad = Omertad::always(200, left);
+    for verb in ["vm kill alpha", "vm stop alpha"] {
+        let ran = omertad.omerta(verb);
+        assert_eq!(ran.code, 1, "{ran:?}");
+        assert!(ran.stdout.contains("process: stuck; directory"), "{ran:?}");
+        assert!(
+            ran.stderr
+                .contains("guest alpha has ended but left behind: process: stuck"),
+            "{ran:?}"
+        );
+    }
+    // To look at its record is none.
+    omertad.omerta("vm show alpha").done();
+}
+
+#[test]
 fn log_of_a_hostile_guest_is_spelled_out() {
     let log = "boot\r\n\x1b]52;c;cm0=\x07\x1b[2Jhi\r\r\ntab\there\n\u{202e}end";
     let omertad = Omertad::answering(move |_| (200, log.to_owned()));

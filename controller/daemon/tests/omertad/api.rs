@@ -180,17 +180,11 @@ fn guest_that_cannot_be_launched_is_told_and_leaves_nothing() {
     assert_eq!(ended["guests"][0]["state"], "ended");
     assert_eq!(ended["guests"][0]["ended"]["cause"], "launch_failed");
     let interface = ended["guests"][0]["interface"].as_str().unwrap().to_owned();
-    assert!(
-        !std::path::Path::new("/sys/class/net")
-            .join(interface)
-            .exists()
-    );
-    assert_eq!(
-        std::fs::read_dir(daemon.path().join("run"))
-            .unwrap()
-            .count(),
-        0
-    );
+    let exists = || nix::net::if_::if_nametoindex(interface.as_str()).is_ok();
+    assert!(!daemon.namespace.enter(exists).unwrap());
+    let left = std::fs::read_dir(daemon.path().join("run")).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["omertad.lock"], "its own lock");
     let events = daemon.get(route::EVENTS).body;
     let kinds: Vec<serde_json::Value> = events
         .lines()

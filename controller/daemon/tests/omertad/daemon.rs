@@ -6,16 +6,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use omerta_test_support::Process;
+use omerta_test_support::{Namespace, Process};
 use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long anything here may take on a loaded machine.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// An omertad in a directory of its own. Killed on drop.
+/// An omertad in a directory and a network namespace of its own. Killed on drop.
 pub struct Daemon {
     pub process: Process,
+    pub namespace: Namespace,
     directory: TempDir,
 }
 
@@ -44,8 +45,8 @@ impl Answer {
 }
 
 /// The command that starts an omertad which keeps everything in `directory`.
-pub fn command(directory: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_omertad"));
+pub fn command(namespace: &Namespace, directory: &Path) -> Command {
+    let mut command = namespace.command(env!("CARGO_BIN_EXE_omertad"));
     command
         .arg("--socket")
         .arg(directory.join("omertad.sock"))
@@ -56,6 +57,10 @@ pub fn command(directory: &Path) -> Command {
         .args(["--accel", "tcg"])
         .stdin(Stdio::null());
     command
+}
+
+pub fn namespace() -> Namespace {
+    Namespace::new("omertad").unwrap()
 }
 
 /// Runs an omertad that is expected to end by itself.
@@ -80,11 +85,16 @@ impl Daemon {
 
     /// Starts one in a directory that may hold something already.
     pub fn start_with(directory: TempDir, arguments: &[&str]) -> Self {
+        let namespace = namespace();
         let log = std::fs::File::create(directory.path().join("log")).unwrap();
-        let mut command = command(directory.path());
+        let mut command = command(&namespace, directory.path());
         command.args(arguments).stderr(log);
         let process = Process::spawn(command).unwrap();
-        let daemon = Self { process, directory };
+        let daemon = Self {
+            process,
+            namespace,
+            directory,
+        };
         let end = Instant::now() + DEADLINE;
         while !daemon.log().contains("is ready") {
             assert!(Instant::now() < end, "not ready: {}", daemon.log());

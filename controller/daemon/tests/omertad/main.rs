@@ -4,5 +4,6 @@
 
 mod api;
 mod daemon;
+mod guests;
 mod metrics;
 mod start;

@@ -10,7 +10,8 @@ fn scrape(daemon: &Daemon, path: &str) -> Answer {
     let ready = log.lines().find(|line| line.contains("is ready")).unwrap();
     let (_, address) = ready.split_once("metrics=\"").unwrap();
     let (address, _) = address.split_once('"').unwrap();
-    exchange(TcpStream::connect(address).unwrap(), "GET", path, "")
+    let connect = || TcpStream::connect(address).unwrap();
+    exchange(daemon.namespace.enter(connect).unwrap(), "GET", path, "")
 }
 
 fn start() -> Daemon {

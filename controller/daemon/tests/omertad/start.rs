@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::daemon::{Daemon, command, complaint, run_to_end};
+use crate::daemon::{Daemon, command, complaint, namespace, run_to_end};
 
 #[test]
 fn second_omertad_is_refused_with_the_socket_and_the_first_ones_pid() {
     let mut first = Daemon::start();
-    let mut second = command(first.path());
+    let mut second = command(&first.namespace, first.path());
     second.args(["--metrics", "off"]);
     let line = complaint(&run_to_end(second), 1);
     assert!(
@@ -30,12 +30,43 @@ fn second_omertad_is_refused_with_the_socket_and_the_first_ones_pid() {
     assert_eq!(first.get("/v1/version").status, 200);
 }
 
+/// Each thing that two omertads must not share is named, with the option that parts them.
+#[test]
+fn second_omertad_is_refused_what_the_first_has() {
+    let first = Daemon::start();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let at = |name: &str| elsewhere.path().join(name);
+    let mut second = first.namespace.command(env!("CARGO_BIN_EXE_omertad"));
+    second.arg("--socket").arg(at("omertad.sock"));
+    second.arg("--run-dir").arg(first.path().join("run"));
+    second.args(["--metrics", "off", "--guest-pool", "10.99.0.0/16"]);
+    let line = complaint(&run_to_end(second), 1);
+    let run_dir = first.path().join("run").display().to_string();
+    let pid = format!("(pid {})", first.process.pid());
+    for part in [run_dir.as_str(), &pid, "--run-dir"] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+
+    let mut third = command(&first.namespace, elsewhere.path());
+    third.args(["--metrics", "off"]);
+    let line = complaint(&run_to_end(third), 1);
+    for part in ["10.77.0.0/16", "network namespace", "--guest-pool"] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+    assert!(!at("omertad.sock").exists() && !at("run/omertad.lock").exists());
+
+    // With nothing in common both run.
+    let fourth = Daemon::start();
+    assert_eq!(fourth.get("/v1/version").status, 200);
+    assert_eq!(first.get("/v1/version").status, 200);
+}
+
 #[test]
 fn unknown_configuration_key_is_refused_with_file_and_line() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("omertad.toml");
     std::fs::write(&file, "accel = \"tcg\"\non_violatoin = \"drop\"\n").unwrap();
-    let mut command = command(directory.path());
+    let mut command = command(&namespace(), directory.path());
     command.arg("--config").arg(&file);
     let line = complaint(&run_to_end(command), 2);
     assert!(
@@ -51,7 +82,7 @@ fn unknown_configuration_key_is_refused_with_file_and_line() {
 #[test]
 fn bad_option_value_is_refused() {
     let directory = tempfile::tempdir().unwrap();
-    let mut command = command(directory.path());
+    let mut command = command(&namespace(), directory.path());
     command.args(["--on-violation", "shrug"]);
     let line = complaint(&run_to_end(command), 2);
     assert!(
@@ -62,17 +93,19 @@ fn bad_option_value_is_refused() {
 
 #[test]
 fn metrics_address_in_use_is_named_and_nothing_is_left() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let namespace = namespace();
+    let bind = || TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = namespace.enter(bind).unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let directory = tempfile::tempdir().unwrap();
-    let mut command = command(directory.path());
+    let mut command = command(&namespace, directory.path());
     command.args(["--metrics", &address]);
     let line = complaint(&run_to_end(command), 1);
     assert!(
         line.contains(&address) && line.contains("--metrics off"),
         "{line}"
     );
-    for left in ["omertad.sock", "omertad.sock.lock"] {
+    for left in ["omertad.sock", "omertad.sock.lock", "run/omertad.lock"] {
         assert!(!directory.path().join(left).exists(), "{left}");
     }
 }
@@ -106,7 +139,7 @@ fn either_signal_ends_it_and_nothing_is_left() {
             "{signal}: {}",
             daemon.log()
         );
-        for left in ["omertad.sock", "omertad.sock.lock"] {
+        for left in ["omertad.sock", "omertad.sock.lock", "run/omertad.lock"] {
             assert!(!daemon.path().join(left).exists(), "{signal}: {left}");
         }
     }

@@ -1,0 +1,97 @@
+//! omertad with real guests of a few instructions.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use omerta_dataplane::Guard;
+use omerta_test_support::{CHATTER, Grip, IDLE, write_bare_guest};
+use serde_json::{Value, json};
+
+use crate::daemon::Daemon;
+
+/// An omertad with an image called `bare` of these instructions.
+fn start(program: &[u8]) -> Daemon {
+    let daemon = Daemon::start();
+    write_bare_guest(&daemon.path().join("state/images/bare"), program).unwrap();
+    daemon
+}
+
+fn run(daemon: &Daemon, name: &str) -> Value {
+    let body = json!({
+        "name": name,
+        "image": "bare",
+        "memory_mib": 64,
+        "consumer": "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=@192.0.2.10:51820",
+    });
+    let answer = daemon.post("/v1/guests", &body.to_string());
+    assert_eq!(answer.status, 201, "{answer:?}");
+    answer.json()
+}
+
+fn within_a_minute(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < end, "{what}: not in a minute");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn end_of_the_console_log_is_kept_with_the_record() {
+    let daemon = start(CHATTER);
+    let guest = run(&daemon, "alpha");
+    let log = guest["log"].as_str().unwrap().to_owned();
+    within_a_minute("the guest prints more than is kept", || {
+        std::fs::metadata(&log).is_ok_and(|log| log.len() > 64 << 10)
+    });
+    assert!(daemon.get("/v1/guests/alpha/log").body.len() > 64 << 10);
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+    let kept = daemon.get("/v1/guests/alpha/log");
+    assert_eq!((kept.status, kept.body.len()), (200, 64 << 10));
+    assert!(kept.body.bytes().all(|byte| byte == b'A'));
+    // The next of that name has a log of its own.
+    run(&daemon, "alpha");
+    let log = daemon.get("/v1/guests/alpha/log");
+    assert_eq!(log.status, 200, "{log:?}");
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
+#[test]
+fn guest_that_cannot_be_killed_is_no_clean_end() {
+    let mut daemon = start(IDLE);
+    let guest = run(&daemon, "alpha");
+    let grip = Grip::on(u32::try_from(guest["pid"].as_u64().unwrap()).unwrap()).unwrap();
+    let answer = daemon.post("/v1/guests/alpha/kill", "");
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let ended = answer.json()["ended"].clone();
+    let left = ended["leftovers"].to_string();
+    for part in ["did not die", "guard of omalpha: kept", "interface omalpha"] {
+        assert!(left.contains(part), "{part}: {ended}");
+    }
+    let events = daemon.get("/v1/events?guest=alpha").body;
+    let last: Value = serde_json::from_str(events.lines().last().unwrap()).unwrap();
+    assert_eq!(last["leftovers"], ended["leftovers"]);
+    // What may still send is still judged.
+    let guards = daemon.namespace.enter(|| Guard::list().unwrap()).unwrap();
+    assert_eq!(guards, ["omalpha"]);
+    // Its address is nobody else's.
+    let next = run(&daemon, "beta");
+    assert_ne!(next["address"], guest["address"]);
+
+    daemon.process.signal(Signal::SIGTERM).unwrap();
+    let status = daemon.process.wait(Duration::from_secs(20)).unwrap();
+    assert_eq!(
+        status.and_then(|status| status.code()),
+        Some(1),
+        "{}",
+        daemon.log()
+    );
+    drop(grip);
+    let namespace = &daemon.namespace;
+    within_a_minute("the tap goes with QEMU", || {
+        let gone = || nix::net::if_::if_nametoindex("omalpha").is_err();
+        namespace.enter(gone).unwrap()
+    });
+    let swept = || Guard::remove_stale("omalpha").unwrap();
+    assert!(namespace.enter(swept).unwrap());
+}
