@@ -6,6 +6,7 @@
 //! act on the network namespace of the calling thread.
 
 mod attach;
+mod bank;
 mod bpffs;
 mod btf;
 mod config;

@@ -11,7 +11,6 @@ use omerta_verdict::{Direction, Mode, SocketBufferLayout};
 use crate::GuardError;
 use crate::btf::Btf;
 use crate::events::EventStream;
-use crate::rules::BUCKETS;
 use crate::store::{Value, map_error};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
@@ -57,7 +56,6 @@ impl Programs {
         let mut loader = EbpfLoader::new();
         // The programs are built against no kernel's types; what they need of them is set here.
         loader.btf(None).override_global("SKB", &layout, true);
-        loader.map_max_entries("RULES", 2 * BUCKETS as u32);
         if mode == Mode::Conntrack {
             loader.map_max_entries("FLOWS", FLOWS);
         }

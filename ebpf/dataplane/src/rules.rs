@@ -1,16 +1,16 @@
 //! Builds the allowlist's table.
 
-use omerta_verdict::{Bucket, Endpoint, Policy, Table};
+use omerta_verdict::{BUCKET_RULES, Bucket, Endpoint, Policy, Table};
 
 use crate::GuardError;
-
-/// Buckets of one bank; a power of two.
-pub const BUCKETS: usize = 512;
-/// Endpoints that one guard's allowlist holds: half of the table's places, so that a seed under
-/// which every endpoint finds its place within the probe limit is found at once.
-pub const MAX_ENDPOINTS: usize = 768;
-/// Seeds that are tried before the table counts as full.
-const SEEDS: u32 = 64;
+/// Endpoints that one guard's allowlist holds.
+pub const MAX_ENDPOINTS: usize = 1_000_000;
+/// The smallest table: one page, which is the least that a bank takes.
+const FEWEST_BUCKETS: usize = 64;
+/// Seeds that are tried before the table is made larger.
+const SEEDS: u32 = 8;
+/// How often it is made twice as large before it counts as full.
+const DOUBLINGS: u32 = 3;
 
 /// One bank, ready to be written.
 pub struct Bank {
@@ -18,17 +18,23 @@ pub struct Bank {
     pub buckets: Vec<Bucket>,
 }
 
-/// A bank that holds `endpoints`, or `None` where they do not fit. `next_seed` gives random words.
+/// A bank that holds `endpoints`, or `None` where they are too many. `next_seed` gives random
+/// words. At most half of the places are taken, so that a seed under which every endpoint finds
+/// its place within the probe limit is found soon.
 pub fn build(endpoints: &[Endpoint], mut next_seed: impl FnMut() -> u64) -> Option<Bank> {
     if endpoints.len() > MAX_ENDPOINTS {
         return None;
     }
-    let mut buckets = vec![Bucket::EMPTY; BUCKETS];
-    for _ in 0..SEEDS {
-        let seed = next_seed();
-        let mut table = Table::new(&mut buckets, seed)?;
-        if endpoints.iter().all(|endpoint| table.insert(endpoint)) {
-            return Some(Bank { seed, buckets });
+    let fewest = (endpoints.len() * 2).div_ceil(BUCKET_RULES);
+    let fewest = fewest.next_power_of_two().max(FEWEST_BUCKETS);
+    for size in (0..=DOUBLINGS).map(|times| fewest << times) {
+        let mut buckets = vec![Bucket::EMPTY; size];
+        for _ in 0..SEEDS {
+            let seed = next_seed();
+            let mut table = Table::new(&mut buckets, seed)?;
+            if endpoints.iter().all(|endpoint| table.insert(endpoint)) {
+                return Some(Bank { seed, buckets });
+            }
         }
     }
     None
@@ -76,17 +82,20 @@ mod tests {
     }
 
     #[test]
-    fn a_full_allowlist_is_built_whatever_the_first_seed() {
-        let wanted = endpoints(MAX_ENDPOINTS);
-        for first in 0..64_u64 {
-            let mut seed = first.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            let bank = build(&wanted, || {
-                seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-                seed
-            })
-            .unwrap();
-            let held: BTreeSet<_> = Table::endpoints(&bank.buckets).collect();
-            assert_eq!(held, wanted.iter().copied().collect());
+    fn an_allowlist_of_any_size_is_built_whatever_the_first_seed() {
+        for (count, seeds) in [(0, 1), (1, 1), (768, 32), (6000, 8), (100_000, 1)] {
+            let wanted = endpoints(count);
+            for first in 0..seeds {
+                let mut seed = u64::wrapping_mul(first, 0x9e37_79b9_7f4a_7c15);
+                let bank = build(&wanted, || {
+                    seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                    seed
+                })
+                .unwrap();
+                let held: BTreeSet<_> = Table::endpoints(&bank.buckets).collect();
+                assert_eq!(held, wanted.iter().copied().collect());
+                assert!(bank.buckets.len() <= (4 * count).max(FEWEST_BUCKETS));
+            }
         }
     }
 

@@ -1,20 +1,21 @@
 //! The policy in the kernel's maps, and how it changes.
 //!
-//! Two slots; the generation's lowest bit names the one in force. A commit writes the other slot
-//! whole and then the generation, one word: a program sees the old policy or the new one. A
-//! process killed before that last write has changed nothing.
+//! Two slots; the generation's lowest bit names the one in force. A commit gives the other slot a
+//! new bank of rules and the new policy, and then writes the generation, one word: a program sees
+//! the old policy or the new one. A process killed before that last write has changed nothing.
 
 use std::borrow::{Borrow, BorrowMut};
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsFd;
 
-use aya::maps::{Array, Map, MapData, MapError};
+use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
 use omerta_verdict::{Bucket, Endpoint, Policy, SocketBufferLayout, Table};
 
-use crate::GuardError;
 use crate::object::Programs;
 use crate::pins::Pins;
-use crate::rules::{self, BUCKETS, MAX_ENDPOINTS};
+use crate::rules::{self, MAX_ENDPOINTS};
+use crate::{GuardError, bank};
 
 /// The maps that hold policy, by the names that the programs give them.
 const POLICY_MAPS: [&str; 3] = ["GENERATION", "POLICY", "RULES"];
@@ -32,12 +33,15 @@ unsafe impl aya::Pod for Value<Bucket> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<SocketBufferLayout> {}
 
+/// One bank of the allowlist.
+type BankMap = Array<MapData, Value<Bucket>>;
+
 /// Reads and commits the policy of one guard.
 pub struct PolicyStore<M: Borrow<MapData>> {
     interface: String,
     generation: Array<M, u64>,
     policy: Array<M, Value<Policy>>,
-    rules: Array<M, Value<Bucket>>,
+    rules: ArrayOfMaps<M, BankMap>,
 }
 
 impl PolicyStore<MapData> {
@@ -45,7 +49,7 @@ impl PolicyStore<MapData> {
     pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
         let open = |name: &'static str| {
             MapData::from_pin(pins.path(name))
-                .map(Map::Array)
+                .and_then(Map::from_map_data)
                 .map_err(|source| map_error(interface, "open", name, source))
         };
         let [generation, policy, rules] = POLICY_MAPS;
@@ -76,7 +80,7 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
     where
         Array<M, u64>: TryFrom<T, Error = MapError>,
         Array<M, Value<Policy>>: TryFrom<T, Error = MapError>,
-        Array<M, Value<Bucket>>: TryFrom<T, Error = MapError>,
+        ArrayOfMaps<M, BankMap>: TryFrom<T, Error = MapError>,
     {
         let error = |name| move |source| map_error(interface, "open", name, source);
         let [generation, policy, rules] = maps;
@@ -86,6 +90,14 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
             policy: policy.try_into().map_err(error(POLICY_MAPS[1]))?,
             rules: rules.try_into().map_err(error(POLICY_MAPS[2]))?,
         })
+    }
+
+    fn system(&self, action: &'static str, source: io::Error) -> GuardError {
+        GuardError::System {
+            action,
+            interface: self.interface.clone(),
+            source,
+        }
     }
 
     fn generation(&self) -> Result<u64, GuardError> {
@@ -105,16 +117,11 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
 
     /// The allowlist in force, sorted.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>, GuardError> {
-        let start = slot_of(self.generation()?) * BUCKETS as u32;
-        let mut buckets = Vec::with_capacity(BUCKETS);
-        for index in start..start + BUCKETS as u32 {
-            let bucket = self.rules.get(&index, 0);
-            buckets.push(
-                bucket
-                    .map_err(|e| map_error(&self.interface, "read", "RULES", e))?
-                    .0,
-            );
-        }
+        let slot = slot_of(self.generation()?);
+        let bank = self.rules.get(&slot, 0);
+        let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
+        let buckets = bank::read(bank.map().fd().as_fd(), bank.len() as usize)
+            .map_err(|source| self.system("read the allowlist", source))?;
         let mut endpoints: Vec<_> = Table::endpoints(&buckets).collect();
         endpoints.sort();
         Ok(endpoints)
@@ -130,7 +137,7 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         endpoints: &[Endpoint],
     ) -> Result<u64, GuardError> {
         let interface = self.interface.clone();
-        let mut random = Random::open(&interface)?;
+        let mut random = Random::open().map_err(|e| self.system("open /dev/urandom", e))?;
         let bank =
             rules::build(endpoints, || random.word()).ok_or_else(|| GuardError::AllowlistFull {
                 interface: interface.clone(),
@@ -138,29 +145,24 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
                 limit: MAX_ENDPOINTS,
             })?;
         if let Some(source) = random.failure {
-            return Err(GuardError::System {
-                action: "read random numbers",
-                interface,
-                source,
-            });
+            return Err(self.system("read random numbers", source));
         }
-        let generation = self.generation()?;
-        let next = generation.wrapping_add(1);
+        let next = self.generation()?.wrapping_add(1);
         let slot = slot_of(next);
         policy.epoch = self.policy()?.epoch + 1;
         policy.table_seed = bank.seed;
-        policy.table_mask = BUCKETS as u32 - 1;
+        policy.table_mask = bank.buckets.len() as u32 - 1;
 
-        wait_for_readers().map_err(|source| GuardError::System {
-            action: "wait for running programs (membarrier)",
-            interface: interface.clone(),
-            source,
-        })?;
-        for (index, bucket) in bank.buckets.iter().enumerate() {
-            self.rules
-                .set(slot * BUCKETS as u32 + index as u32, Value(*bucket), 0)
-                .map_err(|e| map_error(&interface, "write", "RULES", e))?;
-        }
+        let bank = bank::create(&bank.buckets)
+            .map_err(|source| self.system("make a larger allowlist", source))?;
+        let bank = MapData::from_fd(bank)
+            .and_then(Map::from_map_data)
+            .and_then(BankMap::try_from)
+            .map_err(|e| map_error(&interface, "open", "RULES", e))?;
+        wait_for_readers().map_err(|e| self.system("wait for running programs (membarrier)", e))?;
+        self.rules
+            .set(slot, &bank, 0)
+            .map_err(|e| map_error(&interface, "write", "RULES", e))?;
         self.policy
             .set(slot, Value(policy), 0)
             .map_err(|e| map_error(&interface, "write", "POLICY", e))?;
@@ -194,14 +196,9 @@ struct Random {
 }
 
 impl Random {
-    fn open(interface: &str) -> Result<Self, GuardError> {
-        let file = File::open("/dev/urandom").map_err(|source| GuardError::System {
-            action: "open /dev/urandom",
-            interface: interface.to_owned(),
-            source,
-        })?;
+    fn open() -> io::Result<Self> {
         Ok(Self {
-            file,
+            file: File::open("/dev/urandom")?,
             failure: None,
         })
     }

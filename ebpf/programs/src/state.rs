@@ -1,8 +1,10 @@
 //! The guard's maps. Each guard has its own set; userspace pins them beside the links.
 
 use aya_ebpf::{
+    bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE},
+    btf_maps::{self, ArrayOfMaps},
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
-    macros::map,
+    macros::{btf_map, map},
     maps::{Array, LruHashMap},
 };
 use omerta_verdict::{Bucket, Flow, Guard, Policy};
@@ -16,9 +18,14 @@ static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 static POLICY: Array<Policy> = Array::with_max_entries(2, 0);
 
-/// Two banks of the allowlist, one behind the other. Userspace sets the size at load.
-#[map]
-static RULES: Array<Bucket> = Array::with_max_entries(2, 0);
+/// The bank of the allowlist that belongs to each slot. Userspace makes a bank of the size that
+/// the allowlist needs for each commit; this one is the pattern that the kernel holds it to.
+#[btf_map]
+static RULES: ArrayOfMaps<btf_maps::Array<Bucket, 1, BANK_FLAGS>, 2> = ArrayOfMaps::new();
+
+/// A bank is mapped by userspace, so it starts at a page and each bucket is one cache line; and
+/// its size is its own, not the pattern's.
+const BANK_FLAGS: usize = (BPF_F_MMAPABLE | BPF_F_INNER_MAP) as usize;
 
 /// Conntrack mode: when each flow was last seen, nanoseconds of `CLOCK_MONOTONIC`. The least
 /// recently used gives way, so one guest's flood evicts its own flows only. Userspace sets the
@@ -57,13 +64,7 @@ impl Guard for KernelGuard {
 
     #[inline(always)]
     fn bucket(&self, index: u32) -> Option<&Bucket> {
-        // Banks are as long as the mask says, so the second starts at mask + 1.
-        let bank = self.policy()?.table_mask.wrapping_add(1);
-        RULES.get(if self.slot? == 0 {
-            index
-        } else {
-            bank.wrapping_add(index)
-        })
+        RULES.get_value(self.slot?, &index)
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use omerta_dataplane::{Guard, MAX_ENDPOINTS};
+use omerta_dataplane::Guard;
 use omerta_kernel_tests::{GATEWAY_MAC, config};
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Endpoint, Mode};
@@ -48,7 +48,7 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
         attach_once()?;
         let guard = Guard::open("guest")?;
         let endpoint: Endpoint = "udp:203.0.113.7:4433".parse()?;
-        let all = many(MAX_ENDPOINTS);
+        let all = many(100_000);
         let commits = || -> Result<Vec<f64>> {
             let mut figures = Vec::with_capacity(COMMITS);
             for turn in 0..COMMITS {
@@ -64,21 +64,22 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             figures.sort_by(f64::total_cmp);
             Ok(figures)
         };
+        let replace = |list: &[Endpoint]| -> Result<f64> {
+            let took = microseconds(|| {
+                guard.replace(list)?;
+                Ok(())
+            })?;
+            guard.replace(&omerta_kernel_tests::allowlist())?;
+            Ok(took)
+        };
         let samples = rounds.run(vec![
             Case::new("commit-p50", "commit-p50", || Ok(median(&commits()?))),
             Case::new("commit-p99", "commit-p50", || {
                 let figures = commits()?;
                 Ok(figures[figures.len() * 99 / 100])
             }),
-            Case::new("replace-full", "commit-p50", || {
-                guard.replace(&all[1..])?;
-                let took = microseconds(|| {
-                    guard.replace(&all)?;
-                    Ok(())
-                })?;
-                guard.replace(&omerta_kernel_tests::allowlist())?;
-                Ok(took)
-            }),
+            Case::new("replace-1k", "commit-p50", || replace(&all[..1000])),
+            Case::new("replace-100k", "commit-p50", || replace(&all)),
             Case::new("attach", "commit-p50", || {
                 Guard::open("guest")?.detach()?;
                 attach_once()

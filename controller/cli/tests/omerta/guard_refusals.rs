@@ -103,14 +103,17 @@ fn bad_list_changes_nothing() {
         b"icmp:[2001:db8::1]\n",
     )
     .failed(4, &["icmp:[2001:db8::1]", "leave it out"]);
-    let too_many: String = (0..60_000)
-        .map(|n| format!("udp:192.0.2.{}:{}\n", n % 200, 1 + n))
+    let too_many: String = (0..1_000_001)
+        .map(|n| format!("udp:192.0.2.{}:{}\n", n / 50_000, 1 + n % 50_000))
         .collect();
     let refused = fed(
         stage.command("guard replace omt0 --file -"),
         too_many.as_bytes(),
     );
-    refused.failed(4, &["60000", "omt0", "nothing was changed"]);
+    refused.failed(
+        4,
+        &["1000001", "holds 1000000", "omt0", "nothing was changed"],
+    );
     assert_eq!(stage.shown(), before);
 }
 
