@@ -1,0 +1,138 @@
+//! Every frame of the corpus (`tests/corpus`): natively, through `BPF_PROG_TEST_RUN`, and through
+//! real guarded taps, routed and bridged.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
+mod layout;
+mod native;
+mod passage;
+mod test_run;
+
+use omerta_corpus::{Case, cases};
+use omerta_verdict::{Mode, Outcome};
+
+use test_run::Kernel;
+
+use layout::{HOOKS, Layout, Link};
+
+/// The corpus, or the cases whose name holds `OMERTA_CASE`.
+fn corpus() -> Vec<Case> {
+    let only = std::env::var("OMERTA_CASE").unwrap_or_default();
+    let cases =
+        cases().unwrap_or_else(|error| panic!("{error}: {:?}", std::error::Error::source(&error)));
+    cases
+        .into_iter()
+        .filter(|case| case.name.contains(&only))
+        .collect()
+}
+
+fn word(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Allowed => "allowed",
+        Outcome::Answered => "answered",
+        Outcome::Dropped(reason) => reason.word(),
+    }
+}
+
+/// Fails where any case did, naming all of them.
+fn judge(what: &str, count: usize, wrong: Vec<String>) {
+    let failed = wrong.len();
+    assert!(
+        wrong.is_empty(),
+        "{what}: {failed} of {count} cases are wrong:\n{}",
+        wrong.join("\n")
+    );
+    println!("{what}: {count} cases, each as expected");
+    assert!(count > 0 || std::env::var_os("OMERTA_CASE").is_some());
+}
+
+#[test]
+fn the_verdict_is_as_each_case_says() {
+    let cases = corpus();
+    let all = omerta_corpus::cases().unwrap();
+    let mut wrong = Vec::new();
+    for case in &cases {
+        let seen = native::outcome(case, &all);
+        if seen != case.present() {
+            wrong.push(format!(
+                "{}: {} and not {}",
+                case.name,
+                word(seen),
+                word(case.present())
+            ));
+        }
+    }
+    judge("native", cases.len(), wrong);
+    for case in cases.iter().filter(|case| case.today.is_some()) {
+        let (today, expect) = (word(case.present()), word(case.expect));
+        println!("to do: {} is {today} and ought to be {expect}", case.name);
+    }
+}
+
+#[test]
+fn the_kernels_verdict_is_as_each_case_says() {
+    let all = omerta_corpus::cases().unwrap();
+    let cases: Vec<_> = corpus().into_iter().filter(test_run::takes).collect();
+    let mut wrong = Vec::new();
+    for mode in Mode::ALL {
+        let mut kernel = Kernel::new(mode);
+        let cases = cases.iter().filter(|case| case.mode == mode);
+        wrong.extend(cases.filter_map(|case| kernel.differs(case, &all)));
+    }
+    judge("TEST_RUN", cases.len(), wrong);
+}
+
+fn through_taps(link: Link) {
+    let (mut count, mut wrong) = (0, Vec::new());
+    let all = omerta_corpus::cases().unwrap();
+    for (hook, attach) in HOOKS {
+        for mode in Mode::ALL {
+            for offload in [false, true] {
+                let cases: Vec<_> = corpus()
+                    .into_iter()
+                    .filter(|case| case.mode == mode && case.vnet.is_some() == offload)
+                    // What is not yet judged as it must be may go anywhere.
+                    .filter(|case| case.today.is_none())
+                    // Only a bridge keeps a tag beside the bytes that it has taken off.
+                    .filter(|case| case.vlan.is_none() || link == Link::Bridged)
+                    .collect();
+                if cases.is_empty() {
+                    continue;
+                }
+                count += cases.len();
+                let mut layout = Layout::new(link, mode, offload, *attach);
+                for case in &cases {
+                    if let Err(problem) = passage::passes(&mut layout, case, &all) {
+                        let (name, why) = (&case.name, &case.why);
+                        wrong.push(format!(
+                            "{hook}, {} mode, {name} ({why}): {problem}",
+                            mode.word()
+                        ));
+                    }
+                }
+                wrong.extend(
+                    layout
+                        .strays()
+                        .into_iter()
+                        .map(|stray| format!("late: {stray}")),
+                );
+            }
+        }
+    }
+    judge(&format!("real taps, {link:?}"), count, wrong);
+}
+
+#[test]
+fn routed_taps_carry_what_each_case_says_and_nothing_else() {
+    through_taps(Link::Routed);
+}
+
+#[test]
+fn bridged_taps_carry_what_each_case_says_and_nothing_else() {
+    through_taps(Link::Bridged);
+}

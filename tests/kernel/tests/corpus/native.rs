@@ -1,0 +1,135 @@
+//! A case before the verdict itself, with what travels beside its bytes.
+
+use std::cell::RefCell;
+
+use omerta_corpus::{Case, VnetHeader, Way};
+use omerta_kernel_tests::{allowlist, config};
+use omerta_verdict::{
+    Bucket, Direction, Flow, Frame, Guard, Outcome, PendingChecksum, Policy, Table, egress, ingress,
+};
+
+/// A case's frame with its metadata.
+struct CaseFrame<'a> {
+    bytes: &'a [u8],
+    vlan: Option<u16>,
+    vnet: VnetHeader,
+}
+
+impl Frame for CaseFrame<'_> {
+    fn length(&self) -> u32 {
+        self.bytes.length()
+    }
+
+    fn is_tagged(&self) -> bool {
+        self.vlan.is_some()
+    }
+
+    fn segment_size(&self) -> u32 {
+        if self.vnet.gso_type == 0 {
+            0
+        } else {
+            u32::from(self.vnet.gso_size)
+        }
+    }
+
+    fn pending_checksum(&self) -> Option<PendingChecksum> {
+        let start = u32::from(self.vnet.csum_start);
+        (self.vnet.flags & 1 != 0).then(|| PendingChecksum {
+            start,
+            field: start + u32::from(self.vnet.csum_offset),
+        })
+    }
+
+    fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {
+        self.bytes.bytes(offset)
+    }
+}
+
+/// A guard that remembers flows.
+struct Remembering {
+    policy: Policy,
+    buckets: Vec<Bucket>,
+    flows: RefCell<Vec<Flow>>,
+}
+
+impl Remembering {
+    fn new(case: &Case) -> Self {
+        let mut policy = config(case.mode).policy("guest").unwrap();
+        policy.table_seed = 0x5eed;
+        policy.table_mask = 63;
+        let mut buckets = vec![Bucket::EMPTY; 64];
+        let mut table = Table::new(&mut buckets, policy.table_seed).unwrap();
+        assert!(allowlist().iter().all(|endpoint| table.insert(endpoint)));
+        Self {
+            policy,
+            buckets,
+            flows: RefCell::default(),
+        }
+    }
+
+    fn judge(&self, case: &Case) -> Outcome {
+        let frame = CaseFrame {
+            bytes: &case.frame,
+            vlan: case.vlan,
+            vnet: case.vnet.unwrap_or_default(),
+        };
+        match direction(case) {
+            Direction::Egress => egress(&frame, self),
+            Direction::Ingress => ingress(&frame, self),
+        }
+        .outcome()
+    }
+}
+
+impl Guard for Remembering {
+    fn policy(&self) -> Option<&Policy> {
+        Some(&self.policy)
+    }
+
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        self.buckets.get(index as usize)
+    }
+
+    fn random(&self) -> u32 {
+        // Sampled mode spares the frame the allowlist.
+        1
+    }
+
+    fn open_flow(&self, flow: &Flow) -> bool {
+        self.flows.borrow_mut().push(*flow);
+        true
+    }
+
+    fn flow_is_live(&self, flow: &Flow) -> bool {
+        self.flows.borrow().contains(flow)
+    }
+}
+
+/// Which of the two judgements a case is for.
+pub fn direction(case: &Case) -> Direction {
+    match case.way {
+        Way::FromGuest | Way::Between => Direction::Egress,
+        Way::ToGuest => Direction::Ingress,
+    }
+}
+
+/// The case that comes before `case`.
+pub fn before<'a>(case: &Case, all: &'a [Case]) -> Option<&'a Case> {
+    let name = case.before.as_ref()?;
+    all.iter().find(|other| other.name == *name)
+}
+
+/// The verdict on a case.
+pub fn outcome(case: &Case, all: &[Case]) -> Outcome {
+    let guard = Remembering::new(case);
+    if let Some(before) = before(case, all) {
+        assert_eq!(
+            guard.judge(before),
+            Outcome::Allowed,
+            "{} before {}",
+            before.name,
+            case.name
+        );
+    }
+    guard.judge(case)
+}
