@@ -18,6 +18,7 @@ mod error;
 mod guest_name;
 mod image;
 mod lifecycle;
+mod link_watch;
 mod lock_file;
 mod process;
 mod qmp;

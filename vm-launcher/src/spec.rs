@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use omerta_dataplane::Owner;
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
 
 use crate::{GuestName, Image, WgPublicKey};
@@ -97,6 +98,8 @@ pub struct Spec {
     /// A directory for this guest alone: sockets, console log, configuration. Its parent must
     /// exist; the directory is made at launch and removed at the end.
     pub run_dir: PathBuf,
+    /// In whose name the guard is attached, so that nobody else changes or removes it by mistake.
+    pub guard_owner: Option<Owner>,
 }
 
 /// Why a spec cannot be run.
@@ -292,6 +295,7 @@ pub(crate) mod tests {
             console_shell: false,
             accel: Accel::Tcg,
             run_dir: "/run/omerta/web-1".into(),
+            guard_owner: None,
         }
     }
 

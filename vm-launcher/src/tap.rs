@@ -149,6 +149,11 @@ impl Tap {
         })
     }
 
+    /// The interface's index.
+    pub(crate) fn index(&self) -> u32 {
+        self.index
+    }
+
     /// The tap's descriptor number, which QEMU inherits.
     pub(crate) fn descriptor(&self) -> RawFd {
         self.device.as_raw_fd()

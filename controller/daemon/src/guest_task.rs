@@ -14,7 +14,7 @@ use omerta_vm_launcher::{
     Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
 };
 use tokio::sync::mpsc;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::failure::{failed, report};
 use crate::fleet::Fleet;
@@ -23,8 +23,6 @@ use crate::watch::{Watch, WatchError};
 
 /// How long QEMU may take to confirm that the guest stands still.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
-/// How often the guard is proven to be still what was attached.
-const VERIFY_INTERVAL: Duration = Duration::from_secs(1);
 /// A moment that does not come.
 const NEVER: Duration = Duration::from_secs(86_400 * 365);
 
@@ -55,7 +53,6 @@ pub(crate) struct GuestTask {
     commands: mpsc::UnboundedReceiver<Command>,
     stage: Stage,
     stop_deadline: Option<Instant>,
-    verify: Interval,
 }
 
 impl GuestTask {
@@ -65,8 +62,6 @@ impl GuestTask {
         fleet: Arc<Fleet>,
         commands: mpsc::UnboundedReceiver<Command>,
     ) -> Self {
-        let mut verify = interval(VERIFY_INTERVAL);
-        verify.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             id,
             spec,
@@ -74,7 +69,6 @@ impl GuestTask {
             commands,
             stage: Stage::Absent,
             stop_deadline: None,
-            verify,
         }
     }
 
@@ -285,11 +279,6 @@ impl GuestTask {
                 () = sleep_until(deadline) => {
                     self.stop_deadline = None;
                     return GuestEvent::StopDeadlinePassed;
-                }
-                _ = self.verify.tick() => {
-                    if let Err(error) = running.guard().verify() {
-                        return GuestEvent::GuardLost { message: report(&error) };
-                    }
                 }
             }
         }

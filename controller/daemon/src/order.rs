@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use omerta_api::{ApiError, ErrorKind, RunRequest};
+use omerta_dataplane::OwnerParseError;
 use omerta_engine::OnViolation;
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{
@@ -13,6 +14,7 @@ use omerta_vm_launcher::{
 use crate::config::Settings;
 use crate::failure::{failed, not_found, usage};
 use crate::pool::Addresses;
+use crate::sweep::OWNER;
 
 const DEFAULT_CPUS: u8 = 1;
 const DEFAULT_MEMORY_MIB: u32 = 256;
@@ -97,6 +99,11 @@ impl Order {
             console_shell: self.console_shell,
             accel,
             run_dir: run_dir.join(self.name.as_str()),
+            guard_owner: Some(
+                OWNER
+                    .parse()
+                    .map_err(|error: OwnerParseError| failed(&error))?,
+            ),
         };
         spec.validate().map_err(|error| usage(format!("{error}")))?;
         Ok(spec)

@@ -3,19 +3,57 @@
 use std::io;
 use std::path::Path;
 
-use omerta_dataplane::Guard;
+use omerta_dataplane::{Guard, PinnedGuard};
 use omerta_vm_launcher::{GuestName, LockFile};
 
 use crate::failure::report;
-use crate::tap_name::tap_name;
 
 /// The file that a living guest's launcher holds locked.
 const LOCK: &str = "lock";
 
-/// Removes what is left of guests whose omertad died: the pins of guards whose interface is gone
-/// with it, and run directories. What is in use is left alone; what cannot be removed is logged
-/// and stands in nobody's way but that guest's.
+/// In whose name omertad attaches its guards.
+pub(crate) const OWNER: &str = "omertad";
+
+/// Removes what is left of guests whose omertad died: the pins of its guards whose interface is
+/// gone, whatever run directory that omertad had, and run directories. What is in use is left
+/// alone; what cannot be removed is logged and stands in nobody's way but that guest's.
 pub(crate) fn sweep(run_dir: &Path) {
+    sweep_guards();
+    sweep_directories(run_dir);
+}
+
+fn sweep_guards() {
+    let pinned = match Guard::pinned() {
+        Ok(pinned) => pinned,
+        Err(error) => {
+            tracing::warn!(error = report(&error), "cannot look for guards left behind");
+            return;
+        }
+    };
+    for PinnedGuard {
+        interface,
+        owner,
+        in_force,
+    } in pinned
+    {
+        if owner.is_none_or(|owner| owner.as_str() != OWNER) {
+            continue;
+        }
+        if in_force {
+            // Whoever has its tap open may still send; to remove it would let them.
+            tracing::warn!(interface, "left a guard alone whose interface is in use");
+            continue;
+        }
+        match Guard::remove_stale(&interface) {
+            Ok(_) => tracing::info!(interface, "removed the guard that a crash left behind"),
+            Err(error) => {
+                tracing::warn!(interface, error = report(&error), "cannot remove a guard");
+            }
+        }
+    }
+}
+
+fn sweep_directories(run_dir: &Path) {
     let entries = match std::fs::read_dir(run_dir) {
         Ok(entries) => entries,
         Err(error) => {
@@ -39,14 +77,6 @@ pub(crate) fn sweep(run_dir: &Path) {
 }
 
 fn remove(name: &GuestName, directory: &Path) {
-    let interface = tap_name(name.as_str());
-    match Guard::remove_stale(&interface) {
-        Ok(true) => tracing::info!(%name, interface, "removed the guard that a crash left behind"),
-        Ok(false) => {}
-        Err(error) => {
-            tracing::warn!(%name, interface, error = report(&error), "cannot remove a guard")
-        }
-    }
     match std::fs::remove_dir_all(directory) {
         Ok(()) => {
             tracing::info!(%name, path = %directory.display(), "removed what a crash left behind")

@@ -23,7 +23,7 @@ const NOT_PINNED: &str = "a link is not pinned";
 pub struct Guard {
     interface: String,
     ifindex: u32,
-    pins: Pins,
+    pub(crate) pins: Pins,
     /// The links' ids, which tell this guard from another that is attached later.
     links: [u32; 2],
     /// In whose name this handle acts.

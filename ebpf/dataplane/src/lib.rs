@@ -23,6 +23,7 @@ mod pins;
 mod rules;
 mod status;
 mod store;
+mod watch;
 
 pub use config::GuardConfig;
 pub use counters::{Count, Counters, DirectionCounters};
@@ -35,3 +36,4 @@ pub use pinned::PinnedGuard;
 pub use rules::MAX_ENDPOINTS;
 pub use status::{DirectionStatus, GuardStatus};
 pub use store::PolicyStore;
+pub use watch::GuardWatch;

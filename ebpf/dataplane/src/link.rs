@@ -6,9 +6,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use omerta_verdict::Direction;
+
 // enum bpf_cmd in include/uapi/linux/bpf.h.
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_PROG_QUERY: libc::c_int = 16;
+// enum bpf_attach_type, likewise.
+const BPF_TCX_INGRESS: u32 = 46;
+const BPF_TCX_EGRESS: u32 = 47;
 
 /// The head of `struct bpf_link_info`, with the `tcx` member of its union.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,8 +47,29 @@ struct InfoRequest {
     info: u64,
 }
 
+/// `struct { ... } query` of `union bpf_attr`, up to what is asked for here.
+#[repr(C)]
+struct QueryRequest {
+    target_ifindex: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    program_ids: u64,
+    count: u32,
+    padding: u32,
+    program_attach_flags: u64,
+    link_ids: u64,
+    link_attach_flags: u64,
+    revision: u64,
+}
+
 /// Asks the link pinned at `pin`.
 pub fn info(pin: &Path) -> io::Result<LinkInfo> {
+    info_of(&open(pin)?)
+}
+
+/// Opens the link pinned at `pin`.
+pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
     let request = GetRequest {
         path: path.as_ptr() as u64,
@@ -50,19 +77,13 @@ pub fn info(pin: &Path) -> io::Result<LinkInfo> {
         flags: 0,
     };
     // SAFETY: the kernel reads `request` and the string that it points to; both outlive the call.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_OBJ_GET,
-            &raw const request,
-            size_of::<GetRequest>(),
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = unsafe { bpf(BPF_OBJ_GET, &request) }?;
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
-    let link = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Asks an open link.
+pub fn info_of(link: &OwnedFd) -> io::Result<LinkInfo> {
     let mut info = LinkInfo::default();
     let request = InfoRequest {
         fd: link.as_raw_fd() as u32,
@@ -71,17 +92,59 @@ pub fn info(pin: &Path) -> io::Result<LinkInfo> {
     };
     // SAFETY: the kernel reads `request` and writes at most `length` bytes to `info`; both outlive
     // the call, and every bit pattern of `info` is valid.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &request) }?;
+    Ok(info)
+}
+
+/// The id of the first program on the hook of `direction` on the interface of that index in this
+/// thread's network namespace; `None` where there is none.
+pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<Option<u32>> {
+    let mut first = 0u32;
+    let request = QueryRequest {
+        target_ifindex: ifindex,
+        attach_type: match direction {
+            Direction::Egress => BPF_TCX_INGRESS,
+            Direction::Ingress => BPF_TCX_EGRESS,
+        },
+        query_flags: 0,
+        attach_flags: 0,
+        program_ids: (&raw mut first) as u64,
+        count: 1,
+        padding: 0,
+        program_attach_flags: 0,
+        link_ids: 0,
+        link_attach_flags: 0,
+        revision: 0,
+    };
+    // SAFETY: the kernel reads and writes `request`, and writes at most `count` ids to `first`;
+    // both outlive the call.
+    match unsafe { bpf(BPF_PROG_QUERY, &request) } {
+        Ok(_) => Ok(Some(first).filter(|id| *id != 0)),
+        // There are more programs than were asked for: the first is written all the same
+        // (`bpf_mprog_query` in kernel/bpf/mprog.c).
+        Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Ok(Some(first)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// bpf(2).
+///
+/// # Safety
+/// `request` must be what the kernel takes for `command`, and what it points to must outlive the
+/// call.
+unsafe fn bpf<T>(command: libc::c_int, request: &T) -> io::Result<libc::c_int> {
+    // SAFETY: the caller's promise.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
-            BPF_OBJ_GET_INFO_BY_FD,
-            &raw const request,
-            size_of::<InfoRequest>(),
+            command,
+            std::ptr::from_ref(request),
+            size_of::<T>(),
         )
     };
-    if result == 0 {
-        Ok(info)
-    } else {
-        Err(io::Error::last_os_error())
+    if result < 0 {
+        return Err(io::Error::last_os_error());
     }
+    Ok(result as libc::c_int)
 }

@@ -2,25 +2,23 @@
 
 use std::sync::Arc;
 
-use omerta_dataplane::Guard;
+use omerta_dataplane::{GuardError, GuardWatch};
 
 use crate::LaunchError;
 use crate::clock::monotonic_ns;
 use crate::qmp::Qmp;
 
-/// A handle that commands one guest. Cheap to clone; of no effect once the guest is gone.
+/// A handle that commands one guest. Cheap to clone; of no effect once the guest is gone, which it
+/// should not outlive for long: it holds the links of the guard.
 #[derive(Clone, Debug)]
 pub struct Control {
     qmp: Arc<Qmp>,
-    tap: Arc<str>,
+    guard: Arc<GuardWatch>,
 }
 
 impl Control {
-    pub(super) fn new(qmp: Arc<Qmp>, tap: &str) -> Self {
-        Self {
-            qmp,
-            tap: tap.into(),
-        }
+    pub(super) fn new(qmp: Arc<Qmp>, guard: Arc<GuardWatch>) -> Self {
+        Self { qmp, guard }
     }
 
     /// Stops the guest. When this returns, none of its instructions runs any more. Gives the
@@ -61,8 +59,8 @@ impl Control {
         Ok(())
     }
 
-    pub(super) fn verify_guard(&self) -> Result<(), LaunchError> {
-        Guard::open(&self.tap)?.verify()?;
-        Ok(())
+    /// Fails where the guard is no longer what was proven before the guest ran.
+    pub(super) fn verify_guard(&self) -> Result<(), GuardError> {
+        self.guard.check()
     }
 }

@@ -1,21 +1,33 @@
 //! A guest whose guard is attached, verified and proven, and that has not run.
 
-use omerta_dataplane::Guard;
+use std::sync::Arc;
+
+use omerta_dataplane::{Guard, GuardWatch};
 
 use crate::lifecycle::{Ended, Paused, Running};
-use crate::{LaunchError, Spec};
+use crate::link_watch::LinkWatch;
+use crate::{LaunchError, Spec, TapError};
 
 /// The tap is up behind a proven guard; no instruction of the guest has run. The only state from
 /// which a guest can be resumed.
 #[derive(Debug)]
 pub struct Guarded {
     paused: Paused,
-    guard: Guard,
+    guarding: Guarding,
+}
+
+/// A proven guard, and what tells when it is no longer what was proven.
+#[derive(Debug)]
+pub(super) struct Guarding {
+    pub(super) guard: Guard,
+    pub(super) watch: Arc<GuardWatch>,
+    /// The tap's index.
+    pub(super) tap: u32,
 }
 
 impl Guarded {
-    pub(super) fn new(paused: Paused, guard: Guard) -> Self {
-        Self { paused, guard }
+    pub(super) fn new(paused: Paused, guarding: Guarding) -> Self {
+        Self { paused, guarding }
     }
 
     /// Verifies the guard once more and lets the guest run.
@@ -24,25 +36,29 @@ impl Guarded {
     /// When the guard is not what it was, or QEMU does not do it; the guest is gone then.
     pub async fn resume(self) -> Result<Running, LaunchError> {
         match self.cont().await {
-            Ok(()) => Ok(Running::new(self.paused, self.guard)),
+            Ok(links) => Ok(Running::new(self.paused, self.guarding, links)),
             Err(error) => Err(self.end().await.after(error)),
         }
     }
 
-    async fn cont(&self) -> Result<(), LaunchError> {
-        self.guard.verify()?;
+    async fn cont(&self) -> Result<LinkWatch, LaunchError> {
+        // First the subscription, then the proof: no change falls between.
+        let links = LinkWatch::open(self.guarding.tap).map_err(TapError::Netlink)?;
+        self.guarding.watch.check()?;
         self.paused.qmp.cont().await?;
-        Ok(())
+        Ok(links)
     }
 
     /// Kills QEMU, which has run nothing, and removes everything.
     pub async fn end(self) -> Ended {
-        self.paused.end().await
+        let Self { paused, guarding } = self;
+        drop(guarding);
+        paused.end().await
     }
 
     /// The guard, for reading its counters before the guest runs.
     pub fn guard(&self) -> &Guard {
-        &self.guard
+        &self.guarding.guard
     }
 
     /// What is being run.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use omerta_dataplane::Guard;
+use omerta_dataplane::{Guard, GuardWatch};
 use tokio::time::timeout;
 
 use crate::clock::monotonic_ns;
@@ -27,6 +27,8 @@ pub(super) struct Machine {
     pub(super) tap: Option<Tap>,
     pub(super) process: Option<Arc<QemuProcess>>,
     pub(super) guard: Option<Guard>,
+    /// What proves, again and again, that the guard is what was attached.
+    pub(super) guard_watch: Option<Arc<GuardWatch>>,
 }
 
 impl Machine {
@@ -37,6 +39,7 @@ impl Machine {
             tap: None,
             process: None,
             guard: None,
+            guard_watch: None,
         }
     }
 
@@ -73,6 +76,8 @@ impl Machine {
         let status = self.end_process(patience, &mut leftovers);
         let process_is_gone = leftovers.is_empty();
         let ended_at_ns = process_is_gone.then(monotonic_ns);
+        // It holds the guard's links, which the detaching is to cut.
+        self.guard_watch = None;
         let guard = self.guard.take();
         let tap = self.tap.take();
         let run_dir = self.run_dir.take();
@@ -90,13 +95,17 @@ impl Machine {
         let name = &self.spec.tap;
         let mut tap_removed_at_ns = None;
         if process_is_gone {
-            if let Some(Err(error)) = guard.map(Guard::detach) {
-                leftovers.push(format!("guard of {name}: {error}"));
-            }
+            let detached = guard.map(Guard::detach).transpose();
             if tap.is_none_or(|tap| tap.remove(TAP_DEADLINE)) {
                 tap_removed_at_ns = Some(monotonic_ns());
             } else {
                 leftovers.push(format!("interface {name}: still held open"));
+            }
+            // A tap that was renamed keeps its guard until it is gone itself.
+            if detached.is_err()
+                && let Err(error) = Guard::remove_stale(name)
+            {
+                leftovers.push(format!("guard of {name}: {error}"));
             }
             if run_dir.is_some_and(|run_dir| !run_dir.remove()) {
                 leftovers.push(format!("directory {path}: see the log"));

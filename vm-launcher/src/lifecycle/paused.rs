@@ -3,12 +3,13 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use omerta_dataplane::{Guard, GuardConfig, GuardError};
+use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch};
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 
+use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::{Ended, Guarded};
 use crate::process::{QemuProcess, last_words};
@@ -97,16 +98,17 @@ impl Paused {
     /// Whatever fails; the guest is gone then.
     pub async fn guard(mut self) -> Result<Guarded, LaunchError> {
         match self.prove_guard().await {
-            Ok(guard) => Ok(Guarded::new(self, guard)),
+            Ok(guarding) => Ok(Guarded::new(self, guarding)),
             Err(error) => Err(self.end().await.after(error)),
         }
     }
 
-    async fn prove_guard(&mut self) -> Result<Guard, LaunchError> {
+    async fn prove_guard(&mut self) -> Result<Guarding, LaunchError> {
         let Machine {
             spec,
             tap,
             guard: slot,
+            guard_watch,
             ..
         } = &mut self.machine;
         // A machine in this state always has its tap; the pattern is the proof of it.
@@ -122,7 +124,7 @@ impl Paused {
             gateway_mac: Some(spec.gateway_mac()),
             mode: spec.mode,
             allow: vec![spec.consumer.allowed_endpoint()],
-            owner: None,
+            owner: spec.guard_owner.clone(),
         };
         // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.
         if Guard::remove_stale(&spec.tap)? {
@@ -132,11 +134,16 @@ impl Paused {
             );
         }
         let guard = slot.insert(without_stalling(|| Guard::attach(&spec.tap, &config))?);
-        guard.verify()?;
+        let watch = guard_watch.insert(Arc::new(GuardWatch::begin(guard)?));
         tap.bring_up(spec.gateway, spec.address, spec.mac).await?;
         canary::prove(tap, guard, spec.mac, spec.gateway_mac()).await?;
+        watch.check()?;
         self.qmp.require_prelaunch().await?;
-        Ok(Guard::open(&self.machine.spec.tap)?)
+        Ok(Guarding {
+            guard: Guard::open(&spec.tap)?,
+            watch: Arc::clone(watch),
+            tap: tap.index(),
+        })
     }
 
     /// Kills QEMU, which has run nothing, and removes everything.

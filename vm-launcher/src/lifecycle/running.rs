@@ -10,9 +10,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::Spec;
+use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::watcher::Watcher;
 use crate::lifecycle::{Control, Ended, GuestEvent, Paused};
+use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
 use crate::run_dir::RunFiles;
 
@@ -41,7 +43,7 @@ impl Drop for Watching {
 }
 
 impl Running {
-    pub(super) fn new(paused: Paused, guard: Guard) -> Self {
+    pub(super) fn new(paused: Paused, guarding: Guarding, links: LinkWatch) -> Self {
         let Paused {
             machine,
             process,
@@ -49,7 +51,8 @@ impl Running {
             machine_events,
             control_port,
         } = paused;
-        let control = Control::new(qmp, &machine.spec.tap);
+        let Guarding { guard, watch, .. } = guarding;
+        let control = Control::new(qmp, watch);
         let (sender, events) = mpsc::channel(EVENT_BACKLOG);
         let watcher = Watcher {
             process: Arc::clone(&process),
@@ -57,6 +60,7 @@ impl Running {
             machine_events,
             control_port,
             events: sender,
+            links,
         };
         let files = RunFiles::within(&machine.spec.run_dir);
         let watcher = Watching(tokio::spawn(watcher.run()));
@@ -134,9 +138,12 @@ impl Running {
     /// Kills QEMU at once, and removes everything: guard, tap, run directory.
     pub async fn kill(self) -> Ended {
         let Self {
-            machine, watcher, ..
+            machine,
+            control,
+            watcher,
+            ..
         } = self;
-        drop(watcher);
+        drop((control, watcher));
         machine.end().await
     }
 }

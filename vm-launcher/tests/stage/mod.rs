@@ -144,6 +144,7 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
         console_shell: false,
         accel: Accel::Tcg,
         run_dir,
+        guard_owner: None,
     }
 }
 

@@ -85,7 +85,11 @@ impl Daemon {
 
     /// Starts one in a directory that may hold something already.
     pub fn start_with(directory: TempDir, arguments: &[&str]) -> Self {
-        let namespace = namespace();
+        Self::start_in(namespace(), directory, arguments)
+    }
+
+    /// Starts one where something may be left of another.
+    pub fn start_in(namespace: Namespace, directory: TempDir, arguments: &[&str]) -> Self {
         let log = std::fs::File::create(directory.path().join("log")).unwrap();
         let mut command = command(&namespace, directory.path());
         command.args(arguments).stderr(log);
@@ -109,6 +113,11 @@ impl Daemon {
 
     pub fn path(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Gives up the process, not the namespace.
+    pub fn into_namespace(self) -> Namespace {
+        self.namespace
     }
 
     /// Gives up the process, not the directory.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use omerta_dataplane::Guard;
-use omerta_test_support::{CHATTER, Grip, IDLE, write_bare_guest};
+use omerta_test_support::{CHATTER, Grip, IDLE, ip, write_bare_guest};
 use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
@@ -94,4 +94,91 @@ fn guest_that_cannot_be_killed_is_no_clean_end() {
     });
     let swept = || Guard::remove_stale("omalpha").unwrap();
     assert!(namespace.enter(swept).unwrap());
+}
+
+/// Runs a guest, changes something about its tap behind omertad's back, and gives how it ended.
+fn ended_by(change: impl FnOnce() + Send) -> String {
+    let daemon = start(IDLE);
+    let guest = run(&daemon, "alpha");
+    let pid = guest["pid"].as_u64().unwrap();
+    daemon.namespace.enter(change).unwrap();
+    within_a_minute("the guest is ended", || {
+        daemon.get("/v1/guests/alpha").json()["state"] == "ended"
+    });
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    let ended = daemon.get("/v1/guests/alpha").json()["ended"].clone();
+    assert_eq!(ended["cause"], "guard_failed", "{ended}");
+    assert_eq!(ended["leftovers"], Value::Null, "{ended}");
+    let message = ended["message"].as_str().unwrap().to_owned();
+    assert!(
+        !message.contains("guard attach"),
+        "no remedy for what is gone: {message}"
+    );
+    let events = daemon.get("/v1/events?guest=alpha").body;
+    println!("{}", events.lines().last().unwrap());
+    message
+}
+
+fn ours() -> Guard {
+    Guard::open_as("omalpha", &"omertad".parse().unwrap()).unwrap()
+}
+
+#[test]
+fn guest_whose_guard_is_removed_is_ended() {
+    let told = ended_by(|| ours().detach().unwrap());
+    assert!(
+        told.contains("omalpha") && told.contains("pins were removed"),
+        "{told}"
+    );
+}
+
+#[test]
+fn guest_whose_allowlist_is_widened_by_another_is_ended() {
+    let told = ended_by(|| {
+        let endpoint = "udp:198.51.100.9:53".parse().unwrap();
+        ours().allow(&[endpoint]).unwrap();
+    });
+    assert!(told.contains("policy was changed"), "{told}");
+}
+
+#[test]
+fn guest_whose_tap_is_removed_is_ended() {
+    let told = ended_by(|| ip("link delete omalpha").unwrap());
+    assert!(told.contains("tap omalpha was removed, renamed"), "{told}");
+}
+
+#[test]
+fn guest_whose_tap_is_renamed_is_ended() {
+    let told = ended_by(|| ip("link set omalpha name other").unwrap());
+    assert!(told.contains("tap omalpha was removed, renamed"), "{told}");
+}
+
+#[test]
+fn guest_whose_tap_is_replaced_is_ended() {
+    let told = ended_by(|| {
+        ip("link set omalpha name other").unwrap();
+        ip("link add omalpha type veth peer name far").unwrap();
+    });
+    assert!(told.contains("omalpha"), "{told}");
+}
+
+#[test]
+fn guards_are_omertads_and_a_dead_ones_are_swept_whatever_its_run_directory() {
+    let mut daemon = start(IDLE);
+    run(&daemon, "alpha");
+    let pinned = || Guard::pinned().unwrap();
+    let found = daemon.namespace.enter(pinned).unwrap();
+    let owner = found[0].owner.as_ref().map(ToString::to_string);
+    assert_eq!(owner.as_deref(), Some("omertad"), "{found:?}");
+    daemon.process.signal(Signal::SIGKILL).unwrap();
+    daemon.process.wait(Duration::from_secs(5)).unwrap();
+    let namespace = daemon.into_namespace();
+    within_a_minute("the tap goes with QEMU", || {
+        let gone = || nix::net::if_::if_nametoindex("omalpha").is_err();
+        namespace.enter(gone).unwrap()
+    });
+    assert_eq!(namespace.enter(pinned).unwrap().len(), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let second = Daemon::start_in(namespace, directory, &["--metrics", "off"]);
+    assert!(second.namespace.enter(pinned).unwrap().is_empty());
 }

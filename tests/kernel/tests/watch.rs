@@ -1,0 +1,158 @@
+//! What a watched guard's owner is told of, and what a look costs.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
+use std::any::Any;
+use std::time::Instant;
+
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use omerta_dataplane::{Guard, GuardError, GuardWatch, Programs};
+use omerta_kernel_tests::config;
+use omerta_test_support::{Namespace, Tap, ip};
+use omerta_verdict::{Direction, Mode};
+
+/// A guarded tap, watched; what `change` does must be told in these words.
+fn told(change: impl FnOnce(Tap, Guard) -> Box<dyn Any> + Send, words: &str) {
+    let namespace = Namespace::new("watch").unwrap();
+    namespace
+        .enter(|| {
+            let tap = Tap::create("guest").unwrap();
+            let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+            let watch = GuardWatch::begin(&guard).unwrap();
+            watch.check().unwrap();
+            let kept = change(tap, guard);
+            let error = watch.check().unwrap_err();
+            assert!(error.to_string().contains(words), "{words}: {error}");
+            drop((watch, kept));
+            // Whatever name it has now.
+            for left in Guard::pinned().unwrap() {
+                if left.in_force {
+                    Guard::open(&left.interface).unwrap().detach().unwrap();
+                } else {
+                    Guard::remove_stale(&left.interface).unwrap();
+                }
+            }
+        })
+        .unwrap();
+}
+
+#[test]
+fn removed_guard_is_told_and_judges_on_while_it_is_watched() {
+    told(
+        |tap, guard| {
+            guard.detach().unwrap();
+            for hook in [TcAttachType::Ingress, TcAttachType::Egress] {
+                let (_, programs) = SchedClassifier::query_tcx("guest", hook).unwrap();
+                assert_eq!(programs.len(), 1, "held by the watch");
+            }
+            Box::new(tap)
+        },
+        "its pins were removed",
+    );
+}
+
+#[test]
+fn guard_in_its_place_is_told() {
+    told(
+        |tap, guard| {
+            guard.detach().unwrap();
+            Guard::attach("guest", &config(Mode::Direct)).unwrap();
+            Box::new(tap)
+        },
+        "another one by now",
+    );
+}
+
+#[test]
+fn changed_allowlist_is_told() {
+    told(
+        |tap, guard| {
+            guard
+                .allow(&["udp:198.51.100.9:53".parse().unwrap()])
+                .unwrap();
+            Box::new(tap)
+        },
+        "its policy was changed",
+    );
+}
+
+#[test]
+fn renamed_interface_is_told() {
+    told(
+        |tap, _| {
+            ip("link set guest name other").unwrap();
+            Box::new(tap)
+        },
+        "no interface guest",
+    );
+}
+
+#[test]
+fn removed_interface_is_told() {
+    told(
+        |tap, _| {
+            drop(tap);
+            Box::new(())
+        },
+        "no interface guest",
+    );
+}
+
+#[test]
+fn interface_in_its_place_is_told() {
+    told(
+        |tap, _| {
+            drop(tap);
+            Box::new(Tap::create("guest").unwrap())
+        },
+        "re-created",
+    );
+}
+
+#[test]
+fn program_before_it_is_told() {
+    told(
+        |tap, _| {
+            let mut foreign = Programs::load("foreign", Mode::Filtered).unwrap();
+            let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+            foreign
+                .program(Direction::Ingress)
+                .unwrap()
+                .attach_with_options("guest", TcAttachType::Egress, first)
+                .unwrap();
+            Box::new((tap, foreign))
+        },
+        "another program stands before it",
+    );
+}
+
+#[test]
+fn looking_is_cheap() {
+    let namespace = Namespace::new("watch").unwrap();
+    namespace
+        .enter(|| {
+            let _tap = Tap::create("guest").unwrap();
+            let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+            let watch = GuardWatch::begin(&guard).unwrap();
+            let rounds = 1000;
+            let time = |what: &str, look: &dyn Fn() -> Result<(), GuardError>| {
+                let started = Instant::now();
+                for _ in 0..rounds {
+                    look().unwrap();
+                }
+                let each = started.elapsed() / rounds;
+                println!("measured: {what} {each:?}");
+            };
+            time("a look at a watched guard", &|| watch.check());
+            time("a proof of a guard", &|| guard.verify());
+            drop(watch);
+            guard.detach().unwrap();
+        })
+        .unwrap();
+}
