@@ -3,6 +3,7 @@
 mod frame;
 mod generate;
 mod stage;
+pub mod victim;
 
 pub use frame::{Ipv4, Ipv6, arp, checksum, ethernet, icmp_echo, tcp, udp};
 pub use generate::Generator;

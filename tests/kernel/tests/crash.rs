@@ -10,29 +10,17 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::Child;
+use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use omerta_dataplane::{Guard, GuardError};
-use omerta_kernel_tests::config;
+use omerta_kernel_tests::{
+    CONSUMER, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, udp, victim,
+};
 use omerta_test_support::{Namespace, Tap};
-use omerta_verdict::Mode;
-
-/// Runs the ignored test `work` of this binary in a process of its own, in the network namespace
-/// of this thread, until it says that it has begun.
-fn begin(work: &str) -> Child {
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", work, "--ignored", "--nocapture"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().contains("begun")));
-    child
-}
+use omerta_verdict::{Endpoint, Mode, Reason};
 
 fn kill_after(mut child: Child, time: Duration) {
     std::thread::sleep(time);
@@ -59,7 +47,7 @@ fn names(directory: &str) -> BTreeSet<String> {
 #[test]
 #[ignore = "killed by another test"]
 fn attach_and_detach_without_end() {
-    println!("begun");
+    victim::has_begun();
     loop {
         // Whatever the process before this one left.
         match Guard::attach("guest", &config(Mode::Filtered)) {
@@ -88,7 +76,7 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
             drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
             let pins = names(&place);
             for round in 0..30 {
-                let child = begin("attach_and_detach_without_end");
+                let child = victim::begin("attach_and_detach_without_end", "").unwrap();
                 kill_after(child, Duration::from_micros(random.u64(..300_000)));
                 if round % 4 == 0 {
                     // A guard whose interface is gone is what attach finds in its place.
@@ -131,4 +119,90 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
         })
         .unwrap();
     println!("killed 30 times: {whole} whole guards, {left} left-overs");
+}
+
+/// The two allowlists that take turns; their first endpoint is on both.
+fn lists() -> [Vec<Endpoint>; 2] {
+    let list = |port: u16, count: usize| {
+        let rest = (0..count).map(move |i| Endpoint {
+            port: port + i as u16,
+            ..common()
+        });
+        std::iter::once(common()).chain(rest).collect()
+    };
+    // Of different sizes, so that the banks are too.
+    [list(1000, 40), list(2000, 900)]
+}
+
+fn common() -> Endpoint {
+    "udp:192.0.2.10:51820".parse().unwrap()
+}
+
+/// A datagram of the guest to `port` of the consumer.
+fn datagram(port: u16) -> Vec<u8> {
+    let packet = Ipv4::new(GUEST, CONSUMER, 17).packet(&udp(4000, port, b"omerta"));
+    ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet)
+}
+
+#[test]
+#[ignore = "killed by another test"]
+fn replace_without_end() {
+    let guard = Guard::open("guest").unwrap();
+    victim::has_begun();
+    for list in lists().iter().cycle() {
+        guard.replace(list).unwrap();
+    }
+}
+
+#[test]
+fn an_allowlist_is_one_or_the_other_whenever_its_writer_is_killed() {
+    let namespace = Namespace::new("ot-kill").unwrap();
+    let mut random = fastrand::Rng::with_seed(2);
+    namespace
+        .enter(|| {
+            for left in Guard::pinned().unwrap() {
+                Guard::remove_stale(&left.interface).unwrap();
+            }
+            let tap = Tap::create("guest").unwrap();
+            let versions = lists();
+            let mut start = config(Mode::Filtered);
+            start.allow = versions[0].clone();
+            let guard = Guard::attach("guest", &start).unwrap();
+            tap.up().unwrap();
+            let shown = versions.clone().map(|list| {
+                let mut sorted = list;
+                sorted.sort();
+                sorted.iter().map(ToString::to_string).collect::<Vec<_>>()
+            });
+            let (mut found, mut epoch, mut sent) = ([0, 0], 1, 0);
+            for _ in 0..200 {
+                let mut child = victim::begin("replace_without_end", "").unwrap();
+                let until = Instant::now() + Duration::from_micros(random.u64(..30_000));
+                while Instant::now() < until {
+                    tap.send(&datagram(51820)).unwrap();
+                    tap.send(&datagram(9)).unwrap();
+                    sent += 1;
+                }
+                child.kill().unwrap();
+                child.wait().unwrap();
+                let status = guard.status().unwrap();
+                assert!(status.epoch >= epoch, "{} after {epoch}", status.epoch);
+                epoch = status.epoch;
+                let version = shown.iter().position(|list| *list == status.allow);
+                found[version.expect("one of the two, whole")] += 1;
+                // Whatever was half written, the next change is whole.
+                if random.bool() {
+                    let list = &versions[random.usize(..2)];
+                    epoch = guard.replace(list).unwrap();
+                    assert_eq!(guard.status().unwrap().allow.len(), list.len());
+                }
+            }
+            let counters = guard.counters().unwrap().egress;
+            let dropped = counters.dropped_for(Reason::Endpoint).packets;
+            // The kernel itself sends nothing into a tap from the guest's side.
+            assert_eq!((counters.allowed.packets, dropped), (sent, sent));
+            println!("killed 200 times at epoch {epoch}: {found:?} of each, {sent} frames of each");
+            guard.detach().unwrap();
+        })
+        .unwrap();
 }
