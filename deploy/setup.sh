@@ -116,6 +116,7 @@ cc gcc
 /usr/include/stdio.h libc6-dev
 qemu-system-x86_64 qemu-system-x86
 ip iproute2
+ethtool ethtool
 ping iputils-ping
 wg wireguard-tools
 zstd zstd
@@ -201,6 +202,30 @@ install_bpf_linker() {
     step installed "$(bpf-linker --version) with LLVM $major"
 }
 
+# promtool comes in Debian's package of the Prometheus server, which would start as a service if it were installed: the
+# package is downloaded and this one program taken out.
+install_promtool() {
+    local tools=target/tools/bin work
+    if has promtool || [ -x "$tools/promtool" ]; then
+        step ok "promtool"
+        return
+    fi
+    apt_offers prometheus || fail "promtool is missing and no package brings it here: put one on PATH, then run 'make setup' again"
+    step working "apt-get download prometheus, for promtool alone"
+    mkdir -p "$tools"
+    work=$(mktemp -d "$tools/promtool.XXXXXX")
+    if (cd "$work" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download prometheus >log 2>&1) &&
+        dpkg-deb --fsys-tarfile "$work"/prometheus_*.deb | tar -x -C "$work" ./usr/bin/promtool &&
+        mv "$work/usr/bin/promtool" "$tools/promtool"; then
+        rm -rf "$work"
+        step installed "promtool in $tools"
+    else
+        cat "$work/log" >&2
+        rm -rf "$work"
+        fail "apt-get could not download prometheus: see above"
+    fi
+}
+
 install_lint_tools() {
     if has shellcheck; then
         step ok "shellcheck"
@@ -243,6 +268,7 @@ esac
 
 check_kernel
 install_packages
+install_promtool
 check_rust
 install_bpf_rustc
 install_bpf_linker

@@ -6,6 +6,9 @@ cd "$(dirname "$0")/.."
 # shellcheck source=deploy/bpf-toolchain.sh
 . deploy/bpf-toolchain.sh
 
+# Promtool, which setup leaves here.
+export PATH=$PATH:$PWD/target/tools/bin
+
 failed=() passed=0 skipped=0
 
 # check NAME COMMAND...

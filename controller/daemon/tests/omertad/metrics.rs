@@ -1,7 +1,9 @@
 //! The metrics endpoint.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::net::TcpStream;
+use std::process::{Command, Stdio};
 
 use crate::daemon::{Answer, Daemon, exchange};
 
@@ -63,6 +65,34 @@ fn scrape_is_prometheus_text_and_every_family_is_explained() {
         "{}",
         answer.body
     );
+}
+
+/// Prometheus' own judgement of the format and the names; `make setup` brings promtool.
+#[test]
+fn scrape_satisfies_promtool() {
+    let ours = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../target/tools/bin/promtool"
+    );
+    let check = |program: &str| {
+        Command::new(program)
+            .args(["check", "metrics"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+    };
+    let Ok(mut promtool) = check("promtool").or_else(|_| check(ours)) else {
+        println!("skipped: promtool is missing, which 'make setup' brings");
+        return;
+    };
+    let body = scrape(&start(), "/metrics").body;
+    let mut input = promtool.stdin.take().unwrap();
+    input.write_all(body.as_bytes()).unwrap();
+    drop(input);
+    let judged = promtool.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&judged.stderr);
+    assert!(judged.status.success() && said.is_empty(), "{said}\n{body}");
 }
 
 #[test]
