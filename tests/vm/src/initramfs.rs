@@ -30,14 +30,17 @@ pub fn build(kernel: &Kernel, suites: &[Suite], environment: &str, path: &Path) 
     }
     archive.file("modules/order", order.as_bytes())?;
 
-    // The tests call `ip`, whose options busybox knows in part; it goes before busybox's.
-    let ip = ["/usr/sbin/ip", "/sbin/ip", "/usr/bin/ip", "/bin/ip"]
-        .map(Path::new)
-        .into_iter()
-        .find(|path| path.exists())
-        .context("ip is missing: run 'make setup'")?;
-    archive.file("bin/ip", &fs::read(ip)?)?;
-    let mut libraries = libraries(ip)?;
+    // What the tests call. busybox knows `ip` in part; this one goes before it.
+    let mut libraries = BTreeSet::new();
+    for program in ["ip", "ethtool"] {
+        let path = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
+            .map(|directory| Path::new(directory).join(program))
+            .into_iter()
+            .find(|path| path.exists())
+            .with_context(|| format!("{program} is missing: run 'make setup'"))?;
+        archive.file(&format!("bin/{program}"), &fs::read(&path)?)?;
+        libraries.extend(self::libraries(&path)?);
+    }
     let mut order = String::new();
     for suite in suites {
         // A quarter of the size; strip can only write to a file.

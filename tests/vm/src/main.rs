@@ -100,7 +100,7 @@ fn on_kernel(series: &str, suites: &[Suite], frames: &str, cache: &Path) -> Resu
         return in_a_machine(&kernel, suites, frames, cache);
     }
     let reason = format!("this distribution offers no Linux {series} for a machine");
-    println!("skipped: {reason}");
+    println!("vm: skipped: {reason}");
     Ok(vec![Row::skipped(series, &reason)])
 }
 
@@ -118,6 +118,9 @@ fn in_a_machine(kernel: &Kernel, suites: &[Suite], frames: &str, cache: &Path) -
     let console = cache.join(format!("console-{}.log", kernel.series));
     std::fs::write(&console, &said)?;
     let rows = table::read(&kernel.series, &said, suites);
+    for reason in table::skips(&said) {
+        println!("vm: skipped: Linux {}: {reason}", kernel.series);
+    }
     for line in table::noteworthy(&said) {
         println!("vm: {}: {line}", kernel.series);
     }

@@ -87,29 +87,29 @@ fn count(text: &str, row: &mut Row) {
         row.failed = 1;
         return;
     };
-    row.skipped = skips(text).min(passed);
+    row.skipped = (skips(text).len() as u32).min(passed);
     row.passed = passed - row.skipped;
     row.failed = if passed + failed == 0 { 1 } else { failed };
 }
 
-/// How many tests said that they cannot run; a test may say so more than once.
-fn skips(text: &str) -> u32 {
-    let (mut count, mut counted) = (0, false);
+/// The first reason of each test that said that it cannot run.
+pub fn skips(text: &str) -> Vec<&str> {
+    let (mut reasons, mut counted) = (Vec::new(), false);
     for line in text.lines() {
         if line.starts_with("---- ") {
             counted = false;
-        } else if line.trim_start().starts_with("skipped: ") && !counted {
-            counted = true;
-            count += 1;
+        } else if let Some(reason) = line.trim_start().strip_prefix("skipped: ")
+            && !std::mem::replace(&mut counted, true)
+        {
+            reasons.push(reason);
         }
     }
-    count
+    reasons
 }
 
-/// What a person should see of a console: skips, failures, panics of the kernel.
+/// What a person should see of a console: refusals, failures, panics of the kernel.
 pub fn noteworthy(said: &str) -> Vec<&str> {
-    const MARKS: [&str; 8] = [
-        "skipped: ",
+    const MARKS: [&str; 7] = [
         "refused: ",
         "FAILED",
         "panicked at",
