@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use crate::package;
 
-/// Not for other kernels: the first judges frames without any; the second loads the programs dozens
-/// of times to kill their loader, which takes minutes under emulation.
-const LEFT_OUT: [&str; 2] = ["properties", "crash"];
+/// Not for other kernels: the first judges frames without any; the others start hundreds of
+/// processes to kill them, which takes minutes under emulation.
+const LEFT_OUT: [&str; 3] = ["properties", "crash", "policy_model"];
 /// Says first whether this kernel can run guards at all.
 const FIRST: &str = "support";
 
