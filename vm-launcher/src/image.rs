@@ -27,7 +27,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// A file of the image exists but cannot be used.
-    #[error("guest image: {} cannot be read; rebuild the image with `make image IMAGE={}`", path.display(), directory(path).display())]
+    #[error("guest image: {} cannot be read; as a service omertad reads only what root owns or everybody may read: `chown -R root {}`", path.display(), directory(path).display())]
     Unreadable {
         /// The file.
         path: PathBuf,

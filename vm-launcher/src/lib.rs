@@ -15,6 +15,7 @@ mod clock;
 mod command;
 mod control_port;
 mod error;
+mod guard_alarm;
 mod guest_name;
 mod image;
 mod lifecycle;

@@ -8,11 +8,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use aya::maps::{Array, Map, MapData};
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use omerta_verdict::Direction;
 
 use crate::link::{self, LinkInfo};
 use crate::store::map_error;
-use crate::{Guard, GuardError, interface};
+use crate::{Guard, GuardError, bpffs, interface};
 
 /// One of the guard's links, held open: while it is, the kernel runs its program even where the
 /// link's pin is removed.
@@ -88,7 +90,7 @@ impl GuardWatch {
 
     /// Proves that nothing has changed since: the interface has its name, each link its pin, its
     /// program and its interface, that program is the first on its hook, and no policy was
-    /// committed. Ten system calls.
+    /// committed. A dozen system calls.
     ///
     /// # Errors
     /// What has changed.
@@ -130,6 +132,28 @@ impl GuardWatch {
             return Err(self.not_in_force("its policy was changed by another"));
         }
         Ok(())
+    }
+
+    /// A descriptor that becomes readable when it is time to look: when a pin of the guard was
+    /// removed or moved, and when anybody has done with a change of any guard. What is read from it
+    /// says nothing more. Links that are cut and maps that are written by other means than this
+    /// crate's are not told.
+    ///
+    /// # Errors
+    /// When the kernel gives no more inotify instances.
+    pub fn occasions(&self) -> Result<OwnedFd, GuardError> {
+        let failed = |errno: Errno| self.failed("watch the pins")(errno.into());
+        let flags = InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK;
+        let inotify = Inotify::init(flags).map_err(failed)?;
+        if let Some(pins) = self.held[0].pin.parent() {
+            let removed = AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVE_SELF;
+            inotify.add_watch(pins, removed).map_err(failed)?;
+        }
+        // Whoever changes a guard locks this directory first and closes it last.
+        inotify
+            .add_watch(&bpffs::root()?, AddWatchFlags::IN_CLOSE_NOWRITE)
+            .map_err(failed)?;
+        Ok(inotify.into())
     }
 
     fn not_in_force(&self, why: &'static str) -> GuardError {

@@ -8,10 +8,13 @@
 )]
 
 use std::any::Any;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use nix::poll::{PollFd, PollFlags, poll};
 use omerta_dataplane::{Guard, GuardError, GuardWatch, Programs};
 use omerta_kernel_tests::config;
 use omerta_test_support::{Namespace, Tap, ip};
@@ -130,6 +133,44 @@ fn program_before_it_is_told() {
         },
         "another program stands before it",
     );
+}
+
+/// Each change that this crate makes, and each removal of a pin by anybody, is an occasion to look.
+#[test]
+fn changes_give_occasion_to_look() {
+    type Change = fn();
+    let changes: [Change; 3] = [
+        || {
+            let endpoint = "udp:198.51.100.9:53".parse().unwrap();
+            Guard::open("guest").unwrap().allow(&[endpoint]).unwrap();
+        },
+        || Guard::open("guest").unwrap().detach().unwrap(),
+        || {
+            let namespace = std::fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+            let pin = format!("/sys/fs/bpf/omerta/{namespace}/guest/link_egress");
+            std::fs::remove_file(pin).unwrap();
+        },
+    ];
+    for change in changes {
+        let namespace = Namespace::new("watch").unwrap();
+        namespace
+            .enter(|| {
+                let _tap = Tap::create("guest").unwrap();
+                let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+                let watch = GuardWatch::begin(&guard).unwrap();
+                let occasions = watch.occasions().unwrap();
+                change();
+                let mut ready = [PollFd::new(occasions.as_fd(), PollFlags::POLLIN)];
+                assert_eq!(poll(&mut ready, 10_000u16), Ok(1));
+                watch.check().unwrap_err();
+                drop(watch);
+                if let Ok(guard) = Guard::open("guest") {
+                    guard.detach().unwrap();
+                }
+                let _ = Guard::remove_stale("guest");
+            })
+            .unwrap();
+    }
 }
 
 #[test]

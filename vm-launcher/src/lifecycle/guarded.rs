@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use omerta_dataplane::{Guard, GuardWatch};
 
+use crate::guard_alarm::GuardAlarm;
 use crate::lifecycle::{Ended, Paused, Running};
 use crate::link_watch::LinkWatch;
 use crate::{LaunchError, Spec, TapError};
@@ -36,17 +37,18 @@ impl Guarded {
     /// When the guard is not what it was, or QEMU does not do it; the guest is gone then.
     pub async fn resume(self) -> Result<Running, LaunchError> {
         match self.cont().await {
-            Ok(links) => Ok(Running::new(self.paused, self.guarding, links)),
+            Ok((links, alarm)) => Ok(Running::new(self.paused, self.guarding, links, alarm)),
             Err(error) => Err(self.end().await.after(error)),
         }
     }
 
-    async fn cont(&self) -> Result<LinkWatch, LaunchError> {
-        // First the subscription, then the proof: no change falls between.
+    async fn cont(&self) -> Result<(LinkWatch, GuardAlarm), LaunchError> {
+        // First the subscriptions, then the proof: no change falls between.
         let links = LinkWatch::open(self.guarding.tap).map_err(TapError::Netlink)?;
+        let alarm = GuardAlarm::of(self.guarding.watch.occasions()?).map_err(TapError::Netlink)?;
         self.guarding.watch.check()?;
         self.paused.qmp.cont().await?;
-        Ok(links)
+        Ok((links, alarm))
     }
 
     /// Kills QEMU, which has run nothing, and removes everything.

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::Spec;
+use crate::guard_alarm::GuardAlarm;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::watcher::Watcher;
@@ -43,7 +44,12 @@ impl Drop for Watching {
 }
 
 impl Running {
-    pub(super) fn new(paused: Paused, guarding: Guarding, links: LinkWatch) -> Self {
+    pub(super) fn new(
+        paused: Paused,
+        guarding: Guarding,
+        links: LinkWatch,
+        alarm: GuardAlarm,
+    ) -> Self {
         let Paused {
             machine,
             process,
@@ -61,6 +67,7 @@ impl Running {
             control_port,
             events: sender,
             links,
+            alarm,
         };
         let files = RunFiles::within(&machine.spec.run_dir);
         let watcher = Watching(tokio::spawn(watcher.run()));

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::error::report;
+use crate::guard_alarm::GuardAlarm;
 use crate::lifecycle::Control;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
@@ -54,12 +55,13 @@ pub(super) struct Watcher {
     pub(super) control_port: UnixStream,
     pub(super) events: mpsc::Sender<GuestEvent>,
     pub(super) links: LinkWatch,
+    pub(super) alarm: GuardAlarm,
 }
 
 /// How long QEMU may take to confirm that the guest stands still, before it is killed.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
-/// How often the guard is looked at when nothing gives cause to. A look takes some 40 µs, so that
-/// a hundred guests take less than half a percent of a processor.
+/// How often the guard is looked at when nothing gives cause to. A look takes some 40 µs, so
+/// that a hundred guests take less than half a percent of a processor.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Watcher {
@@ -86,6 +88,13 @@ impl Watcher {
                     let looked = match changed {
                         Ok(()) => self.look(),
                         Err(error) => Err(format!("its tap cannot be watched: {error}")),
+                    };
+                    guarded = self.stands_or_stops(looked).await;
+                }
+                rung = self.alarm.rung(), if guarded => {
+                    let looked = match rung {
+                        Ok(()) => self.look(),
+                        Err(error) => Err(format!("its guard cannot be watched: {error}")),
                     };
                     guarded = self.stands_or_stops(looked).await;
                 }

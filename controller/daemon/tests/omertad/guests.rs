@@ -102,9 +102,11 @@ fn ended_by(change: impl FnOnce() + Send) -> String {
     let guest = run(&daemon, "alpha");
     let pid = guest["pid"].as_u64().unwrap();
     daemon.namespace.enter(change).unwrap();
+    let changed = Instant::now();
     within_a_minute("the guest is ended", || {
         daemon.get("/v1/guests/alpha").json()["state"] == "ended"
     });
+    println!("measured: ended {:?} after the change", changed.elapsed());
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     let ended = daemon.get("/v1/guests/alpha").json()["ended"].clone();
     assert_eq!(ended["cause"], "guard_failed", "{ended}");
