@@ -1,5 +1,7 @@
 #!/bin/bash
 # What tests/vm/systemd.sh runs inside its machine.
+# The single quotes are for the shell that checks run.
+# shellcheck disable=SC2016
 set -u
 check() {
     local what=$1
