@@ -32,6 +32,10 @@ pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandEr
             let epoch = open(&interface)?.replace(&endpoints)?;
             in_force(&interface, epoch, out)
         }
+        GuardCommand::Mode { interface, mode } => {
+            let epoch = open(&interface)?.set_mode(mode)?;
+            in_force(&interface, epoch, out)
+        }
         GuardCommand::Show { interface, shown } => show(&open(&interface)?, shown.format, out),
         GuardCommand::List(shown) => list(shown.format, out),
         GuardCommand::Detach { interface } => detach(&interface, out),

@@ -139,6 +139,14 @@ pub enum GuardError {
         /// IPv4 or IPv6.
         family: &'static str,
     },
+    /// Conntrack mode was asked for where the guard was attached in another.
+    #[error(
+        "the guard of {interface} has no room for flows, which conntrack mode needs: `omerta guard detach {interface}`, and attach it with --mode conntrack"
+    )]
+    NoRoomForFlows {
+        /// The interface's name.
+        interface: String,
+    },
     /// The endpoint to revoke is not on the allowlist.
     #[error("{endpoint} is not on the allowlist of {interface}; nothing was changed")]
     NotListed {
@@ -237,6 +245,7 @@ impl GuardError {
             | Self::Renamed { .. }
             | Self::Replaced { .. }
             | Self::Foreign { .. }
+            | Self::NoRoomForFlows { .. }
             | Self::NoAddressOfFamily { .. }
             | Self::Owned { .. }
             | Self::NotOwned { .. }

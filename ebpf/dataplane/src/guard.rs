@@ -9,6 +9,7 @@ use omerta_verdict::{Address, Direction, Endpoint, Mode};
 use crate::attach::attached;
 use crate::counters::{self, Count, Counters};
 use crate::events::EventStream;
+use crate::object::has_room_for_flows;
 use crate::pinned::{find, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
 use crate::rules::refuse_unreachable;
@@ -169,6 +170,25 @@ impl Guard {
             *listed = endpoints.iter().copied().collect();
             Ok(())
         })
+    }
+
+    /// Judges by `mode` from now on. Returns the epoch in force. Only a guard that was attached in
+    /// conntrack mode has room for flows, and can return to it.
+    pub fn set_mode(&self, mode: Mode) -> Result<u64, GuardError> {
+        let (_lock, mut store) = self.locked_store()?;
+        self.authorise()?;
+        let mut policy = store.policy()?;
+        if policy.mode == mode as u32 {
+            return Ok(policy.epoch);
+        }
+        if mode == Mode::Conntrack && !has_room_for_flows(&self.interface, &self.pins)? {
+            return Err(GuardError::NoRoomForFlows {
+                interface: self.interface.clone(),
+            });
+        }
+        policy.mode = mode as u32;
+        let endpoints = store.endpoints()?;
+        store.commit(policy, &endpoints)
     }
 
     fn change(

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use aya::maps::MapError;
+use aya::maps::{MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
@@ -11,6 +11,7 @@ use omerta_verdict::{Direction, Mode, SocketBufferLayout};
 use crate::GuardError;
 use crate::btf::Btf;
 use crate::events::EventStream;
+use crate::pins::Pins;
 use crate::store::{Value, map_error};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
@@ -36,6 +37,15 @@ pub fn kernel_support() -> Result<(), GuardError> {
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_else(|_| "unknown release".to_owned());
     Err(GuardError::KernelTooOld { release })
+}
+
+/// Whether the guard of `pins` was loaded for conntrack mode.
+pub fn has_room_for_flows(interface: &str, pins: &Pins) -> Result<bool, GuardError> {
+    let flows = MapData::from_pin(pins.path("FLOWS")).and_then(|flows| flows.info());
+    Ok(flows
+        .map_err(|source| map_error(interface, "read", "FLOWS", source))?
+        .max_entries()
+        >= FLOWS)
 }
 
 /// Programs that are verified but attached to nothing yet.

@@ -1,4 +1,4 @@
-//! Any interleaving of allow, revoke, replace, reopening and a writer's death against a plain
+//! Any interleaving of allow, revoke, replace, mode changes, reopening and a writer's death against a plain
 //! set: the allowlist, the epoch and the kernel's verdicts agree with it.
 
 #![allow(
@@ -68,6 +68,7 @@ fn subset(world: &[Endpoint], random: &mut fastrand::Rng, odds: u32) -> Vec<Endp
 struct Model {
     listed: BTreeSet<Endpoint>,
     epoch: u64,
+    mode: Mode,
 }
 
 impl Model {
@@ -78,10 +79,18 @@ impl Model {
         self.epoch
     }
 
+    /// Likewise after a change of the mode.
+    fn judges(&mut self, mode: Mode) -> u64 {
+        self.epoch += u64::from(mode != self.mode);
+        self.mode = mode;
+        self.epoch
+    }
+
     fn holds(&self, guard: &Guard, tap: &Tap) {
         let status = guard.status().unwrap();
         let listed: Vec<_> = self.listed.iter().map(ToString::to_string).collect();
         assert_eq!((&status.allow, status.epoch), (&listed, self.epoch));
+        assert_eq!(status.mode, self.mode.word());
         for (index, endpoint) in world().iter().enumerate() {
             let before = guard.counters().unwrap().egress;
             tap.send(&frame(index)).unwrap();
@@ -89,8 +98,14 @@ impl Model {
             let allowed = after.allowed.packets - before.allowed.packets;
             let dropped = after.dropped_for(Reason::Endpoint).packets
                 - before.dropped_for(Reason::Endpoint).packets;
-            let listed = u64::from(self.listed.contains(endpoint));
-            assert_eq!((allowed, dropped), (listed, 1 - listed), "{endpoint}");
+            assert_eq!(allowed + dropped, 1, "{endpoint}");
+            let expected = match self.mode {
+                Mode::Direct => 1,
+                // Chance decides over what is not listed.
+                Mode::Sampled => u64::from(self.listed.contains(endpoint)).max(allowed),
+                Mode::Filtered | Mode::Conntrack => u64::from(self.listed.contains(endpoint)),
+            };
+            assert_eq!(allowed, expected, "{endpoint}");
         }
     }
 }
@@ -98,7 +113,12 @@ impl Model {
 fn run(seed: u64, tap: &Tap, owner: Option<Owner>) {
     let mut random = fastrand::Rng::with_seed(seed);
     let world = world();
-    let mut start = config(Mode::Filtered);
+    let flows = seed.is_multiple_of(3);
+    let mut start = config(if flows {
+        Mode::Conntrack
+    } else {
+        Mode::Filtered
+    });
     start.owner = owner.clone();
     if seed % 4 < 2 {
         start.addresses.retain(IpAddr::is_ipv4);
@@ -112,10 +132,11 @@ fn run(seed: u64, tap: &Tap, owner: Option<Owner>) {
     let mut model = Model {
         listed: start.allow.iter().copied().collect(),
         epoch: 1,
+        mode: start.mode,
     };
     let mut guard = Guard::attach("guest", &start).unwrap();
     for step in 0..STEPS {
-        match random.u32(..7) {
+        match random.u32(..8) {
             0 => {
                 let added = subset(&world, &mut random, 6);
                 let listed = model.listed.iter().chain(&added).copied().collect();
@@ -167,6 +188,15 @@ fn run(seed: u64, tap: &Tap, owner: Option<Owner>) {
                 writer.wait().unwrap();
                 if guard.status().unwrap().epoch > model.epoch {
                     model.becomes(listed);
+                }
+            }
+            6 => {
+                let mode = Mode::ALL[random.usize(..Mode::ALL.len())];
+                let result = guard.set_mode(mode);
+                if mode == Mode::Conntrack && !flows {
+                    assert_eq!(result.unwrap_err().kind(), ErrorKind::Refused);
+                } else {
+                    assert_eq!(result.unwrap(), model.judges(mode));
                 }
             }
             _ => guard = open(),

@@ -34,6 +34,15 @@ pub enum GuardCommand {
         file: PathBuf,
     },
 
+    /// Change how frames are judged
+    Mode {
+        /// The guarded interface
+        interface: InterfaceName,
+
+        /// filtered, sampled or direct; conntrack too where the guard was attached in that mode
+        mode: Mode,
+    },
+
     /// Show an interface's policy and counters
     Show {
         /// The guarded interface

@@ -250,3 +250,25 @@ fn allowlist_changes_raise_the_epoch() {
         .done();
     assert_eq!(stage.shown()["allow"], json!([]));
 }
+
+#[test]
+fn mode_changes_with_the_next_frame() {
+    let Some(stage) = Stage::set() else { return };
+    stage.guard("attach", GUEST).done();
+    let allowed = || {
+        stage.tap.send(&datagram([192, 0, 2, 10])).unwrap();
+        stage.shown()["egress"]["allowed"].clone()
+    };
+    assert_eq!(allowed(), 0);
+    let ran = stage.guard("mode", "direct").done();
+    assert_eq!(ran.stdout, "omt0: epoch 2 in force\n");
+    assert_eq!(stage.shown()["mode"], "direct");
+    assert_eq!(allowed(), 1);
+    stage.guard("mode", "filtered").done();
+    assert_eq!(allowed(), 1);
+    stage
+        .guard("mode", "conntrack")
+        .failed(4, &["omt0", "--mode conntrack"]);
+    stage.guard("mode", "open").failed(2, &["open", "filtered"]);
+    assert_eq!(stage.shown()["epoch"], 3);
+}
