@@ -3,6 +3,7 @@
 # Building core for bpfel-unknown-none takes a rustc with its library sources. rustup does not bring them unasked, and
 # Debian's own rustc is too old, so the first of these that has them is taken: OMERTA_BPF_RUSTC, rustup's nightly,
 # Debian's rustc-web in /usr/bin. ebpf/dataplane/build.rs looks in the same order.
+# Ubuntu's versioned ones (rustc-1.91 and later in 24.04) have their LLVM inside, with which bpf-linker cannot be linked.
 # shellcheck shell=bash
 
 # The first release whose LLVM (21) bpf-linker 0.13 reads.

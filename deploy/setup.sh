@@ -74,6 +74,7 @@ apt_install() {
 
 apt_offers() { # PACKAGE
     has apt-cache || return 1
+    if apt-cache show "$1" >/dev/null 2>&1; then return 0; fi
     apt_refresh "$1"
     apt-cache show "$1" >/dev/null 2>&1
 }
