@@ -203,27 +203,27 @@ install_bpf_linker() {
     step installed "$(bpf-linker --version) with LLVM $major"
 }
 
-# promtool comes in Debian's package of the Prometheus server, which would start as a service if it were installed: the
-# package is downloaded and this one program taken out.
+# Debian 13 has a package of promtool alone. Before, it comes with the Prometheus server, which would start as a service if
+# it were installed: the package is downloaded and this one program taken out.
 install_promtool() {
-    local tools=target/tools/bin work
+    local tools=target/tools/bin package=promtool work
     if has promtool || [ -x "$tools/promtool" ]; then
         step ok "promtool"
         return
     fi
-    apt_offers prometheus || fail "promtool is missing and no package brings it here: put one on PATH, then run 'make setup' again"
-    step working "apt-get download prometheus, for promtool alone"
+    apt_offers "$package" || package=prometheus
+    apt_offers "$package" || fail "promtool is missing and no package brings it here: put one on PATH, then run 'make setup' again"
+    step working "apt-get download $package, for promtool alone"
     mkdir -p "$tools"
     work=$(mktemp -d "$tools/promtool.XXXXXX")
-    if (cd "$work" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download prometheus >log 2>&1) &&
-        dpkg-deb --fsys-tarfile "$work"/prometheus_*.deb | tar -x -C "$work" ./usr/bin/promtool &&
+    if (cd "$work" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download "$package" && dpkg -x ./*.deb .) >"$work.log" 2>&1 &&
         mv "$work/usr/bin/promtool" "$tools/promtool"; then
-        rm -rf "$work"
+        rm -rf "$work" "$work.log"
         step installed "promtool in $tools"
     else
-        cat "$work/log" >&2
-        rm -rf "$work"
-        fail "apt-get could not download prometheus: see above"
+        cat "$work.log" >&2
+        rm -rf "$work" "$work.log"
+        fail "$package could not be downloaded and unpacked: see above"
     fi
 }
 
