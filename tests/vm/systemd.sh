@@ -56,8 +56,6 @@ ExecStart=/usr/local/bin/inside
 StandardOutput=tty
 StandardError=tty
 TTYPath=/dev/ttyS0
-SuccessAction=poweroff-force
-FailureAction=poweroff-force
 UNIT
 mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
 ln -sf ../inside.service "$root/etc/systemd/system/multi-user.target.wants/inside.service"
@@ -97,11 +95,18 @@ chmod 755 "$early/init"
 
 echo "it boots, and checks itself"
 log=$work/log
+: > "$log"
 timeout "$deadline" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1536 -nodefaults \
     -display none -no-reboot -serial "file:$log" -nic none \
     -kernel "$work"/kernel/boot/vmlinuz-* -initrd "$work/initrd" \
     -append 'console=ttyS0 quiet panic=-1 systemd.show_status=false net.ifnames=0' \
-    -drive "file=$work/disk,format=raw,if=virtio,cache=unsafe" || true
+    -drive "file=$work/disk,format=raw,if=virtio,cache=unsafe" &
+machine=$!
+trap 'kill "$machine" 2> /dev/null || true' EXIT
+# It is not waited for to power down: all that matters has been said.
+while kill -0 "$machine" 2> /dev/null && ! grep -aq '^ok   all' "$log"; do
+    sleep 1
+done
 
 tr -d '\r' < "$log" | grep -aE '^(ok|FAIL|told) ' || true
 if ! grep -aq '^ok   all' "$log" || grep -aq '^FAIL' "$log"; then

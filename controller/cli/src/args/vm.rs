@@ -67,7 +67,8 @@ pub enum VmCommand {
         name: GuestName,
     },
 
-    /// Print what a guest wrote to its console, control characters spelled out
+    /// Print what a guest wrote to its console, control characters spelled out; of an ended guest
+    /// its last 64 KiB
     Logs {
         /// The guest
         name: GuestName,
