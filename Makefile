@@ -5,6 +5,7 @@
 #   make image    the guest image, in target/image, or make image IMAGE=DIR
 #   make demo     setup, build, image, then the demonstration
 #   make test     setup, build, image, then every test
+#   make fuzz     every fuzz target for SECONDS=N (60)
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
 #   make bench    what a guard costs, against no filter and nftables; BENCH="tap --rounds 31" chooses

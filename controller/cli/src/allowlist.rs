@@ -42,7 +42,7 @@ pub fn read(path: &Path) -> Result<Vec<Endpoint>, AllowlistError> {
 }
 
 /// Parses an allowlist. A byte order mark, blank lines and what follows `#` are ignored.
-fn parse(name: &Path, bytes: &[u8]) -> Result<Vec<Endpoint>, AllowlistError> {
+pub(crate) fn parse(name: &Path, bytes: &[u8]) -> Result<Vec<Endpoint>, AllowlistError> {
     let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
     let mut endpoints = Vec::new();
     for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {

@@ -1,0 +1,62 @@
+//! Fuzz targets: one function for everything that reads bytes which a guest, the network, a file
+//! or another process has written. Each panics where a promise is broken.
+//!
+//! `make fuzz SECONDS=N` runs each under libFuzzer; `tests/replay.rs` replays the committed inputs.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a finding is a panic"
+)]
+
+mod oracle;
+mod parsers;
+mod streams;
+mod table;
+mod verdict;
+
+/// Parsers of binaries and private modules, compiled once more from their own files.
+macro_rules! borrowed {
+    ($($name:ident = $path:literal),+ $(,)?) => {$(
+        #[path = $path]
+        #[allow(dead_code, unreachable_pub, missing_docs, reason = "the file belongs to another crate")]
+        mod $name;
+    )+};
+}
+
+borrowed!(
+    allowlist = "../../../controller/cli/src/allowlist.rs",
+    control_port = "../../../vm-launcher/src/control_port.rs",
+    exit = "../../../controller/cli/src/exit.rs",
+    guest_text = "../../../controller/cli/src/guest_text.rs",
+    qmp_lines = "../../../vm-launcher/src/qmp_lines.rs",
+    wg_public_key = "../../../vm-launcher/src/wg_public_key.rs",
+);
+use wg_public_key::WgPublicKey;
+
+/// One target: what it reads.
+pub type Target = fn(&[u8]);
+
+/// Every target by its name.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("egress", verdict::egress_target),
+    ("ingress", verdict::ingress_target),
+    ("answer_for_guest", verdict::answer_target),
+    ("event_record", parsers::event_record),
+    ("words", parsers::words),
+    ("allowlist_file", parsers::allowlist_file),
+    ("table", table::model),
+    ("qmp_lines", streams::qmp_lines),
+    ("control_port", streams::control_port),
+    ("console_filter", streams::console_filter),
+    ("c_abi", parsers::c_abi),
+];
+
+/// The target of that name.
+pub fn target(name: &str) -> Option<Target> {
+    TARGETS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, target)| *target)
+}
