@@ -6,6 +6,7 @@
 #   make demo     setup, build, image, then the demonstration
 #   make test     setup, build, image, then every test
 #   make fuzz     every fuzz target for SECONDS=N (60)
+#   make soak     parity, policy flips and kills under traffic, until Ctrl-C or SECONDS=N
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
 #   make bench    what a guard costs, against no filter and nftables; BENCH="tap --rounds 31" chooses
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 # cargo, rustup and bpf-linker may not be on PATH (sudo, services).
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 
-.PHONY: help setup build image demo test bench lab lint clean
+.PHONY: help setup build image demo test bench fuzz soak lab lint clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -40,6 +41,13 @@ demo: setup
 test: setup
 	@$(MAKE) --no-print-directory build image
 	@tests/run.sh
+
+fuzz:
+	@tests/fuzz/run.sh $(or $(SECONDS),60)
+
+soak:
+	@cargo build --release --locked -p omerta-soak
+	@target/release/omerta-soak $(if $(SECONDS),--seconds $(SECONDS))
 
 lint:
 	@deploy/setup.sh --lint

@@ -1,6 +1,8 @@
 //! The committed inputs, past findings among them, and the frames of the corpus: every target
 //! takes them, without a fuzzer.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
 use std::fs;
 use std::path::Path;
 

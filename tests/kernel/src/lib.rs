@@ -2,9 +2,11 @@
 
 mod frame;
 mod generate;
+mod pair;
 mod stage;
 pub mod victim;
 
 pub use frame::{Ipv4, Ipv6, arp, checksum, ethernet, icmp_echo, tcp, udp};
 pub use generate::Generator;
+pub use pair::{NEXT, Pair, SHOT, test_run_takes};
 pub use stage::*;
