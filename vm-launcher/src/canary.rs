@@ -118,7 +118,7 @@ mod tests {
 
     use std::net::Ipv4Addr;
 
-    use omerta_dataplane::GuardConfig;
+    use omerta_dataplane::{GuardConfig, Limits};
     use omerta_test_support::Namespace;
     use omerta_verdict::Mode;
 
@@ -144,6 +144,8 @@ mod tests {
                     gateway_mac: Some(GATEWAY),
                     mode: Mode::Filtered,
                     allow: vec!["udp:192.0.2.10:51820".parse().unwrap()],
+                    egress: Limits::default(),
+                    ingress: Limits::default(),
                     owner: None,
                 };
                 let guard = Guard::attach("omcanary", &config).unwrap();

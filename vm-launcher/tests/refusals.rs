@@ -17,7 +17,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use omerta_dataplane::{ErrorKind, Guard, GuardConfig};
+use omerta_dataplane::{ErrorKind, Guard, GuardConfig, Limits};
 use omerta_test_support::{Tap, ip};
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{LaunchError, Paused, RunDirError, Spec, TapError};
@@ -130,6 +130,8 @@ fn a_tap_that_someone_guarded_first_is_refused() {
             gateway_mac: Some(spec.gateway_mac()),
             mode: Mode::Filtered,
             allow: Vec::new(),
+            egress: Limits::default(),
+            ingress: Limits::default(),
             owner: None,
         };
         let tap = spec.tap.clone();

@@ -155,11 +155,13 @@ mod tests {
                     (*reason, if hit { dropped } else { count(0, 0) })
                 })
                 .collect(),
+            ..DirectionCounters::default()
         };
         Counters {
             egress: direction(count(10, 1480), count(3, 294)),
             ingress: direction(count(9, 1300), count(0, 0)),
             events_lost: count(4, 400),
+            ..Counters::default()
         }
     }
 

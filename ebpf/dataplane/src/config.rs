@@ -1,13 +1,48 @@
 //! What a guard is asked to be, and whether it can be.
 
 use std::net::IpAddr;
+use std::num::NonZero;
 
-use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Mode, Policy};
+use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Meter, Mode, Policy, Rate};
 
 use crate::{GuardError, Owner, interface};
 
 /// One frame in this many is judged against the allowlist in sampled mode.
 const SAMPLE_EVERY: u32 = 16;
+
+/// Events of one guard in a second, and at once; what exceeds them is counted, not told.
+const EVENTS: Rate = Rate::per_second(1000, 250);
+/// Duplicate-address probes in a second, and at once: a guest probes each of its addresses when its
+/// interface comes up.
+const PROBES: Rate = Rate::per_second(1, 16);
+/// Bursts last this part of a second, and hold at least the frames below.
+const BURST_PARTS: u64 = 8;
+const BURST_FRAMES: u64 = 32;
+/// What the longest frame may hold: 64 KiB that the host is to cut, and headers.
+const LONGEST_FRAME: u64 = 65_549;
+
+/// How much may travel in one direction; `None` is without limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Frames a second. What the host is to cut counts as what it becomes.
+    pub packets_per_second: Option<NonZero<u64>>,
+    /// Bits a second, of whole frames with their Ethernet headers.
+    pub bits_per_second: Option<NonZero<u64>>,
+}
+
+impl Limits {
+    /// The rates of frames and of bytes.
+    fn rates(&self) -> [Rate; 2] {
+        let packets = self.packets_per_second.map_or(0, NonZero::get);
+        let bytes = self
+            .bits_per_second
+            .map_or(0, |bits| bits.get().div_ceil(8));
+        [
+            Rate::per_second(packets, (packets / BURST_PARTS).max(BURST_FRAMES)),
+            Rate::per_second(bytes, (bytes / BURST_PARTS).max(2 * LONGEST_FRAME)),
+        ]
+    }
+}
 
 /// Whose interface it is and whom its guest may reach.
 #[derive(Clone, Debug)]
@@ -24,6 +59,10 @@ pub struct GuardConfig {
     pub mode: Mode,
     /// The allowlist.
     pub allow: Vec<Endpoint>,
+    /// What the guest may send.
+    pub egress: Limits,
+    /// What the guest may be sent.
+    pub ingress: Limits,
     /// Who alone may change and remove the guard; `None` for everybody.
     pub owner: Option<Owner>,
 }
@@ -58,12 +97,13 @@ impl GuardConfig {
             sample_every: SAMPLE_EVERY,
             mac: self.mac,
             gateway_mac,
+            rates: self.rates(),
             ..Policy::EMPTY
         };
         for (index, address) in self.addresses.iter().enumerate() {
             let owned = Address::from(*address);
             let mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-            if mapped || !owned.is_possible_peer() {
+            if mapped || !owned.is_unicast() {
                 return refuse(format!(
                     "{address} cannot be a guest's address: give a unicast address"
                 ));
@@ -77,7 +117,7 @@ impl GuardConfig {
             let place = usize::from(gateway.is_ipv6());
             let address = Address::from(*gateway);
             let mapped = matches!(gateway, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-            if mapped || !address.is_possible_peer() || policy.owns(address) {
+            if mapped || !address.is_unicast() || policy.owns(address) {
                 return refuse(format!(
                     "{gateway} cannot be a gateway: give a unicast address that is not the guest's"
                 ));
@@ -90,5 +130,21 @@ impl GuardConfig {
             policy.gateways[place] = address;
         }
         Ok(policy)
+    }
+
+    fn rates(&self) -> [Rate; Meter::COUNT] {
+        let mut rates = [Rate::UNLIMITED; Meter::COUNT];
+        let [egress, ingress] = [self.egress.rates(), self.ingress.rates()];
+        for (meter, rate) in [
+            (Meter::EgressPackets, egress[0]),
+            (Meter::EgressBytes, egress[1]),
+            (Meter::IngressPackets, ingress[0]),
+            (Meter::IngressBytes, ingress[1]),
+            (Meter::Probes, PROBES),
+            (Meter::Events, EVENTS),
+        ] {
+            rates[meter as usize] = rate;
+        }
+        rates
     }
 }

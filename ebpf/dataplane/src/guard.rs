@@ -7,7 +7,7 @@ use aya::maps::{MapData, PerCpuArray};
 use omerta_verdict::{Address, Direction, Endpoint, Mode};
 
 use crate::attach::attached;
-use crate::counters::{self, Count, Counters};
+use crate::counters::{self, Counters};
 use crate::events::EventStream;
 use crate::object::has_room_for_flows;
 use crate::pinned::{find, refuse_elsewhere, remove_aside};
@@ -248,17 +248,23 @@ impl Guard {
             egress: DirectionStatus::from(&counters.egress),
             ingress: DirectionStatus::from(&counters.ingress),
             events_lost: counters.events_lost.packets,
+            events_limited: counters.events_limited.packets,
         })
     }
 
     /// The counters since the guard was attached.
     pub fn counters(&self) -> Result<Counters, GuardError> {
-        let open = |name: &'static str| -> Result<PerCpuArray<MapData, Count>, GuardError> {
-            let data = MapData::from_pin(self.pins.path(name));
-            data.and_then(|data| aya::maps::Map::PerCpuArray(data).try_into())
-                .map_err(|source| map_error(&self.interface, "open", name, source))
-        };
-        counters::read(&self.interface, &open("COUNTERS")?, &open("LOST")?)
+        let counters = self.per_cpu("COUNTERS")?;
+        counters::read(&self.interface, &counters, &self.per_cpu("LOST")?)
+    }
+
+    fn per_cpu<T: aya::Pod>(
+        &self,
+        name: &'static str,
+    ) -> Result<PerCpuArray<MapData, T>, GuardError> {
+        MapData::from_pin(self.pins.path(name))
+            .and_then(|data| aya::maps::Map::PerCpuArray(data).try_into())
+            .map_err(|source| map_error(&self.interface, "open", name, source))
     }
 
     /// The guard's events. Two streams of one guard would each see a part: keep one.

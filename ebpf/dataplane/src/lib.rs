@@ -25,7 +25,7 @@ mod status;
 mod store;
 mod watch;
 
-pub use config::GuardConfig;
+pub use config::{GuardConfig, Limits};
 pub use counters::{Count, Counters, DirectionCounters};
 pub use error::{ErrorKind, GuardError};
 pub use events::{EventStream, FrameEvent};

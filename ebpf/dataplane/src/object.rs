@@ -1,12 +1,13 @@
 //! The kernel programs: one instance, with maps of its own, for each guard.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 
-use aya::maps::{MapData, MapError};
+use aya::maps::{Array, HashMap, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use omerta_verdict::{Direction, Mode, SocketBufferLayout};
+use omerta_verdict::{Direction, FixedInputs, Flow, Mode, SocketBufferLayout};
 
 use crate::GuardError;
 use crate::btf::Btf;
@@ -57,7 +58,14 @@ pub struct Programs {
 impl Programs {
     /// Loads and verifies the programs. `interface` is for messages only.
     pub fn load(interface: &str, mode: Mode) -> Result<Self, GuardError> {
+        Self::load_with(interface, mode, FixedInputs::NONE)
+    }
+
+    /// As [`Programs::load`], with clock and chance as `inputs` fixes them: for tests that compute
+    /// the same verdicts again. Never for a guard.
+    pub fn load_with(interface: &str, mode: Mode, inputs: FixedInputs) -> Result<Self, GuardError> {
         kernel_support()?;
+        let (inputs, mark) = (Value(inputs), random_mark(interface)?);
         let layout = Value(socket_buffer_layout().map_err(|source| GuardError::System {
             action: "find the fields of struct sk_buff in /sys/kernel/btf/vmlinux",
             interface: interface.to_owned(),
@@ -65,7 +73,11 @@ impl Programs {
         })?);
         let mut loader = EbpfLoader::new();
         // The programs are built against no kernel's types; what they need of them is set here.
-        loader.btf(None).override_global("SKB", &layout, true);
+        loader
+            .btf(None)
+            .override_global("SKB", &layout, true)
+            .override_global("FIXED", &inputs, true)
+            .override_global("MARK", &mark, true);
         if mode == Mode::Conntrack {
             loader.map_max_entries("FLOWS", FLOWS);
         }
@@ -117,10 +129,52 @@ impl Programs {
             .map_err(|source| map_error(&self.interface, "open", "EVENTS", source))
     }
 
+    /// Puts `flow` into the table of flows, as if the guest had last sent on it at `seen_ns`; or
+    /// takes it out.
+    pub fn set_flow(&mut self, flow: &Flow, seen_ns: Option<u64>) -> Result<(), GuardError> {
+        let failed = |source| map_error("tests", "write", "FLOWS", source);
+        let map = self.ebpf.map_mut("FLOWS").ok_or(MapError::InvalidName {
+            name: "FLOWS".into(),
+        });
+        let mut flows: HashMap<_, Value<Flow>, u64> =
+            map.and_then(HashMap::try_from).map_err(failed)?;
+        match seen_ns {
+            Some(seen) => flows.insert(Value(*flow), seen, 0).map_err(failed),
+            None => match flows.remove(&Value(*flow)) {
+                Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
+                Err(source) => Err(failed(source)),
+            },
+        }
+    }
+
+    /// Writes word `index` of `map`, one of LEASE and METERS.
+    pub fn set_word(&mut self, map: &'static str, index: u32, word: u64) -> Result<(), GuardError> {
+        let failed = |source| map_error("tests", "write", map, source);
+        let found = self
+            .ebpf
+            .map_mut(map)
+            .ok_or(MapError::InvalidName { name: map.into() });
+        let mut words: Array<_, u64> = found.and_then(Array::try_from).map_err(failed)?;
+        words.set(index, word, 0).map_err(failed)
+    }
+
     /// The maps, by name.
     pub(crate) fn ebpf(&mut self) -> &mut Ebpf {
         &mut self.ebpf
     }
+}
+
+/// What marks one guard's own answers: nobody else can know it. Not 0, which marks nothing.
+fn random_mark(interface: &str) -> Result<u32, GuardError> {
+    let mut bytes = [0; 4];
+    File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|source| GuardError::System {
+            action: "read random numbers",
+            interface: interface.to_owned(),
+            source,
+        })?;
+    Ok(u32::from_ne_bytes(bytes) | 1)
 }
 
 /// Where this kernel keeps what the programs read of a socket buffer.

@@ -17,6 +17,8 @@ pub struct DirectionStatus {
     pub answered: u64,
     /// Dropped, by reason; every reason is there.
     pub dropped: BTreeMap<&'static str, u64>,
+    /// The guard's own answers that entered again on their way out; not among `rx`.
+    pub own_answers: u64,
 }
 
 impl From<&DirectionCounters> for DirectionStatus {
@@ -30,6 +32,7 @@ impl From<&DirectionCounters> for DirectionStatus {
                 .iter()
                 .map(|(reason, count)| (reason.word(), count.packets))
                 .collect(),
+            own_answers: counters.own_answers.packets,
         }
     }
 }
@@ -61,6 +64,8 @@ pub struct GuardStatus {
     pub egress: DirectionStatus,
     /// To the guest.
     pub ingress: DirectionStatus,
-    /// Dropped frames whose event did not fit the ring.
+    /// Dropped frames of which no event tells.
     pub events_lost: u64,
+    /// Those of them that exceeded the guard's rate of events; the others did not fit the ring.
+    pub events_limited: u64,
 }

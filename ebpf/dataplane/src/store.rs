@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
-use omerta_verdict::{Bucket, Endpoint, Policy, SocketBufferLayout, Table};
+use omerta_verdict::{Bucket, Endpoint, FixedInputs, Flow, Policy, SocketBufferLayout, Table};
 
 use crate::object::Programs;
 use crate::pins::Pins;
@@ -32,6 +32,10 @@ unsafe impl aya::Pod for Value<Policy> {}
 unsafe impl aya::Pod for Value<Bucket> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<SocketBufferLayout> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Value<FixedInputs> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Value<Flow> {}
 
 /// One bank of the allowlist.
 type BankMap = Array<MapData, Value<Bucket>>;

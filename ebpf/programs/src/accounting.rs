@@ -6,7 +6,9 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
     programs::TcContext,
 };
-use omerta_verdict::{Direction, EVENT_FRAME_BYTES, EventRecord, Outcome, Reason};
+use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Guard, Meter};
+
+use crate::state::KernelGuard;
 
 #[repr(C)]
 pub struct Count {
@@ -14,43 +16,80 @@ pub struct Count {
     bytes: u64,
 }
 
-/// Per CPU: each direction's outcomes by [`Outcome::index`].
+/// Per CPU: each direction's counters, by `Outcome::index` and what follows them.
 #[map]
-static COUNTERS: PerCpuArray<Count> = PerCpuArray::with_max_entries(2 * Outcome::COUNT as u32, 0);
+static COUNTERS: PerCpuArray<[Count; DIRECTION_COUNTERS]> = PerCpuArray::with_max_entries(2, 0);
 
 /// Dropped frames, newest lost where the reader is too slow.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(32 * 1024, 0);
 
-/// Per CPU: events that did not fit the ring (`packets`), and their bytes.
+/// Per CPU: the dropped frames of which no event tells, by [`Lost`].
 #[map]
-static LOST: PerCpuArray<Count> = PerCpuArray::with_max_entries(1, 0);
+static LOST: PerCpuArray<Count> = PerCpuArray::with_max_entries(2, 0);
 
-#[inline(always)]
-pub fn count(direction: Direction, outcome: Outcome, length: u32) {
-    add(
-        &COUNTERS,
-        direction as u32 * Outcome::COUNT as u32 + outcome.index() as u32,
-        length,
-    );
+/// Why no event tells of a dropped frame.
+#[derive(Clone, Copy)]
+enum Lost {
+    /// The reader is too slow.
+    RingFull = 0,
+    /// The guard's rate of events was used up.
+    RateLimited = 1,
 }
 
-#[inline(always)]
-fn add(counters: &PerCpuArray<Count>, index: u32, length: u32) {
-    if let Some(count) = counters.get_ptr_mut(index) {
-        // SAFETY: the element is this CPU's own, and programs do not preempt one another on a
-        // CPU while the network stack runs them (bottom halves are off).
-        unsafe {
-            (*count).packets += 1;
-            (*count).bytes += length as u64;
+/// One direction's counters of this CPU.
+#[derive(Clone, Copy)]
+pub struct Counters(*mut [Count; DIRECTION_COUNTERS]);
+
+impl Counters {
+    #[inline(always)]
+    pub fn of(direction: Direction) -> Option<Self> {
+        COUNTERS.get_ptr_mut(direction as u32).map(Self)
+    }
+
+    #[inline(always)]
+    pub fn count(self, counter: u32, length: u32) {
+        // The compiler may know the bound and leave the comparison out, but the verifier, which
+        // judges each function for itself, does not.
+        // SAFETY: the variable is this function's own.
+        let counter = unsafe { core::ptr::read_volatile(&raw const counter) };
+        if (counter as usize) < DIRECTION_COUNTERS {
+            // SAFETY: the element is this CPU's own, programs do not preempt one another on a CPU
+            // while the network stack runs them (bottom halves are off), and the index is within.
+            add(unsafe { &raw mut (*self.0)[counter as usize] }, length);
         }
     }
 }
 
 #[inline(always)]
-pub fn report(context: &TcContext, direction: Direction, reason: Reason, length: u32) {
+fn add(count: *mut Count, length: u32) {
+    // SAFETY: `count` points to an element of a map, this CPU's own.
+    unsafe {
+        (*count).packets += 1;
+        (*count).bytes += length as u64;
+    }
+}
+
+#[inline(always)]
+fn lost(why: Lost, length: u32) {
+    if let Some(count) = LOST.get_ptr_mut(why as u32) {
+        add(count, length);
+    }
+}
+
+#[inline(always)]
+pub fn report(context: &TcContext, direction: u8, reason: u8, length: u32) {
+    let guard = KernelGuard::read();
+    // A guard without policy has no rate, and nobody who reads.
+    let rate = guard
+        .policy()
+        .map(|policy| policy.rates[Meter::Events as usize]);
+    if !rate.is_some_and(|rate| guard.take(Meter::Events, rate, 1)) {
+        lost(Lost::RateLimited, length);
+        return;
+    }
     let Some(mut entry) = EVENTS.reserve::<EventRecord>(0) else {
-        add(&LOST, 0, length);
+        lost(Lost::RingFull, length);
         return;
     };
     let record = entry.as_mut_ptr();
@@ -66,8 +105,8 @@ pub fn report(context: &TcContext, direction: Direction, reason: Reason, length:
         (*record).at_ns = bpf_ktime_get_ns();
         (*record).ifindex = (*context.skb.skb).ifindex;
         (*record).length = length;
-        (*record).direction = direction as u8;
-        (*record).reason = reason as u8;
+        (*record).direction = direction;
+        (*record).reason = reason;
         (*record).padding = 0;
         (*record).frame = [0; EVENT_FRAME_BYTES];
         let read = wanted > 0

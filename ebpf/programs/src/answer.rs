@@ -10,17 +10,33 @@ use aya_ebpf::{
 use omerta_verdict::{ANSWER_CAPACITY, Answer, Direction};
 
 /// Marks answers given for the guest, which enter by the interface's ingress hook and so pass
-/// `guest_egress`. No guest can set a mark, and the content is judged besides.
-const MARK: u32 = 0x6f6d_7274;
+/// `guest_egress`. Random for each guard, set at load; 0 marks nothing. No guest can set a mark,
+/// and the content is judged besides.
+#[unsafe(no_mangle)]
+static MARK: u32 = 0;
 
-/// Per CPU: where an answer is composed; the program's stack has no room for it.
+/// Where an answer waits, and is composed: a program's stack has no room for it.
+pub struct Scratch {
+    answer: Answer,
+    frame: [u8; ANSWER_CAPACITY],
+}
+
+/// Per CPU.
 #[map]
-static SCRATCH: PerCpuArray<[u8; ANSWER_CAPACITY]> = PerCpuArray::with_max_entries(1, 0);
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+#[inline(always)]
+fn mark() -> u32 {
+    // SAFETY: the constant is this program's own; the read is volatile because the loader has
+    // replaced the value that the compiler saw.
+    unsafe { core::ptr::read_volatile(&raw const MARK) }
+}
 
 #[inline(always)]
 pub fn is_marked(context: &TcContext) -> bool {
+    let mark = mark();
     // SAFETY: the context's socket buffer is valid for the whole run of the program.
-    unsafe { (*context.skb.skb).mark == MARK }
+    mark != 0 && unsafe { (*context.skb.skb).mark == mark }
 }
 
 #[inline(always)]
@@ -34,15 +50,27 @@ fn set_mark(context: &TcContext, mark: u32) {
     unsafe { (*context.skb.skb).mark = mark }
 }
 
-/// Turns the question's buffer into the answer and redirects it. `None` where that failed: the
-/// buffer must then be dropped.
+/// Keeps `answer` for [`send`]; false where there is no place for it.
 #[inline(always)]
-pub fn send(context: &TcContext, answer: &Answer, direction: Direction) -> Option<i32> {
-    let skb = context.skb.skb;
-    let scratch = SCRATCH.get_ptr_mut(0)?;
+pub fn keep(answer: &Answer) -> bool {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        return false;
+    };
     // SAFETY: the element is this CPU's own, and programs do not preempt one another on a CPU
     // while the network stack runs them (bottom halves are off).
-    let frame = unsafe { &mut *scratch };
+    unsafe { (*scratch).answer = *answer };
+    true
+}
+
+/// Turns the question's buffer into the answer kept, and redirects it. `None` where that failed:
+/// the buffer must then be dropped.
+#[inline(always)]
+pub fn send(context: &TcContext, direction: Direction) -> Option<i32> {
+    let skb = context.skb.skb;
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: as above; [`keep`] has filled the answer in, and until then it is all zero, which
+    // is an answer too.
+    let Scratch { answer, frame } = unsafe { &mut *scratch };
     answer.compose(frame);
     let [arp, advertisement] = Answer::LENGTHS;
     let written = if answer.length() == arp {
@@ -56,7 +84,7 @@ pub fn send(context: &TcContext, answer: &Answer, direction: Direction) -> Optio
     let flags = match direction {
         Direction::Egress => 0,
         Direction::Ingress => {
-            set_mark(context, MARK);
+            set_mark(context, mark());
             BPF_F_INGRESS as u64
         }
     };

@@ -1,15 +1,19 @@
 //! A socket buffer as a [`Frame`].
 
-use aya_ebpf::{helpers::bpf_probe_read_kernel, programs::TcContext};
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::{bpf_check_mtu, bpf_probe_read_kernel},
+    programs::TcContext,
+};
 use omerta_verdict::{Frame, PendingChecksum, SocketBufferLayout};
 
 /// Set at load.
 #[unsafe(no_mangle)]
 static SKB: SocketBufferLayout = SocketBufferLayout::UNKNOWN;
 
-/// Ethernet, IPv6 and a TCP header without options, or a neighbour solicitation with its option:
-/// the furthest that the verdict reads (14 + 40 + 32).
-const HEADERS: usize = 86;
+/// The furthest that the verdict reads: an ICMPv6 error with what it quotes (14 + 40 + 8 + 40 + 8),
+/// or a neighbour solicitation with four options (14 + 40 + 24 + 32).
+const HEADERS: usize = 110;
 
 /// The linear start of a socket buffer, long enough for every header that the verdict reads.
 pub struct SocketBuffer<'a> {
@@ -41,38 +45,54 @@ impl<'a> SocketBuffer<'a> {
     }
 }
 
-const NOWHERE: PendingChecksum = PendingChecksum {
-    start: u32::MAX,
-    field: u32::MAX,
-};
+const NO_CHECKSUM: u64 = u64::MAX;
+/// What cannot be read counts as a checksum in a place that no header has.
+const NOWHERE: u64 = u64::MAX - 1;
 
-impl SocketBuffer<'_> {
-    #[inline(always)]
-    fn checksum_places(&self, layout: &SocketBufferLayout) -> Option<PendingChecksum> {
-        let (head, data): (u64, u64) = (self.kernel(layout.head)?, self.kernel(layout.data)?);
-        let start: u16 = self.kernel(layout.checksum_start)?;
-        let offset: u16 = self.kernel(layout.checksum_offset)?;
-        let start = (start as u32).wrapping_sub(data.wrapping_sub(head) as u32);
-        Some(PendingChecksum {
-            start,
-            field: start.wrapping_add(offset as u32),
-        })
+/// Where a checksum is still to be written: its start << 32 | its field; or [`NO_CHECKSUM`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn checksum_places(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: the constant is this program's own; the read is volatile because the loader has
+    // replaced the value that the compiler saw.
+    let layout = unsafe { core::ptr::read_volatile(&raw const SKB) };
+    match kernel::<u8>(skb, layout.summed) {
+        Some(summed) if summed as u32 & layout.summed_mask != layout.summed_mask => NO_CHECKSUM,
+        _ => pending(skb, &layout).unwrap_or(NOWHERE),
     }
+}
 
-    /// What the kernel's own socket buffer holds at `offset`, which the context does not show.
-    #[inline(always)]
-    fn kernel<T>(&self, offset: u32) -> Option<T> {
-        let skb: *const u8 = self.context.skb.skb.cast();
-        // SAFETY: at run time the context is the address of the `struct sk_buff` itself (the
-        // verifier rewrites loads from it, and only those); the helper takes any address.
-        unsafe { bpf_probe_read_kernel(skb.wrapping_add(offset as usize).cast::<T>()).ok() }
-    }
+#[inline(always)]
+fn pending(skb: *mut __sk_buff, layout: &SocketBufferLayout) -> Option<u64> {
+    let (head, data): (u64, u64) = (kernel(skb, layout.head)?, kernel(skb, layout.data)?);
+    let start: u16 = kernel(skb, layout.checksum_start)?;
+    let offset: u16 = kernel(skb, layout.checksum_offset)?;
+    let start = (start as u32).wrapping_sub(data.wrapping_sub(head) as u32);
+    Some((start as u64) << 32 | start.wrapping_add(offset as u32) as u64)
+}
+
+/// What the kernel's own socket buffer holds at `offset`, which the context does not show.
+#[inline(always)]
+fn kernel<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
+    let field = skb.cast::<u8>().wrapping_add(offset as usize);
+    // SAFETY: at run time the context is the address of the `struct sk_buff` itself (the verifier
+    // rewrites loads from it, and only those); the helper takes any address.
+    unsafe { bpf_probe_read_kernel(field.cast::<T>().cast_const()).ok() }
 }
 
 impl Frame for SocketBuffer<'_> {
     #[inline(always)]
     fn length(&self) -> u32 {
         self.context.len()
+    }
+
+    #[inline(always)]
+    fn exceeds_mtu(&self) -> bool {
+        let mut mtu = 0;
+        // SAFETY: the context's socket buffer is valid for the whole run of the program, and the
+        // helper writes one word. It answers 0 where the frame fits the interface it is on, and
+        // takes a frame that is yet to be cut as fitting (bpf_skb_check_mtu in net/core/filter.c).
+        unsafe { bpf_check_mtu(self.context.skb.skb.cast(), 0, &raw mut mtu, 0, 0) != 0 }
     }
 
     #[inline(always)]
@@ -90,13 +110,12 @@ impl Frame for SocketBuffer<'_> {
 
     #[inline(always)]
     fn pending_checksum(&self) -> Option<PendingChecksum> {
-        // SAFETY: the constant is this program's own; the read is volatile because the loader
-        // has replaced the value that the compiler saw.
-        let layout = unsafe { core::ptr::read_volatile(&raw const SKB) };
-        match self.kernel::<u8>(layout.summed) {
-            Some(summed) if summed as u32 & layout.summed_mask != layout.summed_mask => None,
-            // What cannot be read counts as a checksum in a place that no header has.
-            _ => Some(self.checksum_places(&layout).unwrap_or(NOWHERE)),
+        match checksum_places(self.context.skb.skb) {
+            NO_CHECKSUM => None,
+            places => Some(PendingChecksum {
+                start: (places >> 32) as u32,
+                field: places as u32,
+            }),
         }
     }
 

@@ -2,15 +2,21 @@
 //! the headers readable, asks the verdict, counts the outcome and carries it out.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features, reason = "compare-and-swap")]
 
 mod accounting;
 mod answer;
 mod buffer;
 mod state;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
-use omerta_verdict::{Direction, Outcome, Reason, Verdict, egress, ingress, is_answer_for_guest};
+use aya_ebpf::{bindings::__sk_buff, macros::classifier, programs::TcContext};
+use omerta_verdict::{
+    Direction, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason, Verdict, egress, ingress,
+    is_answer_for_guest,
+};
 
+use crate::accounting::Counters;
 use crate::buffer::SocketBuffer;
 use crate::state::KernelGuard;
 
@@ -20,60 +26,121 @@ const NEXT: i32 = -1;
 /// `TC_ACT_SHOT`.
 const SHOT: i32 = 2;
 
+const ALLOWED: u32 = Outcome::Allowed.index() as u32;
+const ANSWERED: u32 = Outcome::Answered.index() as u32;
+const FIRST_REASON: u32 = Outcome::Dropped(Reason::NoPolicy).index() as u32;
+const UNREADABLE: u32 = Outcome::Dropped(Reason::Unreadable).index() as u32;
+const ANSWER_FAILED: u32 = Outcome::Dropped(Reason::AnswerFailed).index() as u32;
+
 /// What the guest sends: the interface's TCX ingress hook.
 #[classifier]
 pub fn guest_egress(context: TcContext) -> i32 {
-    if answer::is_marked(&context) {
-        let frame = SocketBuffer::readable(&context);
-        let guard = KernelGuard::read();
-        if let (Some(frame), Some(policy)) = (frame, omerta_verdict::Guard::policy(&guard)) {
-            if is_answer_for_guest(&frame, policy) {
-                answer::clear_mark(&context);
-                return NEXT;
-            }
-        }
+    let Some(counters) = Counters::of(Direction::Egress) else {
+        return SHOT;
+    };
+    if answer::is_marked(&context) && is_own_answer(context.skb.skb) == 1 {
+        counters.count(OWN_ANSWERS_COUNTER as u32, context.len());
+        answer::clear_mark(&context);
+        return NEXT;
     }
-    judge(&context, Direction::Egress)
+    carry_out(&context, counters, Direction::Egress)
 }
 
 /// What is sent to the guest: the interface's TCX egress hook.
 #[classifier]
 pub fn guest_ingress(context: TcContext) -> i32 {
-    judge(&context, Direction::Ingress)
-}
-
-#[inline(always)]
-fn judge(context: &TcContext, direction: Direction) -> i32 {
-    let length = context.len();
-    let guard = KernelGuard::read();
-    let verdict = match SocketBuffer::readable(context) {
-        Some(frame) => match direction {
-            Direction::Egress => egress(&frame, &guard),
-            Direction::Ingress => ingress(&frame, &guard),
-        },
-        None => Verdict::Drop(Reason::Unreadable),
-    };
-    match verdict {
-        Verdict::Allow => {
-            accounting::count(direction, Outcome::Allowed, length);
-            NEXT
-        }
-        Verdict::Answer(reply) => match answer::send(context, &reply, direction) {
-            Some(action) => {
-                accounting::count(direction, Outcome::Answered, length);
-                action
-            }
-            None => drop(context, direction, Reason::AnswerFailed, length),
-        },
-        Verdict::Drop(reason) => drop(context, direction, reason, length),
+    match Counters::of(Direction::Ingress) {
+        Some(counters) => carry_out(&context, counters, Direction::Ingress),
+        None => SHOT,
     }
 }
 
 #[inline(always)]
-fn drop(context: &TcContext, direction: Direction, reason: Reason, length: u32) -> i32 {
-    accounting::count(direction, Outcome::Dropped(reason), length);
-    accounting::report(context, direction, reason, length);
+fn carry_out(context: &TcContext, counters: Counters, direction: Direction) -> i32 {
+    let (skb, length) = (context.skb.skb, context.len());
+    counters.count(RX_COUNTER as u32, length);
+    let outcome = match direction {
+        Direction::Egress => judge_egress(skb),
+        Direction::Ingress => judge_ingress(skb),
+    };
+    if outcome == ALLOWED {
+        counters.count(ALLOWED, length);
+        return NEXT;
+    }
+    let mut outcome = outcome;
+    if outcome == ANSWERED {
+        let action = send_answer(skb, direction as u32);
+        if action != SHOT {
+            counters.count(ANSWERED, length);
+            return action;
+        }
+        outcome = ANSWER_FAILED;
+    }
+    counters.count(outcome, length);
+    report(skb, direction as u32, outcome - FIRST_REASON, length);
     SHOT
+}
+
+// The verifier judges each of these functions once and for itself, whatever led to the call. They
+// take and give plain numbers, so no path through one multiplies the paths through another.
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn judge_egress(skb: *mut __sk_buff) -> u32 {
+    judge(&TcContext::new(skb), Direction::Egress)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn judge_ingress(skb: *mut __sk_buff) -> u32 {
+    judge(&TcContext::new(skb), Direction::Ingress)
+}
+
+/// 1 where the frame is no more than an answer that this guard could have given for its guest.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn is_own_answer(skb: *mut __sk_buff) -> u32 {
+    let context = TcContext::new(skb);
+    match SocketBuffer::readable(&context) {
+        Some(frame) => is_answer_for_guest(&frame, &KernelGuard::read()) as u32,
+        None => 0,
+    }
+}
+
+/// What the program is to return, or `SHOT` where the answer could not be written.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn send_answer(skb: *mut __sk_buff, direction: u32) -> i32 {
+    let direction = if direction == Direction::Egress as u32 {
+        Direction::Egress
+    } else {
+        Direction::Ingress
+    };
+    answer::send(&TcContext::new(skb), direction).unwrap_or(SHOT)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn report(skb: *mut __sk_buff, direction: u32, reason: u32, length: u32) -> u32 {
+    accounting::report(&TcContext::new(skb), direction as u8, reason as u8, length);
+    0
+}
+
+/// The outcome's index; an answer is kept for [`send_answer`].
+#[inline(always)]
+fn judge(context: &TcContext, direction: Direction) -> u32 {
+    let Some(frame) = SocketBuffer::readable(context) else {
+        return UNREADABLE;
+    };
+    let guard = KernelGuard::read();
+    let verdict = match direction {
+        Direction::Egress => egress(&frame, &guard),
+        Direction::Ingress => ingress(&frame, &guard),
+    };
+    match &verdict {
+        Verdict::Answer(answer) if !answer::keep(answer) => ANSWER_FAILED,
+        verdict => verdict.outcome().index() as u32,
+    }
 }
 
 #[cfg(not(test))]

@@ -1,5 +1,8 @@
 //! The guard's maps. Each guard has its own set; userspace pins them beside the links.
 
+// The target is declared without compare-and-swap, which the instruction set has (Linux 5.12).
+use core::intrinsics::{AtomicOrdering, atomic_cxchg};
+
 use aya_ebpf::{
     bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE},
     btf_maps::{self, ArrayOfMaps},
@@ -7,7 +10,9 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::{Array, LruHashMap},
 };
-use omerta_verdict::{Bucket, Flow, Guard, Policy};
+use omerta_verdict::{
+    Address, Bucket, FixedInputs, Flow, Guard, Meter, Policy, Protocol, Rate, table_holds,
+};
 
 /// The generation of the policy: its lowest bit names the slot in force. Written last in a
 /// commit, one aligned word, so that a program sees the old policy or the new one, never a mix.
@@ -33,12 +38,22 @@ const BANK_FLAGS: usize = (BPF_F_MMAPABLE | BPF_F_INNER_MAP) as usize;
 #[map]
 static FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(1, 0);
 
-const SECOND_NS: u64 = 1_000_000_000;
-/// RFC 4787, REQ-5 asks for two minutes or more for UDP; WireGuard rekeys within them.
-const UDP_TIMEOUT_NS: u64 = 180 * SECOND_NS;
-const ICMP_TIMEOUT_NS: u64 = 60 * SECOND_NS;
-/// RFC 5382, REQ-5: two hours and four minutes.
-const TCP_TIMEOUT_NS: u64 = 7440 * SECOND_NS;
+/// When the guard's lease ends, nanoseconds of `CLOCK_MONOTONIC`; 0 where it has none. Renewed by
+/// writing this one aligned word, which no commit touches.
+#[map]
+static LEASE: Array<u64> = Array::with_max_entries(1, 0);
+
+/// The bucket of each meter, shared by all CPUs.
+#[map]
+static METERS: Array<u64> = Array::with_max_entries(Meter::COUNT as u32, 0);
+
+/// Set at load, by tests alone.
+#[unsafe(no_mangle)]
+static FIXED: FixedInputs = FixedInputs::NONE;
+
+const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
+/// Tries of one CPU to take a token while others take theirs; then the bucket counts as empty.
+const TRIES: u32 = 8;
 
 /// The policy and allowlist of one generation, chosen once per frame.
 pub struct KernelGuard {
@@ -68,9 +83,51 @@ impl Guard for KernelGuard {
     }
 
     #[inline(always)]
+    fn owns(&self, _policy: &Policy, address: Address) -> bool {
+        let (high, low) = address.words();
+        self.slot
+            .is_some_and(|slot| guest_owns(slot, high, low) == 1)
+    }
+
+    #[inline(always)]
+    fn lists(&self, _policy: &Policy, protocol: Protocol, address: Address, port: u16) -> bool {
+        let (high, low) = address.words();
+        let service = (protocol as u32) << 16 | port as u32;
+        self.slot
+            .is_some_and(|slot| allowlist_holds(slot, high, low, service) == 1)
+    }
+
+    #[inline(always)]
     fn random(&self) -> u32 {
+        let fixed = fixed();
+        if fixed.now_ns != 0 {
+            return fixed.random;
+        }
         // SAFETY: the helper takes no arguments and has no preconditions.
         unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        now()
+    }
+
+    #[inline(always)]
+    fn lease_until(&self) -> u64 {
+        // Without the map nothing is leased to anybody: the time has run out.
+        // SAFETY: an array map's element lives as long as the map; this is one aligned load.
+        LEASE
+            .get_ptr(0)
+            .map_or(1, |word| unsafe { word.read_volatile() })
+    }
+
+    #[inline(always)]
+    fn take(&self, meter: Meter, rate: Rate, units: u32) -> bool {
+        if rate.is_unlimited() {
+            return true;
+        }
+        self.slot
+            .is_some_and(|slot| take_units(slot, meter as u32, units) == 1)
     }
 
     #[inline(always)]
@@ -79,22 +136,81 @@ impl Guard for KernelGuard {
     }
 
     #[inline(always)]
-    fn flow_is_live(&self, flow: &Flow) -> bool {
-        let timeout = match flow.protocol {
-            6 => TCP_TIMEOUT_NS,
-            17 => UDP_TIMEOUT_NS,
-            _ => ICMP_TIMEOUT_NS,
-        };
+    fn flow_seen(&self, flow: &Flow) -> Option<u64> {
         // SAFETY: the value is one aligned word that other CPUs replace whole.
-        match unsafe { FLOWS.get(flow) } {
-            Some(seen) => now().wrapping_sub(*seen) < timeout,
-            None => false,
-        }
+        unsafe { FLOWS.get(flow) }.copied()
     }
+}
+
+// The verifier judges each of these functions once and for itself: see `main`. Numbers stand for
+// what is not theirs to hold, and the slot for the policy, so that all see the same one.
+
+/// 1 where the guest owns the address, by the policy in `slot`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn guest_owns(slot: u32, high: u64, low: u64) -> u32 {
+    match POLICY.get(slot) {
+        Some(policy) => policy.owns(Address::from_words(high, low)) as u32,
+        None => 0,
+    }
+}
+
+/// 1 where the allowlist of the policy in `slot` holds the endpoint.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn allowlist_holds(slot: u32, high: u64, low: u64, service: u32) -> u32 {
+    let guard = KernelGuard { slot: Some(slot) };
+    let address = Address::from_words(high, low);
+    match guard.policy() {
+        Some(policy) => table_holds(&guard, policy, address, service) as u32,
+        None => 0,
+    }
+}
+
+/// 1 where `units` could be taken from the bucket of `meter`, at the rate of the policy in `slot`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn take_units(slot: u32, meter: u32, units: u32) -> u32 {
+    let (Some(policy), Some(word)) = (POLICY.get(slot), METERS.get_ptr_mut(meter)) else {
+        return 0;
+    };
+    // The compiler may know the bound and leave the comparison out; the verifier does not.
+    // SAFETY: the variable is this function's own.
+    let meter = unsafe { core::ptr::read_volatile(&raw const meter) };
+    let Some(rate) = policy.rates.get(meter as usize) else {
+        return 0;
+    };
+    let now = now();
+    let mut attempt = 0;
+    while attempt < TRIES {
+        // SAFETY: an array map's element is aligned and lives as long as the map.
+        let seen = unsafe { word.read_volatile() };
+        let Some(next) = rate.take(seen, now, units) else {
+            return 0;
+        };
+        // SAFETY: as above; programs change the element in this way only.
+        let (_, taken) = unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(word, seen, next) };
+        if taken {
+            return 1;
+        }
+        attempt += 1;
+    }
+    0
+}
+
+#[inline(always)]
+fn fixed() -> FixedInputs {
+    // SAFETY: the constant is this program's own; the read is volatile because the loader may have
+    // replaced the value that the compiler saw.
+    unsafe { core::ptr::read_volatile(&raw const FIXED) }
 }
 
 #[inline(always)]
 fn now() -> u64 {
+    let fixed = fixed();
+    if fixed.now_ns != 0 {
+        return fixed.now_ns;
+    }
     // SAFETY: the helper takes no arguments and has no preconditions.
     unsafe { bpf_ktime_get_ns() }
 }

@@ -2,9 +2,10 @@
 //! the guest and for the guest towards its network, so neither learns from the other's frames.
 
 use crate::decide::{Ethernet, Verdict};
-use crate::network::{ETHERNET_HEADER, Packet};
+use crate::network::{ETHERNET_HEADER, ETHERNET_MINIMUM, Packet};
 use crate::reason::Reason;
-use crate::{Address, Frame, Mac, Policy};
+use crate::transport::ICMPV6;
+use crate::{Address, Frame, Guard, Mac, Meter, Policy};
 
 /// Length of the longest answer: a neighbour advertisement with its option.
 pub const ANSWER_CAPACITY: usize = 86;
@@ -13,15 +14,23 @@ const ARP_FRAME: usize = ETHERNET_HEADER + ARP_LENGTH;
 const REQUEST: u16 = 1;
 const REPLY: u16 = 2;
 
-const SOLICITATION: u8 = 135;
-const ADVERTISEMENT: u8 = 136;
+pub(crate) const ROUTER_SOLICITATION: u8 = 133;
+pub(crate) const SOLICITATION: u8 = 135;
+pub(crate) const ADVERTISEMENT: u8 = 136;
 /// Type, code, checksum, flags, target.
 const DISCOVERY_LENGTH: u32 = 24;
-const LINK_OPTION_LENGTH: u32 = 8;
-const SOURCE_LINK_OPTION: [u8; 2] = [1, 1];
-const TARGET_LINK_OPTION: [u8; 2] = [2, 1];
+/// Of every option that a solicitation may have; their own length field counts in this unit.
+const OPTION_LENGTH: u32 = 8;
+const MAX_OPTIONS: u32 = 4;
+/// Type and length, as the other options' below.
+const SOURCE_LINK_OPTION: u64 = 0x0101;
+const TARGET_LINK_OPTION: u64 = 0x0201;
+/// RFC 3971, 5.3.2; sent with probes by RFC 7527.
+const NONCE_OPTION: u64 = 0x0e01;
+const ALL_NODES: Address = Address::from_words(0xff02 << 48, 1);
 const FLAG_ROUTER: u8 = 0x80;
 const FLAGS_SOLICITED_OVERRIDE: u8 = 0x60;
+const FLAG_OVERRIDE: u8 = 0x20;
 
 /// What to send back: a claim that `claimed` is at `from`, addressed to who asked. Kept as facts
 /// and composed only where there is room for a frame (a kernel program's stack has none).
@@ -39,6 +48,7 @@ enum Kind {
     Arp,
     Router,
     Neighbour,
+    Taken,
 }
 
 impl Answer {
@@ -50,7 +60,7 @@ impl Answer {
     pub fn length(&self) -> usize {
         match self.kind {
             Kind::Arp => ARP_FRAME,
-            Kind::Router | Kind::Neighbour => ANSWER_CAPACITY,
+            Kind::Router | Kind::Neighbour | Kind::Taken => ANSWER_CAPACITY,
         }
     }
 
@@ -59,13 +69,13 @@ impl Answer {
     pub fn compose(&self, bytes: &mut [u8; ANSWER_CAPACITY]) {
         put(bytes, 0, self.to.0);
         put(bytes, 6, self.from.0);
-        match self.kind {
-            Kind::Arp => self.compose_arp(bytes),
-            Kind::Router => {
-                self.compose_advertisement(bytes, FLAG_ROUTER | FLAGS_SOLICITED_OVERRIDE)
-            }
-            Kind::Neighbour => self.compose_advertisement(bytes, FLAGS_SOLICITED_OVERRIDE),
-        }
+        let flags = match self.kind {
+            Kind::Arp => return self.compose_arp(bytes),
+            Kind::Router => FLAG_ROUTER | FLAGS_SOLICITED_OVERRIDE,
+            Kind::Neighbour => FLAGS_SOLICITED_OVERRIDE,
+            Kind::Taken => FLAG_OVERRIDE,
+        };
+        self.compose_advertisement(bytes, flags);
     }
 
     #[inline(always)]
@@ -85,7 +95,7 @@ impl Answer {
         put(bytes, 38, self.asker.octets());
         put(bytes, 54, [ADVERTISEMENT, 0, 0, 0, flags, 0, 0, 0]);
         put(bytes, 62, self.claimed.octets());
-        put(bytes, 78, TARGET_LINK_OPTION);
+        put(bytes, 78, (TARGET_LINK_OPTION as u16).to_be_bytes());
         put(bytes, 80, self.from.0);
         let sum = checksum(bytes);
         put(bytes, 56, sum.to_be_bytes());
@@ -103,6 +113,9 @@ struct Arp {
 impl Arp {
     #[inline(always)]
     fn read<F: Frame + ?Sized>(frame: &F) -> Result<Self, Reason> {
+        if frame.length() > ETHERNET_MINIMUM {
+            return Err(Reason::Overlength);
+        }
         let b = frame
             .bytes::<ARP_LENGTH>(ETHERNET_HEADER)
             .ok_or(Reason::Runt)?;
@@ -132,16 +145,26 @@ impl Arp {
     }
 }
 
-/// ARP from the guest: a request for the gateway by the guest's true pair, and nothing else.
+/// ARP from the guest: a request for the gateway by the guest's true pair, and nothing else. A
+/// probe of the guest's own address (RFC 5227, 2.1) is tolerated in silence.
 #[inline(always)]
-pub(crate) fn arp_for_gateway<F: Frame + ?Sized>(
+pub(crate) fn arp_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
+    guard: &G,
     policy: &Policy,
     ethernet: &Ethernet,
 ) -> Result<Answer, Reason> {
     let arp = Arp::read(frame)?;
-    if arp.operation != REQUEST || !arp.sender_mac.equals(policy.mac) || !policy.owns(arp.sender) {
+    if arp.operation != REQUEST || !arp.sender_mac.equals(policy.mac) {
         return Err(Reason::ArpSender);
+    }
+    if !guard.owns(policy, arp.sender) {
+        let probe = arp.sender.equals(Address::v4([0; 4])) && guard.owns(policy, arp.target);
+        return Err(if probe {
+            tolerated(guard, policy)
+        } else {
+            Reason::ArpSender
+        });
     }
     if !policy.is_gateway(arp.target) {
         return Err(Reason::ArpTarget);
@@ -157,8 +180,9 @@ pub(crate) fn arp_for_gateway<F: Frame + ?Sized>(
 /// ARP to the guest: requests for it are answered on its behalf; the only reply let through is
 /// the guard's own.
 #[inline(always)]
-pub(crate) fn arp_to_guest<F: Frame + ?Sized>(
+pub(crate) fn arp_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
+    guard: &G,
     policy: &Policy,
     ethernet: &Ethernet,
 ) -> Result<Verdict, Reason> {
@@ -166,12 +190,12 @@ pub(crate) fn arp_to_guest<F: Frame + ?Sized>(
     if !arp.sender_mac.equals(ethernet.source) {
         return Err(Reason::ArpMalformed);
     }
-    if !policy.owns(arp.target) {
+    if !guard.owns(policy, arp.target) {
         return Err(Reason::ArpTarget);
     }
     let for_guest = ethernet.destination.equals(policy.mac);
     match arp.operation {
-        REQUEST if policy.owns(arp.sender) || arp.sender_mac.equals(policy.mac) => {
+        REQUEST if guard.owns(policy, arp.sender) || arp.sender_mac.equals(policy.mac) => {
             Err(Reason::ArpSender)
         }
         REQUEST if for_guest || ethernet.destination.equals(Mac::BROADCAST) => {
@@ -191,36 +215,55 @@ pub(crate) fn arp_to_guest<F: Frame + ?Sized>(
 }
 
 #[inline(always)]
-pub(crate) fn is_arp_reply_of_guest<F: Frame + ?Sized>(
+pub(crate) fn is_arp_reply_of_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
+    guard: &G,
     policy: &Policy,
     ethernet: &Ethernet,
 ) -> bool {
     Arp::read(frame).is_ok_and(|arp| {
         arp.operation == REPLY
             && arp.sender_mac.equals(policy.mac)
-            && policy.owns(arp.sender)
+            && guard.owns(policy, arp.sender)
             && arp.target_mac.equals(ethernet.destination)
     })
 }
 
-/// Whether an ICMPv6 packet is of types 133 to 137, which only routers and neighbours may speak.
+/// The type of a discovery message (133 to 137, which only routers and neighbours may speak), or 0.
 #[inline(always)]
-pub(crate) fn is_neighbour_discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> bool {
-    !packet.source.is_v4()
-        && frame
-            .bytes::<1>(packet.payload_offset)
-            .is_some_and(|kind| matches!(kind[0], 133..=137))
+pub(crate) fn discovery_kind<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> u8 {
+    if packet.source.is_v4() || packet.protocol != ICMPV6 {
+        return 0;
+    }
+    match frame.bytes::<1>(packet.payload_offset) {
+        Some([kind]) if matches!(kind, 133..=137) => *kind,
+        _ => 0,
+    }
 }
 
-/// Discovery from the guest: a solicitation of the gateway, and nothing else.
+/// Discovery from the guest: a solicitation of the gateway, and nothing else. Where it asks without
+/// an address whether its own, or one of the link alone, is taken (RFC 4862, 5.4), nobody has it,
+/// and silence says so.
 #[inline(always)]
-pub(crate) fn neighbour_for_gateway<F: Frame + ?Sized>(
+pub(crate) fn neighbour_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
+    guard: &G,
     policy: &Policy,
     packet: &Packet,
+    kind: u8,
 ) -> Result<Answer, Reason> {
-    let target = solicited(frame, packet, policy.mac)?;
+    if kind != SOLICITATION {
+        return Err(Reason::Neighbour);
+    }
+    let probe = packet.source.is_unspecified();
+    let target = solicited(frame, packet, if probe { None } else { Some(policy.mac) })?;
+    if probe {
+        return Err(if target.is_link_local() || guard.owns(policy, target) {
+            tolerated(guard, policy)
+        } else {
+            Reason::Neighbour
+        });
+    }
     if !policy.is_gateway(target) {
         return Err(Reason::Neighbour);
     }
@@ -233,70 +276,116 @@ pub(crate) fn neighbour_for_gateway<F: Frame + ?Sized>(
     })
 }
 
+/// The reason for which a probe of the guest's is dropped, as long as there are few.
+#[inline(always)]
+fn tolerated<G: Guard + ?Sized>(guard: &G, policy: &Policy) -> Reason {
+    if may_probe(guard, policy) {
+        Reason::AddressProbe
+    } else {
+        Reason::Policed
+    }
+}
+
+#[inline(always)]
+fn may_probe<G: Guard + ?Sized>(guard: &G, policy: &Policy) -> bool {
+    guard.take(Meter::Probes, policy.rates[Meter::Probes as usize], 1)
+}
+
 /// Discovery to the guest: solicitations of it are answered on its behalf; the only advertisement
 /// let through is the guard's own.
 #[inline(always)]
-pub(crate) fn neighbour_to_guest<F: Frame + ?Sized>(
+pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
+    guard: &G,
     policy: &Policy,
     ethernet: &Ethernet,
     packet: &Packet,
+    kind: u8,
 ) -> Result<Verdict, Reason> {
-    let from_gateway =
-        ethernet.source.equals(policy.gateway_mac) && policy.is_gateway(packet.source);
-    if from_gateway
-        && ethernet.destination.equals(policy.mac)
-        && policy.owns(packet.destination)
-        && is_advertisement_of(frame, packet, packet.source, policy.gateway_mac)
-    {
-        return Ok(Verdict::Allow);
+    if kind == ADVERTISEMENT {
+        let from_gateway =
+            ethernet.source.equals(policy.gateway_mac) && policy.is_gateway(packet.source);
+        return if from_gateway
+            && ethernet.destination.equals(policy.mac)
+            && guard.owns(policy, packet.destination)
+            && is_advertisement_of(frame, packet, packet.source, policy.gateway_mac)
+        {
+            Ok(Verdict::Allow)
+        } else {
+            Err(Reason::Neighbour)
+        };
     }
-    if packet.source.is_unspecified() || policy.owns(packet.source) {
+    if kind != SOLICITATION || guard.owns(policy, packet.source) {
         return Err(Reason::Neighbour);
     }
-    let target = solicited(frame, packet, ethernet.source)?;
-    if !policy.owns(target) {
+    let probe = packet.source.is_unspecified();
+    let sender = if probe { None } else { Some(ethernet.source) };
+    let target = solicited(frame, packet, sender)?;
+    if !guard.owns(policy, target) {
         return Err(Reason::Neighbour);
     }
+    if probe && !may_probe(guard, policy) {
+        return Err(Reason::Policed);
+    }
+    // Who probes has no address yet, so all nodes are told that this one is taken (RFC 4861, 7.2.4),
+    // of which the frame goes to the one that asked (RFC 6085).
+    let (kind, asker) = if probe {
+        (Kind::Taken, ALL_NODES)
+    } else {
+        (Kind::Neighbour, packet.source)
+    };
     Ok(Verdict::Answer(Answer {
-        kind: Kind::Neighbour,
+        kind,
         from: policy.mac,
         to: ethernet.source,
         claimed: target,
-        asker: packet.source,
+        asker,
     }))
 }
 
-/// The target of a well-formed solicitation, whose link-layer option, where there is one, is the
-/// only option and names `sender`.
+/// The target of a well-formed solicitation (RFC 4861, 7.1.1). Its link-layer option, which may
+/// be missing, names `sender`; where there is none, the sender has no address yet and no option.
 #[inline(always)]
 fn solicited<F: Frame + ?Sized>(
     frame: &F,
     packet: &Packet,
-    sender: Mac,
+    sender: Option<Mac>,
 ) -> Result<Address, Reason> {
-    let (kind, target) = discovery(frame, packet)?;
-    if kind != SOLICITATION {
+    let target = discovery(frame, packet)?;
+    let options = packet.payload_length - DISCOVERY_LENGTH;
+    if !options.is_multiple_of(OPTION_LENGTH) || options > MAX_OPTIONS * OPTION_LENGTH {
         return Err(Reason::Neighbour);
     }
-    if packet.payload_length != DISCOVERY_LENGTH {
-        let option = link_option(frame, packet)?;
-        if [option[0], option[1]] != SOURCE_LINK_OPTION || !option_mac(option).equals(sender) {
-            return Err(Reason::Neighbour);
+    let mut expected = match sender {
+        Some(mac) => link_option(SOURCE_LINK_OPTION, mac),
+        None => 0,
+    };
+    let mut index = 0;
+    while index < MAX_OPTIONS {
+        if index * OPTION_LENGTH < options {
+            let option = option(frame, packet, index)?;
+            if option == expected && expected != 0 {
+                // Once is enough.
+                expected = 0;
+            } else if option >> 48 != NONCE_OPTION {
+                return Err(Reason::Neighbour);
+            }
         }
+        index += 1;
     }
     let (_, target_low) = target.words();
     let solicited_node = Address::from_words(
         0xff02 << 48,
         0x0000_0001_ff00_0000 | (target_low & 0x00ff_ffff),
     );
-    if !packet.destination.equals(solicited_node) && !packet.destination.equals(target) {
+    let direct = sender.is_some() && packet.destination.equals(target);
+    if !direct && !packet.destination.equals(solicited_node) {
         return Err(Reason::Neighbour);
     }
     Ok(target)
 }
 
-/// Whether this is an advertisement that says `address` is at `mac`, as [`advertisement`] makes it.
+/// Whether an advertisement says that `address` is at `mac`, as [`Answer`] makes it.
 #[inline(always)]
 pub(crate) fn is_advertisement_of<F: Frame + ?Sized>(
     frame: &F,
@@ -304,24 +393,21 @@ pub(crate) fn is_advertisement_of<F: Frame + ?Sized>(
     address: Address,
     mac: Mac,
 ) -> bool {
-    if packet.source.is_v4() || packet.protocol != crate::transport::ICMPV6 {
+    if packet.payload_length != DISCOVERY_LENGTH + OPTION_LENGTH {
         return false;
     }
-    let Ok((kind, target)) = discovery(frame, packet) else {
+    let Ok(target) = discovery(frame, packet) else {
         return false;
     };
-    let Ok(option) = link_option(frame, packet) else {
+    let Ok(option) = option(frame, packet, 0) else {
         return false;
     };
-    kind == ADVERTISEMENT
-        && target.equals(address)
-        && [option[0], option[1]] == TARGET_LINK_OPTION
-        && option_mac(option).equals(mac)
+    target.equals(address) && option == link_option(TARGET_LINK_OPTION, mac)
 }
 
-/// Type and target of a discovery message (RFC 4861, 7.1: hop limit 255, code 0).
+/// Target of a solicitation or advertisement (RFC 4861, 7.1: hop limit 255, code 0).
 #[inline(always)]
-fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<(u8, Address), Reason> {
+fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<Address, Reason> {
     if packet.hop_limit != 255 || packet.payload_length < DISCOVERY_LENGTH {
         return Err(Reason::Neighbour);
     }
@@ -331,29 +417,26 @@ fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<(u8, Addre
     if b[1] != 0 {
         return Err(Reason::Neighbour);
     }
-    let target = Address::v6([
+    Ok(Address::v6([
         b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15], b[16], b[17], b[18], b[19], b[20],
         b[21], b[22], b[23],
-    ]);
-    Ok((b[0], target))
+    ]))
 }
 
+/// The option at `index` as a number, type first. Each before it has the same length.
 #[inline(always)]
-fn link_option<'a, F: Frame + ?Sized>(
-    frame: &'a F,
-    packet: &Packet,
-) -> Result<&'a [u8; 8], Reason> {
-    if packet.payload_length != DISCOVERY_LENGTH + LINK_OPTION_LENGTH {
-        return Err(Reason::Neighbour);
+fn option<F: Frame + ?Sized>(frame: &F, packet: &Packet, index: u32) -> Result<u64, Reason> {
+    let offset = DISCOVERY_LENGTH + index * OPTION_LENGTH;
+    match frame.bytes::<8>(packet.payload_offset + offset as usize) {
+        Some(option) => Ok(u64::from_be_bytes(*option)),
+        None => Err(Reason::TransportHeader),
     }
-    frame
-        .bytes::<8>(packet.payload_offset + DISCOVERY_LENGTH as usize)
-        .ok_or(Reason::TransportHeader)
 }
 
+/// The option that says whose MAC is `mac`, as a number.
 #[inline(always)]
-fn option_mac(o: &[u8; 8]) -> Mac {
-    Mac([o[2], o[3], o[4], o[5], o[6], o[7]])
+const fn link_option(kind: u64, mac: Mac) -> u64 {
+    kind << 48 | mac.number()
 }
 
 /// ICMPv6 checksum over addresses, pseudo-header and message (RFC 4443, 2.3), its field still zero.

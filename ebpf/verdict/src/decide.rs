@@ -4,9 +4,8 @@
 use crate::answer::{self, Answer};
 use crate::network::{ETHERNET_HEADER, Packet};
 use crate::reason::{Direction, Outcome, Reason};
-use crate::table::lookup;
-use crate::transport::{ICMPV6, Segment};
-use crate::{Flow, Frame, Guard, Mac, Mode, Policy};
+use crate::transport::Segment;
+use crate::{Flow, Frame, Guard, Mac, Meter, Mode, Policy};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_ARP: u16 = 0x0806;
@@ -58,11 +57,15 @@ pub fn ingress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Ve
     judge_ingress(frame, guard).into()
 }
 
-/// The policy in force, with a mode that this program knows.
+/// The policy in force, with a mode that this program knows, while the lease lasts.
 #[inline(always)]
 fn in_force<G: Guard + ?Sized>(guard: &G) -> Result<(&Policy, Mode), Reason> {
     let policy = guard.policy().ok_or(Reason::NoPolicy)?;
     let mode = Mode::from_number(policy.mode).ok_or(Reason::NoPolicy)?;
+    let until = guard.lease_until();
+    if until != 0 && guard.now() >= until {
+        return Err(Reason::LeaseExpired);
+    }
     Ok((policy, mode))
 }
 
@@ -76,20 +79,32 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     if !ethernet.source.equals(policy.mac) {
         return Err(Reason::SourceMac);
     }
+    if ethernet.destination.is_bridge_control() {
+        return Err(Reason::BridgeControl);
+    }
     let packet = match ethernet.payload(frame)? {
         Payload::Arp => {
-            let answer = answer::arp_for_gateway(frame, policy, &ethernet)?;
-            return finished(frame, Verdict::Answer(answer));
+            let answer = answer::arp_for_gateway(frame, guard, policy, &ethernet)?;
+            return consume(frame, guard, policy, answer);
         }
         Payload::Ip(packet) => packet,
     };
-    if !policy.owns(packet.source) {
+    if packet.is_membership(frame) {
+        return Err(Reason::MulticastListener);
+    }
+    let discovery = answer::discovery_kind(frame, &packet);
+    if discovery == answer::ROUTER_SOLICITATION {
+        return Err(Reason::RouterSolicitation);
+    }
+    // Who probes whether its address is taken has none yet.
+    let probe = discovery == answer::SOLICITATION && packet.source.is_unspecified();
+    if !probe && !guard.owns(policy, packet.source) {
         return Err(Reason::SourceAddress);
     }
-    if packet.protocol == ICMPV6 && answer::is_neighbour_discovery(frame, &packet) {
+    if discovery != 0 {
         packet.shape()?;
-        let answer = answer::neighbour_for_gateway(frame, policy, &packet)?;
-        return finished(frame, Verdict::Answer(answer));
+        let answer = answer::neighbour_for_gateway(frame, guard, policy, &packet, discovery)?;
+        return consume(frame, guard, policy, answer);
     }
     if !ethernet.destination.equals(policy.gateway_mac) {
         return Err(Reason::DestinationMac);
@@ -97,12 +112,9 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Egress)?;
     segment.offload(frame, &packet)?;
-    let flow = Flow::new(
-        segment.protocol,
-        (packet.source, segment.guest_port),
-        (packet.destination, segment.peer_port),
-    );
+    let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
+    police(frame, guard, policy, Direction::Egress)?;
     if matches!(mode, Mode::Conntrack) && !guard.open_flow(&flow) {
         return Err(Reason::FlowQuota);
     }
@@ -119,53 +131,119 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     if !ethernet.source.is_unicast() {
         return Err(Reason::SourceMac);
     }
+    if ethernet.destination.is_bridge_control() {
+        return Err(Reason::BridgeControl);
+    }
     let packet = match ethernet.payload(frame)? {
         Payload::Arp => {
-            let verdict = answer::arp_to_guest(frame, policy, &ethernet)?;
-            return finished(frame, verdict);
+            let verdict = answer::arp_to_guest(frame, guard, policy, &ethernet)?;
+            return finish(frame, guard, policy, verdict);
         }
         Payload::Ip(packet) => packet,
     };
-    if packet.protocol == ICMPV6 && answer::is_neighbour_discovery(frame, &packet) {
+    if packet.is_membership(frame) {
+        return Err(Reason::MulticastListener);
+    }
+    let discovery = answer::discovery_kind(frame, &packet);
+    if discovery != 0 {
         packet.shape()?;
-        let verdict = answer::neighbour_to_guest(frame, policy, &ethernet, &packet)?;
-        return finished(frame, verdict);
+        let verdict =
+            answer::neighbour_to_guest(frame, guard, policy, &ethernet, &packet, discovery)?;
+        return finish(frame, guard, policy, verdict);
     }
     if !ethernet.destination.equals(policy.mac) {
         return Err(Reason::DestinationMac);
     }
-    if !policy.owns(packet.destination) {
+    if !guard.owns(policy, packet.destination) {
         return Err(Reason::DestinationAddress);
     }
     packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Ingress)?;
     segment.offload(frame, &packet)?;
-    let flow = Flow::new(
-        segment.protocol,
-        (packet.destination, segment.guest_port),
-        (packet.source, segment.peer_port),
-    );
+    let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
-    if matches!(mode, Mode::Conntrack) && !guard.flow_is_live(&flow) {
+    if matches!(mode, Mode::Conntrack) && !is_live(guard, &flow) {
         return Err(Reason::NoFlow);
     }
+    police(frame, guard, policy, Direction::Ingress)?;
     Ok(Verdict::Allow)
 }
 
-/// `verdict`, where nobody is to change the frame any more: a pending checksum or cut would be
-/// carried out on the answer.
+/// `answer` to a frame of the guest's.
 #[inline(always)]
-fn finished<F: Frame + ?Sized>(frame: &F, verdict: Verdict) -> Result<Verdict, Reason> {
+fn consume<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+    policy: &Policy,
+    answer: Answer,
+) -> Result<Verdict, Reason> {
+    unchanged(frame)?;
+    police(frame, guard, policy, Direction::Egress)?;
+    Ok(Verdict::Answer(answer))
+}
+
+/// `verdict` on a question to the guest, or on an answer to it.
+#[inline(always)]
+fn finish<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+    policy: &Policy,
+    verdict: Verdict,
+) -> Result<Verdict, Reason> {
+    unchanged(frame)?;
+    police(frame, guard, policy, Direction::Ingress)?;
+    Ok(verdict)
+}
+
+/// Questions and answers are not to be changed after the verdict: a pending checksum or cut would
+/// be carried out on the guard's answer.
+#[inline(always)]
+fn unchanged<F: Frame + ?Sized>(frame: &F) -> Result<(), Reason> {
     if frame.segment_size() != 0 {
         return Err(Reason::Fragment);
     }
     if frame.pending_checksum().is_some() {
         return Err(Reason::ChecksumOffload);
     }
-    Ok(verdict)
+    Ok(())
 }
 
-/// The allowlist, as far as the mode asks for it.
+/// The guard's rates, which only frames that would pass use up. A frame that the host is to cut
+/// counts as what it becomes.
+#[inline(always)]
+fn police<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+    policy: &Policy,
+    direction: Direction,
+) -> Result<(), Reason> {
+    let (packets, bytes) = match direction {
+        Direction::Egress => (Meter::EgressPackets, Meter::EgressBytes),
+        Direction::Ingress => (Meter::IngressPackets, Meter::IngressBytes),
+    };
+    let count = match frame.segment_size() {
+        0 => 1,
+        size => frame.length().div_ceil(size),
+    };
+    let rate = |meter: Meter| policy.rates[meter as usize];
+    if guard.take(packets, rate(packets), count) && guard.take(bytes, rate(bytes), frame.length()) {
+        Ok(())
+    } else {
+        Err(Reason::Policed)
+    }
+}
+
+#[inline(always)]
+fn is_live<G: Guard + ?Sized>(guard: &G, flow: &Flow) -> bool {
+    match guard.flow_seen(flow) {
+        // Another CPU may have written a time that is later than this one's.
+        Some(seen) => guard.now().saturating_sub(seen) < flow.timeout_ns(),
+        None => false,
+    }
+}
+
+/// The allowlist, as far as the mode asks for it. It is asked for every frame of a flow, so an
+/// endpoint that is revoked is cut with its next frame.
 #[inline(always)]
 fn admit<G: Guard + ?Sized>(
     guard: &G,
@@ -174,9 +252,8 @@ fn admit<G: Guard + ?Sized>(
     segment: &Segment,
     flow: &Flow,
 ) -> Result<(), Reason> {
-    // Direct mode and the frames that sampling skips still go to unicast peers only.
     if !flow.peer.is_possible_peer() {
-        return Err(Reason::Endpoint);
+        return Err(Reason::PeerAddress);
     }
     let listed = match mode {
         Mode::Filtered | Mode::Conntrack => true,
@@ -186,25 +263,29 @@ fn admit<G: Guard + ?Sized>(
         },
         Mode::Direct => false,
     };
-    if listed
-        && !lookup(
-            guard,
-            policy,
-            segment.protocol,
-            flow.peer,
-            segment.peer_port,
-        )
-    {
-        return Err(Reason::Endpoint);
+    if !listed {
+        // Nobody needs the network to talk to itself; what claims to comes from somebody else.
+        return if guard.owns(policy, flow.peer) {
+            Err(Reason::PeerAddress)
+        } else {
+            Ok(())
+        };
     }
-    Ok(())
+    if guard.lists(policy, segment.protocol, flow.peer, segment.peer_port) {
+        Ok(())
+    } else {
+        Err(Reason::Endpoint)
+    }
 }
 
 /// Whether a frame entering from the guest's side is an answer that the guard itself gave for the
 /// guest: what [`ingress`] composed, turned around by the shell. The shell marks its answers out
 /// of band; this proves that the content is no more than the truth.
 #[inline(always)]
-pub fn is_answer_for_guest<F: Frame + ?Sized>(frame: &F, policy: &Policy) -> bool {
+pub fn is_answer_for_guest<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> bool {
+    let Some(policy) = guard.policy() else {
+        return false;
+    };
     let Ok(ethernet) = Ethernet::read(frame) else {
         return false;
     };
@@ -212,10 +293,11 @@ pub fn is_answer_for_guest<F: Frame + ?Sized>(frame: &F, policy: &Policy) -> boo
         return false;
     }
     match ethernet.payload(frame) {
-        Ok(Payload::Arp) => answer::is_arp_reply_of_guest(frame, policy, &ethernet),
+        Ok(Payload::Arp) => answer::is_arp_reply_of_guest(frame, guard, policy, &ethernet),
         Ok(Payload::Ip(packet)) => {
             packet.shape().is_ok()
-                && policy.owns(packet.source)
+                && answer::discovery_kind(frame, &packet) == answer::ADVERTISEMENT
+                && guard.owns(policy, packet.source)
                 && answer::is_advertisement_of(frame, &packet, packet.source, policy.mac)
         }
         Err(_) => false,

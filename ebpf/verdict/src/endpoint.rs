@@ -52,7 +52,8 @@ pub enum EndpointParseError {
     Port,
     /// An ICMP endpoint was given a port.
     IcmpPort,
-    /// The address can never be a peer: unspecified, loopback, multicast, broadcast, mapped.
+    /// The address can never be a peer: unspecified, loopback, multicast, broadcast, link-local, or
+    /// an IPv6 address that stands for an IPv4 one.
     Unreachable,
 }
 
@@ -64,7 +65,7 @@ impl fmt::Display for EndpointParseError {
             Self::Port => "the port must be a number from 1 to 65535",
             Self::IcmpPort => "icmp has no port: write icmp:ADDR",
             Self::Unreachable => {
-                "the address must be unicast: not loopback, unspecified, multicast, broadcast or IPv4-mapped"
+                "the address must be unicast and routable: not loopback, unspecified, multicast, broadcast, link-local, or IPv6 that stands for IPv4"
             }
         })
     }
@@ -195,6 +196,12 @@ mod tests {
             ("udp:[::1]:1", Unreachable),
             ("udp:[ff02::1]:1", Unreachable),
             ("udp:[::ffff:192.0.2.1]:1", Unreachable),
+            ("udp:169.254.169.254:80", Unreachable),
+            ("udp:[fe80::1]:1", Unreachable),
+            ("udp:[64:ff9b::192.0.2.1]:1", Unreachable),
+            ("udp:[64:ff9b:1::1]:1", Unreachable),
+            ("udp:[2002:c000:201::1]:1", Unreachable),
+            ("udp:[2001:0:1::1]:1", Unreachable),
         ] {
             assert_eq!(text.parse::<Endpoint>(), Err(cause), "{text}");
         }

@@ -7,6 +7,9 @@ pub trait Frame {
     /// Length of the whole frame in bytes, also of parts that are not linear in memory.
     fn length(&self) -> u32;
 
+    /// Whether the frame, unless the host is to cut it, is longer than the interface's MTU allows.
+    fn exceeds_mtu(&self) -> bool;
+
     /// Whether a VLAN tag travels beside the bytes (hardware offload).
     fn is_tagged(&self) -> bool;
 
@@ -35,6 +38,10 @@ pub struct PendingChecksum {
 impl Frame for [u8] {
     fn length(&self) -> u32 {
         u32::try_from(self.len()).unwrap_or(u32::MAX)
+    }
+
+    fn exceeds_mtu(&self) -> bool {
+        false
     }
 
     fn is_tagged(&self) -> bool {

@@ -1,4 +1,4 @@
-//! Where this kernel keeps what a program needs of a socket buffer and its context does not show.
+//! What is fixed when a program is loaded.
 
 /// Byte offsets in `struct sk_buff` (include/linux/skbuff.h), found by userspace in the running
 /// kernel's own type information and fixed when a program is loaded.
@@ -28,5 +28,27 @@ impl SocketBufferLayout {
         checksum_offset: 0,
         summed: 0,
         summed_mask: 0,
+    };
+}
+
+/// What a program takes from the world besides frames and maps. Tests fix it at load, so that the
+/// same verdict can be computed again; otherwise clock and chance are the kernel's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FixedInputs {
+    /// The time in nanoseconds of `CLOCK_MONOTONIC`; 0 where nothing is fixed.
+    pub now_ns: u64,
+    /// The random number.
+    pub random: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+impl FixedInputs {
+    /// Clock and chance are the kernel's.
+    pub const NONE: Self = Self {
+        now_ns: 0,
+        random: 0,
+        padding: 0,
     };
 }

@@ -17,6 +17,13 @@ impl Mac {
         self.0[0] & 1 == 0 && !self.is_zero()
     }
 
+    /// Whether bridges keep frames to this address to themselves (IEEE 802.1D, 7.12.6, and the
+    /// applications of the same block).
+    #[inline(always)]
+    pub(crate) const fn is_bridge_control(self) -> bool {
+        self.number() >> 24 == 0x0180c2
+    }
+
     /// Whether the group bit is set (multicast or broadcast).
     pub const fn is_group(self) -> bool {
         self.0[0] & 1 != 0

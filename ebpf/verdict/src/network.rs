@@ -9,7 +9,7 @@ use crate::reason::Reason;
 /// Length of an Ethernet II header.
 pub(crate) const ETHERNET_HEADER: usize = 14;
 /// Ethernet pads frames up to this length (without the check sequence).
-const ETHERNET_MINIMUM: u32 = 60;
+pub(crate) const ETHERNET_MINIMUM: u32 = 60;
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 const MAPPED_PREFIX: u64 = 0xffff_0000_0000;
@@ -79,17 +79,43 @@ impl Address {
         self.high == 0 && self.low >> 32 == MAPPED_PREFIX >> 32
     }
 
-    /// Whether a frame could rightly travel between a guest and this address: unicast, not
-    /// loopback, not "this network", not reserved (RFC 6890, RFC 4291).
+    /// Whether this is one interface's address: not unspecified, not "this network", loopback,
+    /// multicast or reserved (RFC 6890, RFC 4291).
     #[inline(always)]
-    pub const fn is_possible_peer(self) -> bool {
+    pub const fn is_unicast(self) -> bool {
         if self.is_v4() {
             let first = (self.low >> 24) as u8;
             return first != 0 && first != 127 && first < 224;
         }
-        let top = (self.high >> 48) as u16;
         // ::/96 and ::ffff:0:0/96 hold loopback, compatible and mapped addresses.
-        self.high | (self.low >> 48) != 0 && top >> 8 != 0xff
+        self.high | (self.low >> 48) != 0 && self.high >> 56 != 0xff
+    }
+
+    /// Whether this is of 169.254.0.0/16, where hosts serve metadata, or fe80::/10.
+    #[inline(always)]
+    pub const fn is_link_local(self) -> bool {
+        if self.is_v4() {
+            self.low >> 16 == (MAPPED_PREFIX >> 16) | 0xa9fe
+        } else {
+            self.high >> 54 == 0xfe80 >> 6
+        }
+    }
+
+    /// Whether a gateway would take this IPv6 address for an IPv4 one: NAT64 (RFC 6052, RFC 8215),
+    /// 6to4 (RFC 3056), Teredo (RFC 4380).
+    #[inline(always)]
+    pub const fn stands_for_v4(self) -> bool {
+        self.high == 0x0064_ff9b << 32
+            || self.high >> 16 == 0x0064_ff9b_0001
+            || self.high >> 48 == 0x2002
+            || self.high >> 32 == 0x2001_0000
+    }
+
+    /// Whether a frame could rightly travel between a guest and this address: unicast, of more
+    /// than this link, and no other address in disguise.
+    #[inline(always)]
+    pub const fn is_possible_peer(self) -> bool {
+        self.is_unicast() && !self.is_link_local() && !self.stands_for_v4()
     }
 }
 
@@ -137,6 +163,23 @@ impl Packet {
     #[inline(always)]
     pub(crate) fn shape(&self) -> Result<(), Reason> {
         self.shape
+    }
+
+    /// Whether this is a report or query of multicast membership: IGMP (RFC 3376), or MLD behind
+    /// the hop-by-hop header that it must have (RFC 3810, 5).
+    #[inline(always)]
+    pub(crate) fn is_membership<F: Frame + ?Sized>(&self, frame: &F) -> bool {
+        const IGMP: u8 = 2;
+        if self.source.is_v4() {
+            return self.protocol == IGMP;
+        }
+        if self.protocol != 0 {
+            return false;
+        }
+        match frame.bytes::<9>(self.payload_offset) {
+            Some(h) => h[0] == 58 && h[1] == 0 && matches!(h[8], 130..=132 | 143),
+            None => false,
+        }
     }
 
     #[inline(always)]
@@ -224,6 +267,61 @@ fn address_at(header: &[u8; IPV6_HEADER], at: usize) -> [u8; 16] {
         index += 1;
     }
     bytes
+}
+
+/// An IP header that an ICMP error quotes.
+pub(crate) struct Quote {
+    pub(crate) source: Address,
+    pub(crate) destination: Address,
+    pub(crate) protocol: u8,
+    /// Offset of the quoted transport header in the frame.
+    pub(crate) transport: usize,
+}
+
+impl Quote {
+    /// The quoted header at `offset`, or `None` where no guest's packet looks like it. Its length
+    /// says nothing: what is quoted may be cut.
+    #[inline(always)]
+    pub(crate) fn read<F: Frame + ?Sized>(frame: &F, offset: usize, v4: bool) -> Option<Self> {
+        if v4 {
+            let header = frame.bytes::<IPV4_HEADER>(offset)?;
+            let fragment = u16::from_be_bytes([header[6], header[7]]) & !0x4000;
+            if header[0] != 0x45 || fragment != 0 {
+                return None;
+            }
+            return Some(Self {
+                source: Address::v4([header[12], header[13], header[14], header[15]]),
+                destination: Address::v4([header[16], header[17], header[18], header[19]]),
+                protocol: header[9],
+                transport: offset + IPV4_HEADER,
+            });
+        }
+        let header = frame.bytes::<IPV6_HEADER>(offset)?;
+        if header[0] >> 4 != 6 {
+            return None;
+        }
+        let destination = Address::v6(address_at(header, 24));
+        // A mapped address would pass for the IPv4 address that it holds.
+        if destination.is_v4() {
+            return None;
+        }
+        Some(Self {
+            source: Address::v6(address_at(header, 8)),
+            destination,
+            protocol: header[6],
+            transport: offset + IPV6_HEADER,
+        })
+    }
+
+    /// Length of the quoted IP header in bytes.
+    #[inline(always)]
+    pub(crate) const fn header_length(v4: bool) -> u32 {
+        if v4 {
+            IPV4_HEADER as u32
+        } else {
+            IPV6_HEADER as u32
+        }
+    }
 }
 
 /// The packet must end where the frame does, but for the padding of a minimal frame.

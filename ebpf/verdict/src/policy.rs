@@ -3,7 +3,7 @@
 use core::fmt;
 use core::str::FromStr;
 
-use crate::{Address, Mac};
+use crate::{Address, Mac, Meter, Rate};
 
 /// How many addresses a guest may own.
 pub const MAX_ADDRESSES: usize = 8;
@@ -82,6 +82,8 @@ pub struct Policy {
     pub addresses: [Address; MAX_ADDRESSES],
     /// The gateway of each family (IPv4, IPv6), or [`Address::UNSPECIFIED`].
     pub gateways: [Address; MAX_GATEWAYS],
+    /// How much of what each [`Meter`] counts is let through, by its index.
+    pub rates: [Rate; Meter::COUNT],
     /// The guest's MAC.
     pub mac: Mac,
     /// Where the guest's IP frames must go, and who answers for the gateway.
@@ -101,6 +103,7 @@ impl Policy {
         reserved: 0,
         addresses: [Address::UNSPECIFIED; MAX_ADDRESSES],
         gateways: [Address::UNSPECIFIED; MAX_GATEWAYS],
+        rates: [Rate::UNLIMITED; Meter::COUNT],
         mac: Mac([0; 6]),
         gateway_mac: Mac([0; 6]),
         padding: [0; 4],

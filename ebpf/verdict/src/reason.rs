@@ -58,10 +58,14 @@ macro_rules! reasons {
 reasons! {
     /// The guard has no policy it can read; everything is dropped.
     NoPolicy = "no_policy",
+    /// The guard's lease has run out; everything is dropped until it is renewed.
+    LeaseExpired = "lease_expired",
     /// The kernel could not make the frame's headers readable.
     Unreadable = "unreadable",
     /// Shorter than its headers say it is, or than an Ethernet header.
     Runt = "runt",
+    /// Longer than the interface's MTU allows, or ARP with more than padding behind it.
+    Overlength = "overlength",
     /// Carries a VLAN tag, in its bytes or beside them.
     Vlan = "vlan",
     /// Not Ethernet II: an 802.3 length stands where the EtherType should.
@@ -70,6 +74,8 @@ reasons! {
     Ethertype = "ethertype",
     /// The sender's MAC is not the guest's, or a group address.
     SourceMac = "source_mac",
+    /// Sent to a bridge's control address (01:80:c2:...): spanning tree, pause frames, LLDP.
+    BridgeControl = "bridge_control",
     /// Not sent to the gateway's MAC (egress) or to the guest's (ingress).
     DestinationMac = "destination_mac",
     /// ARP whose fields are not Ethernet/IPv4, or contradict the frame.
@@ -100,14 +106,27 @@ reasons! {
     ChecksumOffload = "checksum_offload",
     /// An ICMP message other than echo, or in the wrong direction.
     IcmpType = "icmp_type",
+    /// An ICMP error that quotes no packet that the guest could have sent.
+    IcmpQuote = "icmp_quote",
+    /// A multicast membership report or query (IGMP, MLD), which leads nowhere here.
+    MulticastListener = "multicast_listener",
+    /// A guest's router solicitation: no router is there to find.
+    RouterSolicitation = "router_solicitation",
+    /// A guest's duplicate-address probe: nobody else owns its address, so nobody answers.
+    AddressProbe = "address_probe",
     /// Neighbour discovery other than a solicitation of the gateway (egress) or guest (ingress).
     Neighbour = "neighbour",
+    /// A peer that can never be right: loopback, unspecified, multicast, broadcast, link-local,
+    /// reserved, the guest itself, or an IPv6 address that stands for an IPv4 one.
+    PeerAddress = "peer_address",
     /// The peer is not on the allowlist.
     Endpoint = "endpoint",
     /// Conntrack mode: the guest opened no such flow, or it has timed out.
     NoFlow = "no_flow",
     /// Conntrack mode: the flow table could not take one more flow.
     FlowQuota = "flow_quota",
+    /// More frames or bytes than the guest's rate allows.
+    Policed = "policed",
     /// The guard's own answer could not be written into the frame.
     AnswerFailed = "answer_failed",
 }
@@ -157,6 +176,15 @@ impl Outcome {
         }
     }
 }
+
+/// The counter, within its direction, of everything that came: counted on entry, so that it can
+/// be held against the sum of the outcomes.
+pub const RX_COUNTER: usize = Outcome::COUNT;
+/// The counter, within its direction, of the guard's own answers that entered again on their way
+/// out. They are no frames of the guest's or of its network's, so they are not in [`RX_COUNTER`].
+pub const OWN_ANSWERS_COUNTER: usize = Outcome::COUNT + 1;
+/// How many counters one direction has.
+pub const DIRECTION_COUNTERS: usize = Outcome::COUNT + 2;
 
 #[cfg(test)]
 mod tests {

@@ -72,7 +72,17 @@ pub(crate) fn lookup<G: Guard + ?Sized>(
     address: Address,
     port: u16,
 ) -> bool {
-    let service = service(protocol, port);
+    table_holds(guard, policy, address, service(protocol, port))
+}
+
+/// Whether the allowlist holds (protocol << 16 | port, address).
+#[inline(always)]
+pub fn table_holds<G: Guard + ?Sized>(
+    guard: &G,
+    policy: &Policy,
+    address: Address,
+    service: u32,
+) -> bool {
     let home = hash(policy.table_seed, address, service);
     let mut probe = 0;
     while probe < MAX_PROBES {

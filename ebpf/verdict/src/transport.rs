@@ -1,18 +1,20 @@
-//! Transport headers: ports for UDP and TCP, identifiers for ICMP echo (RFC 768, 9293, 792, 4443).
+//! Transport headers: the ports of UDP and TCP (RFC 768, RFC 9293).
 
 use crate::network::Packet;
 use crate::reason::{Direction, Reason};
-use crate::{Frame, Protocol};
+use crate::{Address, Flow, Frame, Protocol, icmp};
 
 pub(crate) const ICMPV6: u8 = 58;
 
 /// What the allowlist needs of a transport header.
 pub(crate) struct Segment {
     pub(crate) protocol: Protocol,
+    pub(crate) guest: Address,
+    pub(crate) peer: Address,
     pub(crate) guest_port: u16,
     pub(crate) peer_port: u16,
     /// Offset of the checksum field in the transport header.
-    checksum_field: u32,
+    pub(crate) checksum_field: u32,
 }
 
 impl Segment {
@@ -26,10 +28,8 @@ impl Segment {
         match packet.protocol {
             17 => Self::udp(frame, packet, direction),
             6 => Self::tcp(frame, packet, direction),
-            1 if v4 => Self::echo(frame, packet, if is_egress(direction) { 8 } else { 0 }),
-            ICMPV6 if !v4 => {
-                Self::echo(frame, packet, if is_egress(direction) { 128 } else { 129 })
-            }
+            1 if v4 => icmp::segment(frame, packet, direction),
+            ICMPV6 if !v4 => icmp::segment(frame, packet, direction),
             _ => Err(Reason::Protocol),
         }
     }
@@ -45,8 +45,8 @@ impl Segment {
             return Err(Reason::TransportHeader);
         }
         Ok(Self::ports(
-            Protocol::Udp,
-            6,
+            packet,
+            (Protocol::Udp, 6),
             [header[0], header[1], header[2], header[3]],
             direction,
         ))
@@ -64,48 +64,51 @@ impl Segment {
             return Err(Reason::TransportHeader);
         }
         Ok(Self::ports(
-            Protocol::Tcp,
-            16,
+            packet,
+            (Protocol::Tcp, 16),
             [header[0], header[1], header[2], header[3]],
             direction,
         ))
     }
 
     #[inline(always)]
-    fn echo<F: Frame + ?Sized>(frame: &F, packet: &Packet, kind: u8) -> Result<Self, Reason> {
-        let header = header::<F, 8>(frame, packet)?;
-        if header[0] != kind || header[1] != 0 {
-            return Err(Reason::IcmpType);
-        }
-        let identifier = u16::from_be_bytes([header[4], header[5]]);
-        Ok(Self {
-            protocol: Protocol::Icmp,
-            guest_port: identifier,
-            peer_port: 0,
-            checksum_field: 2,
-        })
-    }
-
-    #[inline(always)]
     fn ports(
-        protocol: Protocol,
-        checksum_field: u32,
+        packet: &Packet,
+        (protocol, checksum_field): (Protocol, u32),
         ports: [u8; 4],
         direction: Direction,
     ) -> Self {
         let source = u16::from_be_bytes([ports[0], ports[1]]);
         let destination = u16::from_be_bytes([ports[2], ports[3]]);
-        let (guest_port, peer_port) = if is_egress(direction) {
-            (source, destination)
+        if is_egress(direction) {
+            Self {
+                protocol,
+                guest: packet.source,
+                peer: packet.destination,
+                guest_port: source,
+                peer_port: destination,
+                checksum_field,
+            }
         } else {
-            (destination, source)
-        };
-        Self {
-            protocol,
-            guest_port,
-            peer_port,
-            checksum_field,
+            Self {
+                protocol,
+                guest: packet.destination,
+                peer: packet.source,
+                guest_port: destination,
+                peer_port: source,
+                checksum_field,
+            }
         }
+    }
+
+    /// The flow that the segment, or what it quotes, belongs to.
+    #[inline(always)]
+    pub(crate) fn flow(&self) -> Flow {
+        Flow::new(
+            self.protocol,
+            (self.guest, self.guest_port),
+            (self.peer, self.peer_port),
+        )
     }
 
     /// Judges what the host was asked to do to the frame after the verdict: it may fill in the
@@ -116,9 +119,12 @@ impl Segment {
         frame: &F,
         packet: &Packet,
     ) -> Result<(), Reason> {
+        if frame.exceeds_mtu() {
+            return Err(Reason::Overlength);
+        }
         // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's offload
         // header asks, and only the latter is told from the former by what no program may read.
-        if frame.segment_size() != 0 && !matches!(self.protocol, Protocol::Tcp) {
+        if frame.segment_size() != 0 && packet.protocol != 6 {
             return Err(Reason::Fragment);
         }
         match frame.pending_checksum() {
@@ -134,12 +140,12 @@ impl Segment {
 }
 
 #[inline(always)]
-fn is_egress(direction: Direction) -> bool {
+pub(crate) fn is_egress(direction: Direction) -> bool {
     matches!(direction, Direction::Egress)
 }
 
 #[inline(always)]
-fn header<'a, F: Frame + ?Sized, const N: usize>(
+pub(crate) fn header<'a, F: Frame + ?Sized, const N: usize>(
     frame: &'a F,
     packet: &Packet,
 ) -> Result<&'a [u8; N], Reason> {

@@ -107,13 +107,7 @@ impl OwnedGuard {
 
     /// The guard as the verdict takes it. Filtered mode asks for neither flows nor chance.
     pub(crate) fn as_guard(&self) -> MemoryGuard<'_> {
-        MemoryGuard {
-            policy: &self.policy,
-            buckets: &self.buckets,
-            random: 0,
-            flows_have_room: false,
-            live_flows: &[],
-        }
+        MemoryGuard::new(&self.policy, &self.buckets)
     }
 
     /// Builds the allowlist at half load, with a fresh seed and twice the room until all fit.
@@ -155,7 +149,7 @@ fn unicast(given: &CAddress) -> Option<Address> {
     if matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some()) {
         return None;
     }
-    Some(Address::from(address)).filter(|address| address.is_possible_peer())
+    Some(Address::from(address)).filter(|address| address.is_unicast())
 }
 
 fn endpoint(given: &CEndpoint) -> Option<Endpoint> {
@@ -170,7 +164,7 @@ fn endpoint(given: &CEndpoint) -> Option<Endpoint> {
     }
     Some(Endpoint {
         protocol,
-        address: unicast(&given.address)?,
+        address: unicast(&given.address).filter(|address| address.is_possible_peer())?,
         port: given.port,
     })
 }

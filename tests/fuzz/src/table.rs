@@ -42,13 +42,7 @@ pub fn model(bytes: &[u8]) {
         mode: Mode::Filtered as u32,
         ..STAGE.policy
     };
-    let guard = MemoryGuard {
-        policy: &policy,
-        buckets: &buckets,
-        random: 0,
-        flows_have_room: true,
-        live_flows: &[],
-    };
+    let guard = MemoryGuard::new(&policy, &buckets);
     for endpoint in asked {
         let allowed = egress(&frame(&endpoint)[..], &guard) == Verdict::Allow;
         assert_eq!(allowed, model.contains(&endpoint), "{endpoint}");

@@ -70,12 +70,9 @@ pub fn judge(frame: &[u8], direction: Direction, mode: Mode) -> Verdict {
         ..STAGE.policy
     };
     let guard = MemoryGuard {
-        policy: &policy,
-        buckets: &STAGE.buckets,
         // Sampled mode spares the frame the allowlist.
         random: 1,
-        flows_have_room: true,
-        live_flows: &[],
+        ..MemoryGuard::new(&policy, &STAGE.buckets)
     };
     match direction {
         Direction::Egress => egress(frame, &guard),
@@ -127,7 +124,7 @@ pub fn ingress_target(frame: &[u8]) {
 
 /// What passes unjudged as the guard's own answer for the guest.
 pub fn answer_target(frame: &[u8]) {
-    if is_answer_for_guest(frame, &STAGE.policy) {
+    if is_answer_for_guest(frame, &MemoryGuard::new(&STAGE.policy, &STAGE.buckets)) {
         assert_eq!(frame[6..12], STAGE.owner.mac.0);
         let claimed: IpAddr = if frame[12..14] == [0x08, 0x06] {
             assert_eq!(frame[14..22], [0, 1, 8, 0, 6, 4, 0, 2]);

@@ -35,7 +35,13 @@ impl Pair {
         let mut programs = Programs::load("parity", mode)?;
         let policy = {
             let mut store = PolicyStore::of(&mut programs, "parity")?;
-            store.commit(config(mode).policy("guest")?, &allowlist())?;
+            store.commit(
+                Policy {
+                    rates: Default::default(),
+                    ..config(mode).policy("guest")?
+                },
+                &allowlist(),
+            )?;
             store.policy()?
         };
         let mut buckets = vec![Bucket::EMPTY; policy.table_mask as usize + 1];
@@ -58,13 +64,7 @@ impl Pair {
 
     /// The native verdict.
     pub fn native(&self, direction: Direction, frame: &[u8]) -> Verdict {
-        let guard = MemoryGuard {
-            policy: &self.policy,
-            buckets: &self.buckets,
-            random: 0,
-            flows_have_room: true,
-            live_flows: &[],
-        };
+        let guard = MemoryGuard::new(&self.policy, &self.buckets);
         match direction {
             Direction::Egress => egress(frame, &guard),
             Direction::Ingress => ingress(frame, &guard),

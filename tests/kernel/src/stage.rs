@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use omerta_dataplane::GuardConfig;
+use omerta_dataplane::{GuardConfig, Limits};
 use omerta_verdict::{Endpoint, Mac, Mode};
 
 /// The guest's MAC.
@@ -53,6 +53,8 @@ pub fn config(mode: Mode) -> GuardConfig {
         gateway_mac: Some(GATEWAY_MAC),
         mode,
         allow: allowlist(),
+        egress: Limits::default(),
+        ingress: Limits::default(),
         owner: None,
     }
 }

@@ -31,13 +31,7 @@ fn guard_state(mode: Mode) -> (Policy, Vec<Bucket>) {
 }
 
 fn memory<'a>(policy: &'a Policy, buckets: &'a [Bucket]) -> MemoryGuard<'a> {
-    MemoryGuard {
-        policy,
-        buckets,
-        random: 0,
-        flows_have_room: true,
-        live_flows: &[],
-    }
+    MemoryGuard::new(policy, buckets)
 }
 
 /// (guest address, endpoint) of a frame, or `None` where etherparse or a rule of ours rejects it.
@@ -172,6 +166,10 @@ struct Offloaded<'a> {
 impl Frame for Offloaded<'_> {
     fn length(&self) -> u32 {
         self.bytes.length()
+    }
+
+    fn exceeds_mtu(&self) -> bool {
+        false
     }
 
     fn is_tagged(&self) -> bool {

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch};
+use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch, Limits};
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
@@ -124,6 +124,8 @@ impl Paused {
             gateway_mac: Some(spec.gateway_mac()),
             mode: spec.mode,
             allow: vec![spec.consumer.allowed_endpoint()],
+            egress: Limits::default(),
+            ingress: Limits::default(),
             owner: spec.guard_owner.clone(),
         };
         // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
-use omerta_dataplane::GuardConfig;
+use omerta_dataplane::{GuardConfig, Limits};
 use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Mode};
 
 use super::Shown;
@@ -189,6 +189,8 @@ impl AttachArgs {
                 gateway_mac: self.gateway_mac,
                 mode: self.mode,
                 allow: self.allow,
+                egress: Limits::default(),
+                ingress: Limits::default(),
                 owner: None,
             },
         })

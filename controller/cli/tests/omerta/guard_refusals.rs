@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use omerta_dataplane::{Guard, GuardConfig};
+use omerta_dataplane::{Guard, GuardConfig, Limits};
 use omerta_verdict::Mode;
 
 use crate::guard::{GUEST, Stage};
@@ -243,6 +243,8 @@ fn owned_guard_is_shown_and_not_changed() {
         gateway_mac: None,
         mode: Mode::Filtered,
         allow: vec!["udp:192.0.2.1:1".parse().unwrap()],
+        egress: Limits::default(),
+        ingress: Limits::default(),
         owner: Some("omertad".parse().unwrap()),
     };
     let guard = stage

@@ -15,7 +15,7 @@ use omerta_verdict::{Direction, Mac, Mode, Outcome};
 const WORLD_MAC: Mac = Mac([0x52, 0x54, 0x00, 0x00, 0x00, 0xcc]);
 const NEIGHBOUR_MAC: Mac = Mac([0x52, 0x54, 0x00, 0x00, 0x00, 0x09]);
 /// Longer than any frame of the corpus that is to pass.
-const MTU: u32 = 9500;
+pub const MTU: u32 = 9500;
 
 type Attach = fn(&str, &GuardConfig) -> Result<(), GuardError>;
 

@@ -5,8 +5,11 @@ use std::cell::RefCell;
 use omerta_corpus::{Case, VnetHeader, Way};
 use omerta_kernel_tests::{allowlist, config};
 use omerta_verdict::{
-    Bucket, Direction, Flow, Frame, Guard, Outcome, PendingChecksum, Policy, Table, egress, ingress,
+    Bucket, Direction, Flow, Frame, Guard, Meter, Outcome, PendingChecksum, Policy, Rate, Table,
+    egress, ingress,
 };
+
+use crate::layout::MTU;
 
 /// A case's frame with its metadata.
 struct CaseFrame<'a> {
@@ -18,6 +21,10 @@ struct CaseFrame<'a> {
 impl Frame for CaseFrame<'_> {
     fn length(&self) -> u32 {
         self.bytes.length()
+    }
+
+    fn exceeds_mtu(&self) -> bool {
+        self.segment_size() == 0 && self.length() > MTU + 14
     }
 
     fn is_tagged(&self) -> bool {
@@ -100,8 +107,20 @@ impl Guard for Remembering {
         true
     }
 
-    fn flow_is_live(&self, flow: &Flow) -> bool {
-        self.flows.borrow().contains(flow)
+    fn flow_seen(&self, flow: &Flow) -> Option<u64> {
+        self.flows.borrow().contains(flow).then_some(0)
+    }
+
+    fn now(&self) -> u64 {
+        0
+    }
+
+    fn lease_until(&self) -> u64 {
+        0
+    }
+
+    fn take(&self, _meter: Meter, _rate: Rate, _units: u32) -> bool {
+        true
     }
 }
 

@@ -71,7 +71,7 @@ pub fn hostile() -> Vec<(&'static str, Vec<u8>, Reason)> {
                 to: [255; 4].into(),
                 ..good
             }),
-            Reason::Endpoint,
+            Reason::PeerAddress,
         ),
         (
             "a forged address",
@@ -220,7 +220,7 @@ pub fn hostile() -> Vec<(&'static str, Vec<u8>, Reason)> {
                 0x88cc,
                 &[0; 46],
             ),
-            Reason::Ethertype,
+            Reason::BridgeControl,
         ),
         (
             "ARP for a stranger",
