@@ -158,12 +158,12 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         policy.table_mask = bank.buckets.len() as u32 - 1;
 
         let bank = bank::create(&bank.buckets)
-            .map_err(|source| self.system("make a larger allowlist", source))?;
+            .map_err(|source| self.system("make the allowlist's map", source))?;
         let bank = MapData::from_fd(bank)
             .and_then(Map::from_map_data)
             .and_then(BankMap::try_from)
             .map_err(|e| map_error(&interface, "open", "RULES", e))?;
-        wait_for_readers().map_err(|e| self.system("wait for running programs (membarrier)", e))?;
+        self.wait_for_readers(slot)?;
         self.rules
             .set(slot, &bank, 0)
             .map_err(|e| map_error(&interface, "write", "RULES", e))?;
@@ -175,23 +175,26 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
             .map_err(|e| map_error(&interface, "write", "GENERATION", e))?;
         Ok(policy.epoch)
     }
+
+    /// Waits until no program still reads `slot`, which the last commit retired, by putting its
+    /// bank where it is: the kernel ends every update of a map of maps with an RCU grace period
+    /// (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c), and programs run inside read sections.
+    /// (`membarrier(2)` would do, but is refused on hosts with isolated CPUs, `nohz_full=`.)
+    fn wait_for_readers(&mut self, slot: u32) -> Result<(), GuardError> {
+        let bank = match self.rules.get(&slot, 0) {
+            Ok(bank) => bank,
+            // No commit has used the slot, so no program has read it.
+            Err(MapError::KeyNotFound) => return Ok(()),
+            Err(source) => return Err(map_error(&self.interface, "open", "RULES", source)),
+        };
+        self.rules
+            .set(slot, &bank, 0)
+            .map_err(|source| map_error(&self.interface, "write", "RULES", source))
+    }
 }
 
 fn slot_of(generation: u64) -> u32 {
     (generation & 1) as u32
-}
-
-/// Waits until no program still reads the slot that was in force before the last commit.
-fn wait_for_readers() -> io::Result<()> {
-    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
-    // SAFETY: membarrier takes three integers and touches no memory of ours. GLOBAL waits for an
-    // RCU grace period (kernel/sched/membarrier.c), and BPF programs run inside read sections.
-    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }
 
 struct Random {
