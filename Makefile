@@ -7,6 +7,7 @@
 #   make test     setup, build, image, then every test
 #   make fuzz     every fuzz target for SECONDS=N (60)
 #   make soak     parity, policy flips and kills under traffic, until Ctrl-C or SECONDS=N
+#   make prove    proof, by a solver, of what the compiled kernel programs allow (tests/prove)
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
 #   make bench    what a guard costs, against no filter and nftables; BENCH="tap --rounds 31" chooses
@@ -18,7 +19,7 @@ SHELL := /bin/bash
 # cargo, rustup and bpf-linker may not be on PATH (sudo, services).
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 
-.PHONY: help setup build image demo test bench fuzz soak lab lint clean
+.PHONY: help setup build image demo test bench fuzz soak lab prove lint clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -48,6 +49,8 @@ fuzz:
 soak:
 	@cargo build --release --locked -p omerta-soak
 	@target/release/omerta-soak $(if $(SECONDS),--seconds $(SECONDS))
+prove:
+	@tests/prove/run.sh
 
 lint:
 	@deploy/setup.sh --lint

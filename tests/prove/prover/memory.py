@@ -1,0 +1,371 @@
+"""Memory, by region: context, stack, packet, map values, ring records. Nothing else exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import z3
+
+from . import bits
+from .bits import Truth, Word
+from .elf import Instruction, MapDefinition, Unmodelled
+from .state import UNWRITTEN, Cell, Choice, Lost, Memory, Pointer, State, Value
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+STACK = 512
+# How many values an offset or length may take where it depends on the path or the frame.
+MOST_VALUES = 64
+PACKET = "packet"
+
+# struct __sk_buff (include/uapi/linux/bpf.h): 32-bit fields that a program may read.
+CONTEXT = {
+    0: "length", 4: "pkt_type", 8: "mark", 12: "queue_mapping", 16: "protocol",
+    20: "vlan_present", 24: "vlan_tci", 28: "vlan_proto", 32: "priority", 36: "ingress_ifindex",
+    40: "ifindex", 76: "data", 80: "data_end", 160: "wire_len", 164: "gso_segs", 176: "gso_size",
+}  # fmt: skip
+
+# Maps that only userspace writes, and never the slot that a program reads (ARCHITECTURE.md,
+# "Changing a policy"; "RULES's" are the
+# banks in RULES): each element is one unknown value for the whole run.
+FROZEN = {"POLICY", "RULES's"}
+
+
+@dataclass(frozen=True)
+class Region:
+    """Memory that a pointer can point into.
+
+    `kind`: *frozen* and *constant* do not change; *private* belongs to this CPU, and the program
+    finds what it wrote; *shared* may be changed by others at any time, so that every read is a new unknown.
+    """
+
+    kind: str
+    size: int
+    map: str = ""
+    key: Word = 0
+
+
+def frame_byte(offset: int) -> z3.BitVecRef:
+    """The frame's byte at `offset` from its destination MAC."""
+    return z3.BitVec(f"frame[{offset}]", 8)
+
+
+def frozen_byte(region: str, offset: int) -> z3.BitVecRef:
+    """A byte of an element of a frozen array."""
+    return z3.BitVec(f"{region}+{offset}", 8)
+
+
+def constant_byte(name: str, offset: int) -> z3.BitVecRef:
+    """A byte of a read-only constant, whatever the loader has set it to."""
+    return z3.BitVec(f"{name}[{offset}]", 8)
+
+
+# The kernel's `struct sk_buff` by offset, in so far as programs read it past the context.
+kernel_byte = z3.Function("struct sk_buff", z3.BitVecSort(64), z3.BitVecSort(8))
+
+
+def context_field(name: str) -> z3.BitVecRef:
+    return z3.BitVec(f"skb.{name}", 32)
+
+
+class Memories:
+    """Loads and stores of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.regions: dict[str, Region] = {"context": Region("context", 192)}
+        self.regions |= {f"stack{depth}": Region("stack", STACK) for depth in range(8)}
+        self.regions[PACKET] = Region("packet", 0)
+
+    # Regions
+
+    def element(self, definition: MapDefinition, slot: Word | None, key: Word) -> str:
+        """The region of an array's element; of the array in `slot` where there are several.
+
+        Elements under keys that are not the same by construction are different regions. For
+        frozen ones that forgets that they may be equal, which allows the program more than it
+        can do, never less.
+        """
+        names = [
+            str(k) if isinstance(k, int) else f"#{k.get_id()}" for k in (slot, key) if k is not None
+        ]
+        name = f"{definition.name}[{']['.join(names)}]"
+        if name not in self.regions:
+            kind = "shared"
+            if definition.name in FROZEN:
+                kind = "frozen"
+            elif definition.kind == "percpu_array":
+                kind = "private"
+            self.regions[name] = Region(kind, definition.value_size, definition.name, key)
+        return name
+
+    def constant(self, name: str) -> str:
+        region = f"constant {name}"
+        self.regions[region] = Region("constant", self.machine.program.constants[name], name)
+        return region
+
+    def add(self, region: Region) -> str:
+        name = f"{region.kind} {region.map} {len(self.regions)}"
+        self.regions[name] = region
+        return name
+
+    def unknown(self, region: str, offset: int) -> Memory:
+        """What a byte of a private region holds before the program has touched it."""
+        if self.regions[region].kind != "private":
+            return {}
+        return {offset: Cell(self.machine.fresh(f"{region}+{offset}", 8), 0, 1)}
+
+    # Addresses
+
+    def at_known_offset(self, state: State, pointer: Pointer) -> Iterator[tuple[State, Pointer]]:
+        """The pointer with a known offset; one state for each value that the offset can have."""
+        for part, offset in self.known(state, pointer.offset):
+            yield part, Pointer(pointer.region, offset)
+
+    def known(self, state: State, word: Word) -> Iterator[tuple[State, int]]:
+        """One state for each value that the word can have."""
+        if not isinstance(word, int):
+            word = z3.simplify(word)
+            if z3.is_bv_value(word):
+                word = word.as_long()
+        if isinstance(word, int):
+            yield state, word
+            return
+        solver = z3.Solver()
+        solver.add(*self.machine.axioms, *state.path)
+        for _ in range(MOST_VALUES):
+            result = solver.check()
+            if result == z3.unsat:
+                return
+            if result == z3.unknown:
+                break
+            value = solver.model().eval(word, model_completion=True).as_long()
+            solver.add(word != value)
+            yield state.fork(word == value), value
+        raise Unmodelled(f"an offset or length with more than {MOST_VALUES} values at {state.pc}")
+
+    def _within(self, state: State, pointer: Pointer, size: int) -> bool:
+        """Requires the access to be within its region; false where it cannot be."""
+        assert isinstance(pointer.offset, int)
+        offset = bits.signed(pointer.offset, 64)
+        region = self.regions[pointer.region]
+        if region.kind == "packet":
+            if state.frame_changed:
+                raise Unmodelled(f"the packet is read after it was changed, at {state.pc}")
+            inside: Truth = offset >= 0
+            if inside:
+                end = bits.compare("le", offset + size, bits.widen(state.linear, 64), 64)
+                inside = end
+            self.machine.require(state, inside, f"packet access at {offset}, {size} bytes")
+            return inside is not False
+        fits = 0 <= offset and offset + size <= region.size
+        self.machine.require(state, fits, f"{pointer.region} access at {offset}, {size} bytes")
+        return fits
+
+    # Loads
+
+    def load(self, state: State, pointer: Pointer, size: int) -> Value | None:
+        """`size` bytes at a known offset, or None where that is out of bounds."""
+        if not self._within(state, pointer, size):
+            return None
+        offset, region = pointer.offset, self.regions[pointer.region]
+        assert isinstance(offset, int)
+        match region.kind:
+            case "context":
+                return self._load_context(state, offset, size)
+            case "packet":
+                return bits.join([frame_byte(offset + index) for index in range(size)])
+            case "frozen":
+                return bits.join([frozen_byte(pointer.region, offset + i) for i in range(size)])
+            case "constant":
+                return bits.join([constant_byte(region.map, offset + i) for i in range(size)])
+            case "shared":
+                value = self.machine.fresh(f"{region.map}+{offset}", 8 * size)
+                state.note("read", region.map, offset, value)
+                return value
+        return self._load_cells(state, pointer.region, offset, size)
+
+    def _load_context(self, state: State, offset: int, size: int) -> Value:
+        name = CONTEXT.get(offset)
+        if name is None or size != 4:
+            raise Unmodelled(f"context field at {offset}, {size} bytes, at {state.pc}")
+        match name:
+            case "data":
+                return Pointer(PACKET, 0)
+            case "data_end":
+                return Pointer(PACKET, bits.widen(state.linear, 64))
+            case "length":
+                return state.length
+            case "mark":
+                return state.mark
+        return context_field(name)
+
+    def _load_cells(self, state: State, region: str, offset: int, size: int) -> Value:
+        memory = state.memory.get(region, {})
+        cells = []
+        for place in range(offset, offset + size):
+            cell = memory.get(place)
+            if cell is None:
+                new = self.unknown(region, place)
+                if not new:
+                    return UNWRITTEN
+                memory = state.writable(region)
+                memory |= new
+                cell = memory[place]
+            cells.append(cell)
+        first = cells[0].value
+        if cells[0].size == size and all(
+            cell.value is first and cell.index == index and cell.size == size
+            for index, cell in enumerate(cells)
+        ):
+            return first
+        parts: list[Word] = []
+        for cell in cells:
+            if not isinstance(cell.value, (int, z3.BitVecRef)):
+                return Lost("part of a pointer")
+            parts.append(bits.byte(cell.value, cell.index))
+        return bits.join(parts)
+
+    def load_bytes(self, state: State, pointer: Pointer, size: int) -> list[Word] | None:
+        """`size` bytes one by one, for helpers."""
+        found: list[Word] = []
+        assert isinstance(pointer.offset, int)
+        for index in range(size):
+            part = self.load(state, Pointer(pointer.region, pointer.offset + index), 1)
+            if isinstance(part, (int, z3.BitVecRef)):
+                found.append(part)
+            elif isinstance(part, Choice):
+                found.append(self._settle(state, part))
+            else:
+                if part is not None:
+                    self.machine.require(state, False, f"a helper reads {part}")
+                return None
+        return found
+
+    def _settle(self, state: State, value: Value) -> Word:
+        """A choice between words that were written on some paths only, as one word."""
+        if isinstance(value, (int, z3.BitVecRef)):
+            return value
+        if isinstance(value, Choice):
+            held = state.fork(value.condition)
+            yes = self._settle(held, value.yes)
+            no = self._settle(state.fork(bits.negate(value.condition)), value.no)
+            return bits.choose(value.condition, yes, no, 8)
+        self.machine.require(state, False, f"a helper reads {value}")
+        return self.machine.fresh("unwritten", 8)
+
+    # Stores
+
+    def store(self, state: State, pointer: Pointer, size: int, value: Value) -> bool:
+        """Stores the lowest `size` bytes; false where that is out of bounds."""
+        if not self._within(state, pointer, size):
+            return False
+        offset, region = pointer.offset, self.regions[pointer.region]
+        assert isinstance(offset, int)
+        if isinstance(value, (int, z3.BitVecRef)):
+            value = bits.low(value, 8 * size)
+        elif size != 8:
+            raise Unmodelled(f"part of {value} is stored at {state.pc}")
+        match region.kind:
+            case "stack" | "ring":
+                self._put(state, pointer.region, offset, size, value)
+            case "private" | "shared":
+                self._store_map(state, pointer.region, offset, size, value)
+            case "context" if CONTEXT.get(offset) == "mark" and size == 4:
+                if not isinstance(value, (int, z3.BitVecRef)):
+                    raise Unmodelled(f"mark is set to {value} at {state.pc}")
+                state.mark = value
+            case _:
+                raise Unmodelled(f"a store to {pointer.region} at {offset}, at {state.pc}")
+        return True
+
+    def _put(self, state: State, region: str, offset: int, size: int, value: Value) -> None:
+        memory = state.writable(region)
+        for index in range(size):
+            memory[offset + index] = Cell(value, index, size)
+
+    def _store_map(self, state: State, name: str, offset: int, size: int, value: Value) -> None:
+        region = self.regions[name]
+        if not isinstance(value, (int, z3.BitVecRef)):
+            raise Unmodelled(f"{value} is stored to {region.map} at {state.pc}")
+        old: Value = 0
+        if region.kind == "private":
+            old = self._load_cells(state, name, offset, size)
+            # Another element's region may be the same element under another key.
+            for other in list(state.memory):
+                if other != name and self.regions[other].map == region.map:
+                    state.writable(other).clear()
+            self._put(state, name, offset, size, value)
+        state.note("store", region.map, region.key, offset, value, old)
+
+    def store_bytes(self, state: State, pointer: Pointer, values: list[Word]) -> bool:
+        assert isinstance(pointer.offset, int)
+        return all(
+            self.store(state, Pointer(pointer.region, pointer.offset + index), 1, value)
+            for index, value in enumerate(values)
+        )
+
+    def forget(self, state: State, pointer: Pointer) -> None:
+        """Anything may stand from `pointer` to the end of its region."""
+        assert isinstance(pointer.offset, int)
+        for offset in range(pointer.offset, self.regions[pointer.region].size):
+            value = self.machine.fresh("written by the kernel", 8)
+            self.store(state, Pointer(pointer.region, offset), 1, value)
+
+    def room(self, pointer: Pointer) -> int:
+        """Bytes from `pointer` to the end of its region."""
+        assert isinstance(pointer.offset, int)
+        return self.regions[pointer.region].size - pointer.offset
+
+    # Atomics
+
+    def atomic(self, state: State, pointer: Pointer, size: int, i: Instruction) -> None:
+        region = self.regions[pointer.region]
+        assert isinstance(pointer.offset, int)
+        if region.kind not in ("private", "shared") or not self._within(state, pointer, size):
+            raise Unmodelled(f"an atomic operation on {pointer.region} at {state.pc}")
+        operand = state.registers[i.src]
+        if not isinstance(operand, (int, z3.BitVecRef)):
+            raise Unmodelled(f"an atomic operation with {operand} at {state.pc}")
+        operand = bits.low(operand, 8 * size)
+        old: Value = self.machine.fresh(f"{region.map}+{pointer.offset}", 8 * size)
+        if region.kind == "private":
+            old = self._load_cells(state, pointer.region, pointer.offset, size)
+        if not isinstance(old, (int, z3.BitVecRef)):
+            raise Unmodelled(f"an atomic operation on {old} at {state.pc}")
+        operations = {0x00: "add", 0x40: "or", 0x50: "and", 0xA0: "xor"}
+        result: int | None = i.src if i.imm & 1 else None
+        if i.imm & ~1 in operations:
+            new = bits.arithmetic(operations[i.imm & ~1], old, operand, 8 * size)
+        elif i.imm == 0xE1:
+            new = operand
+        elif i.imm == 0xF1:
+            expected = state.registers[0]
+            if not isinstance(expected, (int, z3.BitVecRef)):
+                raise Unmodelled(f"cmpxchg against {expected} at {state.pc}")
+            equal = bits.compare("eq", old, bits.low(expected, 8 * size), 8 * size)
+            new = (
+                (operand if equal else old)
+                if isinstance(equal, bool)
+                else bits.choose(equal, operand, old, 8 * size)
+            )
+            result = 0
+        else:
+            raise Unmodelled(f"atomic operation {i.imm:#x} at {state.pc}")
+        self._store_map(state, pointer.region, pointer.offset, size, new)
+        if result is not None:
+            state.registers[result] = bits.widen(old, 64)
+
+
+def without_packet_pointers(value: Value) -> Value:
+    """What is left of a value when the kernel may have moved the packet."""
+    if isinstance(value, Pointer) and value.region == PACKET:
+        return Lost("a packet pointer from before the packet was moved")
+    if isinstance(value, Choice):
+        yes, no = without_packet_pointers(value.yes), without_packet_pointers(value.no)
+        if yes is not value.yes or no is not value.no:
+            return Choice(value.condition, yes, no)
+    return value

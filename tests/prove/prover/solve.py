@@ -1,0 +1,96 @@
+"""Puts claims to the solver."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import z3
+
+from .claims import Claim, Run
+from .elf import Object
+from .layout import Layout
+from .machine import Machine
+from .state import State
+
+# Milliseconds for one question. What is not decided by then is not proven.
+TIMEOUT = 300_000
+
+
+class Answer(enum.Enum):
+    NO = "unsat"
+    YES = "sat"
+    UNDECIDED = "unknown"
+
+
+@dataclass
+class Program:
+    """A program that has been run, with all that is to be shown of it."""
+
+    machine: Machine
+    ends: list[State]
+    runs: list[Run]
+
+    @classmethod
+    def execute(
+        cls, function: str, program: Object, layouts: dict[str, Layout], machine: Machine
+    ) -> Program:
+        ends = machine.run(function)
+        return cls(machine, ends, [Run(function, program, layouts, end) for end in ends])
+
+    def violations(self) -> dict[str, z3.BoolRef]:
+        """For each claim by name: that some run violates it. First, that memory is left."""
+        found = {"every access is within its memory": self._unsafe()}
+        parts: dict[str, list[z3.BoolRef]] = {}
+        for claim in (claim for run in self.runs for claim in run.claims()):
+            parts.setdefault(claim.name, []).append(_violated(claim))
+        return found | {name: z3.Or(*part) for name, part in parts.items()}
+
+    def _unsafe(self) -> z3.BoolRef:
+        wrongs = []
+        for obligation in self.machine.obligations:
+            wrong = [] if obligation.wrong is True else [obligation.wrong]
+            wrongs.append(z3.And(*obligation.path, *wrong))
+        return z3.Or(*wrongs)
+
+    def possible(self) -> dict[str, z3.BoolRef]:
+        """What must be possible, at one end or another."""
+        parts: dict[str, list[z3.BoolRef]] = {}
+        for run in self.runs:
+            for name, part in run.possible().items():
+                parts.setdefault(name, []).append(part)
+        return {name: z3.Or(*part) for name, part in parts.items()}
+
+    def ask(self, *conditions: z3.BoolRef) -> tuple[Answer, z3.ModelRef | None]:
+        """Whether some input fulfils all conditions, and one that does."""
+        solver = _bit_level_solver()
+        solver.add(*self.machine.axioms, *conditions)
+        answer = Answer(str(solver.check()))
+        return answer, solver.model() if answer is Answer.YES else None
+
+
+def _bit_level_solver() -> z3.Solver:
+    """All words are of fixed size: as single bits they are a matter of propositional logic."""
+    steps = ("simplify", "propagate-values", "solve-eqs", "elim-uncnstr", "simplify",
+             "ackermannize_bv", "bit-blast", "sat")  # fmt: skip
+    solver = z3.Then(*steps).solver()
+    solver.set("timeout", TIMEOUT)
+    return solver
+
+
+def _violated(claim: Claim) -> z3.BoolRef:
+    return z3.And(claim.premise, z3.Not(claim.conclusion))
+
+
+def describe(model: z3.ModelRef, names: Iterable[str] = ("length", "mark")) -> str:
+    """A counterexample: the frame's first bytes and its metadata."""
+    values = {declaration.name(): model[declaration] for declaration in model.decls()}
+    frame = ""
+    for offset in range(86):
+        value = values.get(f"frame[{offset}]")
+        frame += "--" if value is None else f"{value.as_long():02x}"
+        frame += " " if offset in (5, 11, 13, 33, 53) else ""
+    facts = [f"{name}={values[name]}" for name in names if name in values]
+    facts += [f"{name}={value}" for name, value in values.items() if name.startswith("skb.")]
+    return f"frame {frame}; {', '.join(facts)}"
