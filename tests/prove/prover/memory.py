@@ -39,7 +39,8 @@ class Region:
     """Memory that a pointer can point into.
 
     `kind`: *frozen* and *constant* do not change; *private* belongs to this CPU, and the program
-    finds what it wrote; *shared* may be changed by others at any time, so that every read is a new unknown.
+    finds what it wrote; *shared* may be changed by others at any time, so that every read is a
+    new unknown.
     """
 
     kind: str
