@@ -239,6 +239,17 @@ class Helpers:
             z3.ULE(state.linear, bits.term(state.length, 32)),
         )
 
+    def check_mtu(self, state: State) -> Iterator[State]:
+        self._context(state)
+        limit = self._pointer(state, 3)
+        if self.memory.load_bytes(state, limit, 4) is None:
+            return
+        self.memory.store(state, limit, 4, self.machine.fresh("mtu", 32))
+        # 0, a reason above it, or a negative errno.
+        result = self.machine.fresh("check_mtu", 32)
+        state.registers[0] = bits.sign_extend(result, 32, 64)
+        yield state
+
     def redirect(self, state: State) -> Iterator[State]:
         flags = self._word(state, 2, 64)
         state.note("redirect", self._word(state, 1), flags)
@@ -272,6 +283,7 @@ HELPERS: dict[int, tuple[int, Model]] = {
     39: (2, Helpers.skb_pull_data),
     113: (3, Helpers.probe_read_kernel),
     125: (0, Helpers.time),
+    163: (5, Helpers.check_mtu),
     131: (3, Helpers.ringbuf_reserve),
     132: (2, Helpers.ringbuf_submit),
     133: (2, Helpers.ringbuf_submit),
