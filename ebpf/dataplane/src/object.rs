@@ -142,6 +142,11 @@ impl Programs {
             Some(seen) => flows.insert(Value(*flow), seen, 0).map_err(failed),
             None => match flows.remove(&Value(*flow)) {
                 Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
+                Err(MapError::SyscallError(error))
+                    if error.io_error.kind() == io::ErrorKind::NotFound =>
+                {
+                    Ok(())
+                }
                 Err(source) => Err(failed(source)),
             },
         }

@@ -25,7 +25,8 @@ impl Generator {
     /// The next frame, at least an Ethernet header long.
     pub fn frame(&mut self) -> Vec<u8> {
         let mut frame = match self.rng.u8(..16) {
-            0..=6 => self.v4(),
+            0..=5 => self.v4(),
+            6 => self.error(),
             7..=10 => self.v6(),
             11..=12 => self.arp(),
             13..=14 => self.discovery(),
@@ -128,6 +129,37 @@ impl Generator {
             self.pick(0x0800, &[0x86dd, 0x0806]),
             &header.packet(&payload),
         )
+    }
+
+    /// An ICMP or ICMPv6 error to the guest, which quotes a packet that it may have sent.
+    fn error(&mut self) -> Vec<u8> {
+        let v4 = self.rng.bool();
+        let (number, echo) = if v4 { (1, [8, 0]) } else { (58, [128, 129]) };
+        let (protocol, mut payload) = self.segment(echo, number);
+        payload.truncate(self.rng.usize(6..40));
+        let (kind, code) = if v4 {
+            (
+                self.pick(3, &[11, 12, 5, 4, 0]),
+                self.pick(4, &[0, 1, 15, 16]),
+            )
+        } else {
+            (self.pick(2, &[1, 3, 4, 5]), self.pick(0, &[1, 3, 9]))
+        };
+        let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
+        let (kind, packet) = if v4 {
+            let odd = [GUEST_TOO, STRANGER, GATEWAY];
+            let (guest, peer) = (self.pick(GUEST, &odd), self.pick(CONSUMER, &odd));
+            message.extend(Ipv4::new(guest, peer, protocol).packet(&payload));
+            let router = self.pick(STRANGER, &[CONSUMER, GUEST, Ipv4Addr::LOCALHOST]);
+            (0x0800, Ipv4::new(router, GUEST, 1).packet(&message))
+        } else {
+            let odd = [GATEWAY6, Ipv6Addr::LOCALHOST];
+            let (guest, peer) = (self.pick(GUEST6, &odd), self.pick(CONSUMER6, &odd));
+            message.extend(Ipv6::new(guest, peer, protocol).packet(&payload));
+            let router = self.pick(GATEWAY6, &[CONSUMER6, GUEST6, Ipv6Addr::LOCALHOST]);
+            (0x86dd, Ipv6::new(router, GUEST6, 58).icmp(message))
+        };
+        ethernet(GATEWAY_MAC, GUEST_MAC, kind, &packet)
     }
 
     fn v6(&mut self) -> Vec<u8> {

@@ -100,13 +100,20 @@ fn parties(frame: &[u8], direction: Direction) -> Option<(IpAddr, Endpoint)> {
     ))
 }
 
+fn is_error(frame: &[u8]) -> bool {
+    match frame[12..14] {
+        [0x08, 0x00] => frame[23] == 1 && matches!(frame[34], 3 | 11 | 12),
+        _ => frame[20] == 58 && matches!(frame[54], 1..=4),
+    }
+}
+
 #[test]
 fn what_is_allowed_is_owned_listed_and_whole() {
     let (policy, buckets) = guard_state(Mode::Filtered);
     let guard = memory(&policy, &buckets);
     let (config, list) = (config(Mode::Filtered), allowlist());
     let mut generator = Generator::new(11);
-    let mut allowed = 0;
+    let (mut allowed, mut errors) = (0, 0);
     for _ in 0..FRAMES {
         let frame = generator.frame();
         let out = egress(&frame[..], &guard);
@@ -123,7 +130,15 @@ fn what_is_allowed_is_owned_listed_and_whole() {
         // The guard's own ARP and neighbour answers are the only other frames let in.
         let is_answer = frame[12..14] == [8, 6]
             || (frame[12..14] == [0x86, 0xdd] && frame.get(54) == Some(&136));
-        if input == Verdict::Allow && !is_answer {
+        if input == Verdict::Allow && is_error(&frame) {
+            errors += 1;
+            // What it quotes was sent by whom it is for.
+            let (quoted, receiver) = match frame[12..14] {
+                [0x08, 0x00] => (&frame[54..58], &frame[30..34]),
+                _ => (&frame[70..86], &frame[38..54]),
+            };
+            assert_eq!(quoted, receiver, "{frame:02x?}");
+        } else if input == Verdict::Allow && !is_answer {
             allowed += 1;
             assert_eq!(frame[..6], GUEST_MAC.0, "{frame:02x?}");
             let (guest, endpoint) =
@@ -132,6 +147,7 @@ fn what_is_allowed_is_owned_listed_and_whole() {
             assert!(list.contains(&endpoint), "{frame:02x?}");
         }
     }
+    assert!(errors > 100, "{errors}");
     println!("{allowed} allowed of {FRAMES} in two directions");
     assert!(allowed > FRAMES / 100);
 }

@@ -8,6 +8,7 @@
 )]
 
 mod frames;
+mod limits;
 mod offload;
 mod stage;
 

@@ -1,0 +1,160 @@
+//! What only time or numbers show: the lease, rates, and counters under a flood of several CPUs.
+
+use std::thread;
+
+use omerta_dataplane::{Guard, PolicyStore, Programs};
+use omerta_kernel_tests::*;
+use omerta_verdict::{
+    Direction, FixedInputs, Flow, MemoryGuard, Meter, Mode, Policy, Protocol, Rate, Reason,
+    Verdict, egress,
+};
+
+use crate::frames::{to_consumer, v4};
+use crate::stage::{PATIENCE, Stage, soon};
+
+use aya::programs::{TestRun, TestRunOptions};
+
+const NEXT: u32 = -1_i32 as u32;
+const NOW: u64 = 1_000_000_000_000;
+
+/// Programs whose clock stands still at [`NOW`], under a policy that `change` makes.
+fn programs(mode: Mode, change: impl FnOnce(&mut Policy)) -> Programs {
+    let inputs = FixedInputs {
+        now_ns: NOW,
+        ..FixedInputs::NONE
+    };
+    let mut programs = Programs::load_with("limits", mode, inputs).unwrap();
+    let mut policy = config(mode).policy("guest").unwrap();
+    change(&mut policy);
+    let mut store = PolicyStore::of(&mut programs, "limits").unwrap();
+    store.commit(policy, &allowlist()).unwrap();
+    programs
+}
+
+fn passes(programs: &mut Programs, direction: Direction, frame: &[u8]) -> bool {
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        ..TestRunOptions::new()
+    };
+    let program = programs.program(direction).unwrap();
+    program.test_run(options).unwrap().return_value == NEXT
+}
+
+#[test]
+fn a_lease_ends_and_is_renewed_by_one_word() {
+    let mut programs = programs(Mode::Filtered, |_| {});
+    for (until, allowed) in [(0, true), (NOW, false), (NOW + 1, true), (1, false)] {
+        programs.set_word("LEASE", 0, until).unwrap();
+        let passed = passes(&mut programs, Direction::Egress, &to_consumer(b"x"));
+        assert_eq!(passed, allowed, "{until}");
+        let policy = config(Mode::Filtered).policy("guest").unwrap();
+        let native = MemoryGuard {
+            now_ns: NOW,
+            lease_until_ns: until,
+            ..MemoryGuard::new(&policy, &[])
+        };
+        let expired =
+            egress(&to_consumer(b"x")[..], &native) == Verdict::Drop(Reason::LeaseExpired);
+        assert_eq!(expired, !allowed, "{until}");
+    }
+}
+
+#[test]
+fn a_rate_lets_its_burst_through_and_no_more() {
+    for (meter, burst, expected) in [
+        (Meter::EgressPackets, 10, 10),
+        // Frames of 43 bytes.
+        (Meter::EgressBytes, 430, 10),
+        (Meter::IngressPackets, 10, 1000),
+    ] {
+        let mut programs = programs(Mode::Filtered, |policy| {
+            policy.rates[meter as usize] = Rate::per_second(1, burst);
+        });
+        let frame = to_consumer(b"x");
+        assert_eq!(frame.len(), 43);
+        let passed = (0..1000)
+            .filter(|_| passes(&mut programs, Direction::Egress, &frame))
+            .count();
+        assert_eq!(passed, expected, "{meter:?}");
+    }
+}
+
+#[test]
+fn a_flow_lives_as_long_as_its_protocol_says() {
+    let mut programs = programs(Mode::Conntrack, |_| {});
+    let reply = Ipv4::new(CONSUMER, GUEST, 17).packet(&udp(CONSUMER_PORT, 40000, b"x"));
+    let frame = ethernet(GATEWAY_MAC, GUEST_MAC, 0x0800, &reply);
+    let (guest, peer) = (
+        std::net::IpAddr::from(GUEST).into(),
+        std::net::IpAddr::from(CONSUMER).into(),
+    );
+    let flow = Flow::new(Protocol::Udp, (guest, 40000), (peer, CONSUMER_PORT));
+    let timeout = flow.timeout_ns();
+    for (seen, live) in [
+        (None, false),
+        (Some(NOW), true),
+        (Some(NOW - timeout + 1), true),
+        (Some(NOW - timeout), false),
+        // Another CPU's clock may be ahead.
+        (Some(NOW + 5), true),
+    ] {
+        programs.set_flow(&flow, seen).unwrap();
+        assert_eq!(
+            passes(&mut programs, Direction::Ingress, &frame),
+            live,
+            "{seen:?}"
+        );
+    }
+}
+
+#[test]
+fn every_frame_of_a_flood_is_counted_once_and_judged_once() {
+    const EACH: u64 = 20_000;
+    let stage = Stage::new(Mode::Filtered);
+    let frames = [
+        v4(17, &udp(40000, 53, b"flood")),
+        to_consumer(b"good"),
+        ethernet(STRANGER_MAC, GATEWAY_MAC, 0x0800, &[0; 46]),
+    ];
+    let while_it_lasts = thread::scope(|scope| {
+        let senders: Vec<_> = frames
+            .iter()
+            .map(|frame| scope.spawn(|| (0..EACH).for_each(|_| stage.tap.send(frame).unwrap())))
+            .collect();
+        let mut looked = 0_u64;
+        while !senders.iter().all(thread::ScopedJoinHandle::is_finished) {
+            let egress = stage.guarded(Guard::counters).egress;
+            assert_eq!(egress.rx(), egress.outcomes(), "{egress:?}");
+            looked += 1;
+        }
+        looked
+    });
+    assert!(while_it_lasts > 0);
+    let done = soon(|| {
+        let egress = stage.guarded(Guard::counters).egress;
+        (egress.rx().packets == 3 * EACH).then_some(egress)
+    });
+    let egress = done.expect("all were counted");
+    assert_eq!(egress.rx(), egress.outcomes());
+    assert_eq!(egress.allowed.packets, EACH);
+    assert_eq!(egress.dropped_for(Reason::Endpoint).packets, EACH);
+    assert_eq!(egress.dropped_for(Reason::SourceMac).packets, EACH);
+    let counters = stage.guarded(Guard::counters);
+    assert!(counters.events_limited.packets > 0);
+    assert_eq!(stage.tap.recv(PATIENCE / 100).unwrap(), None);
+}
+
+#[test]
+fn own_answers_are_counted_apart_from_what_the_guest_sends() {
+    let stage = Stage::new(Mode::Filtered);
+    let reply = Ipv4::new(CONSUMER, GUEST, 17).packet(&udp(CONSUMER_PORT, 40000, b"x"));
+    stage.send_from_world(&reply);
+    assert!(stage.tap.recv(PATIENCE).unwrap().is_some());
+    let counters = stage.guarded(Guard::counters);
+    assert_eq!(
+        counters.egress.own_answers.packets,
+        counters.ingress.answered.packets
+    );
+    assert!(counters.ingress.answered.packets > 0);
+    assert_eq!(counters.egress.rx().packets, 0);
+}
