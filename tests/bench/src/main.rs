@@ -31,6 +31,9 @@ struct Arguments {
     /// Rounds, each of which runs every case of a bench once. An odd number has a median.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(3..=1001))]
     rounds: u32,
+    /// Run only this case and the one that its ratio is against; may be given again
+    #[arg(long = "case", value_name = "CASE")]
+    cases: Vec<String>,
     /// Where the results go.
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -64,7 +67,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let mut written = 0;
     for name in &wanted {
-        let rounds = Rounds::new(name, arguments.rounds);
+        let rounds = Rounds::new(name, arguments.rounds, &arguments.cases);
         for bench in measure(name, rounds).with_context(|| format!("bench {name}"))? {
             bench.print();
             bench.write(&arguments.out)?;

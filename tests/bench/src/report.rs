@@ -150,7 +150,7 @@ mod tests {
         // The second round ran on a machine that was twice as busy.
         let base = samples("base", &[100.0, 200.0, 100.0]);
         let case = samples("case", &[110.0, 220.0, 150.0]);
-        let rounds = Rounds::new("test", 3);
+        let rounds = Rounds::new("test", 3, &[]);
         let bench = Bench::of("test", "ns", &rounds, &[base, case], Vec::new());
         assert_eq!(bench.rows[0].ratio, 1.0);
         assert!((bench.rows[1].ratio - 1.1).abs() < 1e-9);

@@ -33,6 +33,7 @@ impl<'a> Case<'a> {
 pub struct Rounds {
     bench: String,
     count: u32,
+    only: Vec<String>,
 }
 
 /// The figures of one case, in the order of the rounds.
@@ -46,10 +47,13 @@ pub struct Samples {
 }
 
 impl Rounds {
-    pub fn new(bench: &str, count: u32) -> Self {
+    /// `only` names the cases to run, each with the one that its ratio is against; all where it
+    /// is empty.
+    pub fn new(bench: &str, count: u32, only: &[String]) -> Self {
         Self {
             bench: bench.to_owned(),
             count,
+            only: only.to_vec(),
         }
     }
 
@@ -60,6 +64,15 @@ impl Rounds {
 
     /// Runs all cases, after one round that does not count.
     pub fn run(&self, mut cases: Vec<Case>) -> Result<Vec<Samples>> {
+        if !self.only.is_empty() {
+            let named = |name: &str| self.only.iter().any(|only| only == name);
+            let bases: Vec<_> = cases
+                .iter()
+                .filter(|case| named(case.name))
+                .map(|case| case.against)
+                .collect();
+            cases.retain(|case| named(case.name) || bases.contains(&case.name));
+        }
         let mut samples: Vec<_> = cases
             .iter()
             .map(|case| Samples {
