@@ -189,6 +189,19 @@ pub const DIRECTION_COUNTERS: usize = Outcome::COUNT + 2;
 #[cfg(test)]
 mod tests {
     use super::*;
+    extern crate alloc;
+
+    /// The table is what `omerta guard reasons -o markdown` prints.
+    #[test]
+    fn the_table_in_the_documents_is_that_of_the_code() {
+        let mut lines = include_str!("../REASONS.md").lines().skip(2);
+        for reason in Reason::ALL {
+            let (word, meaning) = (reason.word(), reason.meaning().trim());
+            let line = alloc::format!("| `{word}` | {meaning} |");
+            assert_eq!(lines.next(), Some(&line[..]));
+        }
+        assert_eq!(lines.next(), None);
+    }
 
     #[test]
     fn every_word_names_one_reason() {
