@@ -30,9 +30,7 @@ from .state import Entry, State
 
 # Results (include/uapi/linux/pkt_cls.h): TCX_NEXT is TC_ACT_UNSPEC.
 NEXT, SHOT, REDIRECT = 0xFFFF_FFFF, 2, 7
-# Marks the guard's own answers for the guest (ebpf/programs/src/answer.rs).
-MARK = 0x6F6D_7274
-ALLOWED, ANSWERED, FIRST_REASON = 0, 1, 2
+ALLOWED, ANSWERED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,9 @@ class Run:
         self.reached = truth(bits.every(end.path))
         self.frame = Frame(frame_byte, z3.BitVec("length", 32))
         self.guard = Guard(program, layouts, end.log)
-        self.marked = z3.BitVec("mark", 32) == MARK
+        # Marks the guard's own answers for the guest; 0 marks nothing.
+        mark = z3.Concat(*[constant_byte("MARK", index) for index in (3, 2, 1, 0)])
+        self.marked = z3.And(z3.BitVec("mark", 32) == mark, mark != 0)
 
     # What can happen
 
@@ -149,19 +149,46 @@ class Run:
         echo = packet.is_echo(request=self.egress)
         protocols = z3.Or(packet.is_udp(), packet.is_tcp(), packet.is_icmp())
         yield Claim(f"{ip}: {side} address is the guest's", here, g.owns(own))
-        yield Claim(f"{ip}: peer can be a peer", here, can_be_peer(packet.version, peer))
-        yield Claim(f"{ip}: a live rule names the peer", z3.And(here, listed), rule)
+        error = z3.BoolVal(False)
+        if not self.egress:
+            error = z3.And(packet.is_icmp(), z3.Not(echo))
+            yield from self._error_claims(z3.And(here, error), listed, packet)
+        own_flow = z3.And(here, z3.Not(error))
+        yield Claim(f"{ip}: peer can be a peer", own_flow, can_be_peer(packet.version, peer))
+        yield Claim(f"{ip}: a live rule names the peer", z3.And(own_flow, listed), rule)
         yield Claim(f"{ip}: version and header length", here, packet.header())
         yield Claim(f"{ip}: no fragment", here, packet.whole())
         yield Claim(f"{ip}: no IPv4 address in disguise", here, packet.not_mapped())
         yield Claim(f"{ip}: lengths agree with the frame's", here, packet.lengths())
         yield Claim(f"{ip}: UDP, TCP or ICMP", here, protocols)
         yield Claim(f"{ip}: transport header is whole", here, packet.transport_header())
-        yield Claim(f"{ip}: ICMP is echo", z3.And(here, packet.is_icmp()), echo)
+        if self.egress:
+            yield Claim(f"{ip}: ICMP is echo", z3.And(here, packet.is_icmp()), echo)
         if "SKB" in self.program.constants:
             yield Claim(
                 f"{ip}: nothing is left to change but its checksum", here, (self._offload(packet))
             )
+
+    def _error_claims(
+        self, here: z3.BoolRef, listed: z3.BoolRef, packet: Packet
+    ) -> Iterator[Claim]:
+        """An ICMP error quotes a packet that the guest could rightly have sent."""
+        ip, frame = f"IPv{packet.version}", packet.frame
+        kinds = (3, 11, 12) if packet.version == 4 else (1, 2, 3, 4)
+        kind = z3.Or(*[frame.byte(packet.transport) == value for value in kinds])
+        quoted = Packet(frame, packet.version, packet.transport + 8)
+        rule = self.guard.has_live_rule(
+            quoted.rule_protocol(), quoted.destination, quoted.port(of_source=False)
+        )
+        asked = z3.Implies(
+            quoted.is_icmp(), frame.byte(quoted.transport) == (8 if packet.version == 4 else 128)
+        )
+        known = z3.And(z3.Or(quoted.is_udp(), quoted.is_tcp(), quoted.is_icmp()), asked)
+        owned = equal(quoted.source, packet.destination)
+        yield Claim(f"{ip}: ICMP is echo or an error", here, kind)
+        yield Claim(f"{ip}: an error quotes the guest", here, z3.And(owned, quoted.header()))
+        yield Claim(f"{ip}: an error quotes UDP, TCP or echo", here, known)
+        yield Claim(f"{ip}: a live rule names whom an error quotes", z3.And(here, listed), rule)
 
     def _offload(self, packet: Packet) -> z3.BoolRef:
         """Nobody cuts the frame but TCP; a checksum still to be written goes where it belongs."""
@@ -186,6 +213,8 @@ class Run:
             z3.If(packet.is_tcp(), z3.BitVecVal(16, 32), z3.BitVecVal(2, 32)),
         )
         right = z3.And(start == packet.transport, offset == field)
+        # The kernel lets no checksum start before the frame (skb_partial_csum_set).
+        pending = z3.And(pending, start != 0xFFFF_FFFF)
         whole = z3.Or(packet.is_tcp(), context_field("gso_size") == 0)
         return z3.And(whole, z3.Implies(pending, right))
 
@@ -253,7 +282,7 @@ class Run:
                 equal(answer.at(32, 6), answer.destination_mac),
             ]
             if self.egress:
-                claims.append(g.owns(arp.target))
+                claims.append(z3.Or(g.owns(arp.target), equal(arp.target[12:], constant(bytes(4)))))
         elif length == 86:
             packet = Packet(answer, 6)
             claims += [
@@ -263,7 +292,9 @@ class Run:
                 equal(answer.at(80, 6), mac),
             ]
             if self.egress:
-                claims.append(g.owns(packet.destination))
+                all_nodes = constant(b"\xff\x02" + bytes(13) + b"\x01")
+                to = packet.destination
+                claims.append(z3.Or(g.owns(to), equal(to, all_nodes)))
         else:
             return z3.BoolVal(False)
         return z3.And(*claims)
@@ -272,38 +303,35 @@ class Run:
 
     def _counter_claims(self) -> Iterator[Claim]:
         """rx = allowed + answered + dropped: each run adds one to one counter of its outcome."""
-        outcomes = self.program.maps["COUNTERS"].max_entries // 2
-        first = 0 if self.egress else outcomes
-        fields = self.layouts["Count"].fields
-        stores = all_entries(self.end.log, "store", "COUNTERS")
-        packets = [e for e in stores if e.args[2] == fields["packets"]]
-        octets = [e for e in stores if e.args[2] == fields["bytes"]]
+        fields, size = self.layouts["Count"].fields, self.layouts["Count"].size
+        # Behind the outcomes: rx, and the guard's own answers.
+        rx = self.program.maps["COUNTERS"].value_size // size - 2
         own = z3.And(self.allowed(), self.own_answer(), self.marked) if self.egress else False
         counted = z3.And(self.reached, z3.Not(own))
-        for what, entries, by in (
-            ("packet", packets, z3.BitVecVal(1, 64)),
-            ("length", octets, z3.ZeroExt(32, z3.BitVec("length", 32))),
+        stores = all_entries(self.end.log, "store", "COUNTERS")
+        for what, by in (
+            ("packets", z3.BitVecVal(1, 64)),
+            ("bytes", z3.ZeroExt(32, z3.BitVec("length", 32))),
         ):
-            one = z3.And(how_many(entries) == 1, how_many(stores) == 2)
-            yield Claim(f"one {what} is counted", counted, one)
+            entries = [e for e in stores if _number(e.args[2]) % size == fields[what]]
+            outcomes = [e for e in entries if _number(e.args[2]) // size < rx]
+            received = [e for e in entries if _number(e.args[2]) // size == rx]
+            one = z3.And(how_many(outcomes) == 1, how_many(received) == 1)
+            both = z3.And(one, how_many(entries) == 2, how_many(stores) == 4)
+            yield Claim(f"rx and one outcome are counted in {what}", counted, both)
             for entry in entries:
                 key, new, old = (_word(entry.args[i]) for i in (1, 3, 4))
-                index = bits.term(key, 32) - first
-                right = z3.If(
-                    self.result == NEXT,
-                    index == ALLOWED,
-                    z3.If(
-                        self.result == REDIRECT,
-                        index == ANSWERED,
-                        z3.And(z3.UGE(index, FIRST_REASON), z3.ULT(index, outcomes)),
-                    ),
+                grown = z3.And(
+                    bits.term(new, 64) == bits.term(old, 64) + by,
+                    bits.term(key, 32) == (0 if self.egress else 1),
                 )
-                grown = bits.term(new, 64) == bits.term(old, 64) + by
-                yield Claim(
-                    f"the {what} is added to its outcome's counter",
-                    _when(self.reached, entry),
-                    z3.And(right, grown),
+                yield Claim(f"{what} grow by what came", _when(self.reached, entry), grown)
+            for entry in outcomes:
+                index = _number(entry.args[2]) // size
+                right = {ALLOWED: self.result == NEXT, ANSWERED: self.result == REDIRECT}.get(
+                    index, self.result == SHOT
                 )
+                yield Claim(f"{what} are the result's", _when(self.reached, entry), right)
 
     # What must be possible, so that no claim is true of nothing
 
@@ -344,6 +372,11 @@ class Arp:
 
 def _word(value: object) -> bits.Word:
     assert isinstance(value, (int, z3.BitVecRef))
+    return value
+
+
+def _number(value: object) -> int:
+    assert isinstance(value, int)
     return value
 
 

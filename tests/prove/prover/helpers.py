@@ -10,7 +10,7 @@ import z3
 from . import bits
 from .bits import Truth, Word
 from .elf import MapDefinition, Unmodelled
-from .memory import Region, frame_byte, kernel_byte, without_packet_pointers
+from .memory import FROZEN, Region, frame_byte, kernel_byte, without_packet_pointers
 from .state import Choice, MapReference, Pointer, State, Value
 
 if TYPE_CHECKING:
@@ -102,12 +102,23 @@ class Helpers:
                 value = MapReference(definition.name, key)
             else:
                 value = Pointer(self.memory.element(definition, reference.slot, key), 0)
-                state.note("lookup", definition.name, key, value.region, reference.slot)
+                self._note_lookup(state, definition, key, value.region, reference.slot)
         if isinstance(found, bool):
             state.registers[0] = value if found else 0
         else:
             state.registers[0] = Choice(found, value, 0)
         yield state
+
+    @staticmethod
+    def _note_lookup(
+        state: State, definition: MapDefinition, key: Word, region: str, slot: Word | None
+    ) -> None:
+        if definition.name not in FROZEN:
+            return
+        last = [e for e in state.log if e.kind == "lookup" and e.args[0] == definition.name][-1:]
+        # What was looked up last and surely need not be noted again.
+        if not (last and last[0].guard is True and last[0].args[2] == region):
+            state.note("lookup", definition.name, key, region, slot)
 
     def map_update(self, state: State) -> Iterator[State]:
         definition = self._map(state)

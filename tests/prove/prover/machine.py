@@ -18,7 +18,18 @@ from .bits import Truth, Word
 from .elf import CALL, LD_IMM64, PSEUDO_CALL, Instruction, Object, Unmodelled
 from .flow import Flow
 from .memory import Memories
-from .state import UNWRITTEN, Choice, Frame, Lost, MapReference, Merge, Pointer, State, Value
+from .state import (
+    UNWRITTEN,
+    UNWRITTEN_STACK,
+    Choice,
+    Frame,
+    Lost,
+    MapReference,
+    Merge,
+    Pointer,
+    State,
+    Value,
+)
 
 ALU = {
     0: "add", 1: "sub", 2: "mul", 3: "div", 4: "or", 5: "and", 6: "lsh", 7: "rsh", 8: "neg",
@@ -169,7 +180,9 @@ class Machine:
         """The state, taken apart until no register named holds a choice or nothing at all."""
         for register in registers:
             value = state.registers[register]
-            if isinstance(value, Lost):
+            if isinstance(value, Lost) and value == UNWRITTEN_STACK:
+                state.registers[register] = self.fresh("stack", 64)
+            elif isinstance(value, Lost):
                 self.require(state, False, f"uses {value.why} (r{register})")
                 return
             if isinstance(value, Choice):

@@ -11,7 +11,7 @@ import z3
 from . import bits
 from .bits import Truth, Word
 from .elf import Instruction, MapDefinition, Unmodelled
-from .state import UNWRITTEN, Cell, Choice, Lost, Memory, Pointer, State, Value
+from .state import UNWRITTEN_STACK, Cell, Choice, Lost, Memory, Pointer, State, Value
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -135,6 +135,11 @@ class Memories:
         if isinstance(word, int):
             yield state, word
             return
+        values = constants_of(word)
+        if values is not None:
+            for value in sorted(values):
+                yield state.fork(word == value), value
+            return
         solver = z3.Solver()
         solver.add(*self.machine.axioms, *state.path)
         for _ in range(MOST_VALUES):
@@ -185,7 +190,8 @@ class Memories:
                 return bits.join([constant_byte(region.map, offset + i) for i in range(size)])
             case "shared":
                 value = self.machine.fresh(f"{region.map}+{offset}", 8 * size)
-                state.note("read", region.map, offset, value)
+                if region.map == "GENERATION":
+                    state.note("read", region.map, offset, value)
                 return value
         return self._load_cells(state, pointer.region, offset, size)
 
@@ -212,7 +218,7 @@ class Memories:
             if cell is None:
                 new = self.unknown(region, place)
                 if not new:
-                    return UNWRITTEN
+                    return UNWRITTEN_STACK
                 memory = state.writable(region)
                 memory |= new
                 cell = memory[place]
@@ -223,12 +229,7 @@ class Memories:
             for index, cell in enumerate(cells)
         ):
             return first
-        parts: list[Word] = []
-        for cell in cells:
-            if not isinstance(cell.value, (int, z3.BitVecRef)):
-                return Lost("part of a pointer")
-            parts.append(bits.byte(cell.value, cell.index))
-        return bits.join(parts)
+        return _joined([_part(cell.value, cell.index) for cell in cells])
 
     def load_bytes(self, state: State, pointer: Pointer, size: int) -> list[Word] | None:
         """`size` bytes one by one, for helpers."""
@@ -300,7 +301,8 @@ class Memories:
                 if other != name and self.regions[other].map == region.map:
                     state.writable(other).clear()
             self._put(state, name, offset, size, value)
-        state.note("store", region.map, region.key, offset, value, old)
+        if region.map == "COUNTERS":
+            state.note("store", region.map, region.key, offset, value, old)
 
     def store_bytes(self, state: State, pointer: Pointer, values: list[Word]) -> bool:
         assert isinstance(pointer.offset, int)
@@ -370,3 +372,51 @@ def without_packet_pointers(value: Value) -> Value:
         if yes is not value.yes or no is not value.no:
             return Choice(value.condition, yes, no)
     return value
+
+
+def _part(value: Value, index: int) -> Value:
+    """One byte of a value."""
+    if isinstance(value, Choice):
+        return Choice(value.condition, _part(value.yes, index), _part(value.no, index))
+    if isinstance(value, (int, z3.BitVecRef)):
+        return bits.byte(value, index)
+    return value if isinstance(value, Lost) else Lost("part of a pointer")
+
+
+def _joined(parts: list[Value]) -> Value:
+    """The value whose bytes these are."""
+    words = [part for part in parts if isinstance(part, (int, z3.BitVecRef))]
+    if len(words) == len(parts):
+        return bits.join(words)
+    for part in parts:
+        if isinstance(part, Lost):
+            return part
+    condition = next(part.condition for part in parts if isinstance(part, Choice))
+
+    def under(yes: bool) -> list[Value]:
+        return [
+            (part.yes if yes else part.no)
+            if isinstance(part, Choice) and part.condition.eq(condition)
+            else part
+            for part in parts
+        ]
+
+    return Choice(condition, _joined(under(True)), _joined(under(False)))
+
+
+def constants_of(word: z3.BitVecRef) -> set[int] | None:
+    """The values of a word that is computed from choices between constants; None for others."""
+    if z3.is_bv_value(word):
+        return {word.as_long()}
+    if word.decl().kind() == z3.Z3_OP_ITE:
+        yes, no = constants_of(word.arg(1)), constants_of(word.arg(2))
+        return None if yes is None or no is None or len(yes | no) > MOST_VALUES else yes | no
+    if not word.children() or not all(z3.is_bv(child) for child in word.children()):
+        return None
+    terms = [[]]
+    for child in word.children():
+        values = constants_of(child)
+        if values is None or len(values) * len(terms) > MOST_VALUES:
+            return None
+        terms = [[*head, z3.BitVecVal(v, child.size())] for head in terms for v in values]
+    return {z3.simplify(word.decl()(*arguments)).as_long() for arguments in terms}

@@ -52,6 +52,8 @@ class Choice:
 Value = int | z3.BitVecRef | Pointer | MapReference | Lost | Choice
 
 UNWRITTEN = Lost("a value that was never written")
+# The kernel lets privileged programs read it, as copies of padding do: it may hold anything.
+UNWRITTEN_STACK = Lost("stack that was never written")
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ class Merge:
 
     def _missing(self, region: str, offset: int, other: Cell) -> Cell:
         found = self.unknown(region, offset)
-        return found[offset] if found else Cell(UNWRITTEN, other.index, other.size)
+        return found[offset] if found else Cell(UNWRITTEN_STACK, other.index, other.size)
 
     def cell(self, a: Cell, b: Cell) -> Cell:
         if a.index == b.index and a.size == b.size:
