@@ -270,7 +270,8 @@ class Memories:
         if isinstance(value, (int, z3.BitVecRef)):
             value = bits.low(value, 8 * size)
         elif size != 8:
-            raise Unmodelled(f"part of {value} is stored at {state.pc}")
+            self.machine.require(state, False, f"stores part of {value}")
+            return False
         match region.kind:
             case "stack" | "ring":
                 self._put(state, pointer.region, offset, size, value)
