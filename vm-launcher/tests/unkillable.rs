@@ -48,7 +48,7 @@ fn tidy(stage: &Stage, grip: Grip) {
     });
     stage
         .namespace
-        .enter(|| Guard::remove_stale("omweb-1").unwrap())
+        .enter(|| Guard::remove_stale("omweb-1", None).unwrap())
         .unwrap();
     std::fs::remove_dir_all(run_dir).unwrap();
 }

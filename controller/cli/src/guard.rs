@@ -2,7 +2,9 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use omerta_dataplane::{Counters, DirectionCounters, ErrorKind, Guard, GuardError, GuardStatus};
+use omerta_dataplane::{
+    Counters, DirectionCounters, ErrorKind, Guard, GuardError, GuardStatus, PinnedGuard, Standing,
+};
 use omerta_verdict::Reason;
 use serde::Serialize;
 
@@ -15,7 +17,7 @@ use crate::output::{Cell, Output, Side, Style, Table, bytes};
 /// Carries out one command in the network namespace of the calling thread.
 ///
 /// # Errors
-/// See [`GuardCommandError`]. What failed has changed nothing.
+/// See [`GuardCommandError`]. What failed has changed nothing, unless it is standard output.
 pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandError> {
     match command {
         GuardCommand::Attach(args) => attach(args, out),
@@ -78,11 +80,11 @@ fn detach(interface: &InterfaceName, out: &mut Output) -> Result<(), GuardComman
         }
         // What is left of a guard whose interface is gone or was re-created.
         Err(error @ (GuardError::NoInterface { .. } | GuardError::NotInForce { .. })) => {
-            if !Guard::remove_stale(interface.as_str())? {
+            if !Guard::remove_stale(interface.as_str(), None)? {
                 return Err(error.into());
             }
             Ok(out.line(format_args!(
-                "{interface}: the guard was not in force; what was left of it is removed"
+                "{interface}: the guard was not whole; what was left of it is removed"
             ))?)
         }
         Err(error) => Err(error.into()),
@@ -92,11 +94,13 @@ fn detach(interface: &InterfaceName, out: &mut Output) -> Result<(), GuardComman
 fn show(guard: &Guard, format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
     let status = guard.status()?;
     if format == Format::Json {
-        return Ok(out.json(&status)?);
+        out.json(&status)?;
+        return Ok(guard.verify()?);
     }
     out.table(&policy(&status))?;
     out.line("")?;
-    Ok(out.table(&traffic(&guard.counters()?))?)
+    out.table(&traffic(&guard.counters()?))?;
+    Ok(guard.verify()?)
 }
 
 fn policy(status: &GuardStatus) -> Table {
@@ -108,6 +112,12 @@ fn policy(status: &GuardStatus) -> Table {
             status.interface, status.ifindex
         )),
     );
+    let style = if status.state == Standing::InForce.word() {
+        Style::Good
+    } else {
+        Style::Bad
+    };
+    table.pair("state", Cell::styled(style, status.state));
     if let Some(owner) = &status.owner {
         table.pair("owner", Cell::new(owner));
     }
@@ -170,7 +180,23 @@ fn traffic(counters: &Counters) -> Table {
 
 fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
     let mut guards = Vec::new();
-    for interface in Guard::list()? {
+    let mut broken = None;
+    for PinnedGuard {
+        interface,
+        standing,
+        ..
+    } in Guard::pinned()?
+    {
+        if !standing.is_whole() {
+            // Left-overs judge nothing; of the others the first is told when the rest is shown.
+            if standing != Standing::Gone && broken.is_none() {
+                broken = Some(GuardError::Broken {
+                    interface,
+                    standing,
+                });
+            }
+            continue;
+        }
         match Guard::open(&interface).and_then(|guard| guard.status()) {
             Ok(status) => guards.push(status),
             // Detached, or its interface removed, since it was listed.
@@ -184,9 +210,8 @@ fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
         }
     }
     if format == Format::Json {
-        return Ok(out.json(&guards)?);
-    }
-    if guards.is_empty() {
+        out.json(&guards)?;
+    } else if guards.is_empty() && broken.is_none() {
         if io::stderr().is_terminal() {
             // A remark that cannot be shown is no reason to fail.
             let _ = writeln!(
@@ -194,10 +219,16 @@ fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
                 "no interface of this network namespace is guarded"
             );
         }
-        return Ok(());
+    } else if !guards.is_empty() {
+        out.table(&overview(&guards))?;
     }
+    broken.map_or(Ok(()), |error| Err(error.into()))
+}
+
+fn overview(guards: &[GuardStatus]) -> Table {
     let mut table = Table::headed(&[
         (Side::Left, "INTERFACE"),
+        (Side::Left, "STATE"),
         (Side::Left, "MODE"),
         (Side::Right, "EPOCH"),
         (Side::Right, "ENDPOINTS"),
@@ -206,9 +237,10 @@ fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
         (Side::Right, "INGRESS"),
         (Side::Right, "DROPPED"),
     ]);
-    for status in &guards {
+    for status in guards {
         let mut cells = vec![
             Cell::styled(Style::Heading, &status.interface),
+            Cell::new(status.state),
             Cell::new(status.mode),
             Cell::new(status.epoch),
             Cell::new(status.allow.len()),
@@ -225,7 +257,7 @@ fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
         }
         table.row(cells);
     }
-    Ok(out.table(&table)?)
+    table
 }
 
 /// A reason as JSON.
@@ -278,7 +310,7 @@ pub enum GuardCommandError {
     #[error(transparent)]
     Guard(#[from] GuardError),
     /// Standard output failed.
-    #[error("cannot write to standard output")]
+    #[error("cannot write to standard output (what was asked for is done)")]
     Output(#[from] io::Error),
 }
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use omerta_dataplane::{Guard, PinnedGuard};
+use omerta_dataplane::{Guard, PinnedGuard, Standing};
 use omerta_vm_launcher::{GuestName, LockFile};
 
 use crate::failure::report;
@@ -33,18 +33,18 @@ fn sweep_guards() {
     for PinnedGuard {
         interface,
         owner,
-        in_force,
+        standing,
     } in pinned
     {
         if owner.is_none_or(|owner| owner.as_str() != OWNER) {
             continue;
         }
-        if in_force {
+        if standing != Standing::Gone {
             // Whoever has its tap open may still send; to remove it would let them.
             tracing::warn!(interface, "left a guard alone whose interface is in use");
             continue;
         }
-        match Guard::remove_stale(&interface) {
+        match Guard::remove_stale(&interface, None) {
             Ok(_) => tracing::info!(interface, "removed the guard that a crash left behind"),
             Err(error) => {
                 tracing::warn!(interface, error = report(&error), "cannot remove a guard");

@@ -1,4 +1,6 @@
 //! Attaching a guard: at every instant the interface is as it was, or guarded with its pins whole.
+//! Where the process is killed between the two hooks, one direction is judged and no guard is in
+//! force yet.
 
 use aya::programs::links::FdLink;
 use aya::programs::tc::TcAttachOptions;
@@ -7,9 +9,10 @@ use omerta_verdict::Direction;
 
 use crate::bpffs::failed;
 use crate::object::{Programs, program_name};
-use crate::pinned::{is_in_force, refuse_elsewhere, remove_aside};
+use crate::pinned::{recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
 use crate::rules::refuse_unreachable;
+use crate::standing::look;
 use crate::store::PolicyStore;
 use crate::{Guard, GuardConfig, GuardError, interface};
 
@@ -18,18 +21,31 @@ impl Guard {
     /// handle acts in the name of the owner that `config` gives the guard.
     pub fn attach(interface: &str, config: &GuardConfig) -> Result<Self, GuardError> {
         let ifindex = interface::index(interface)?;
+        // Another of its names may have been given (`ip link property add ... altname`).
+        let interface = &interface::name(ifindex).unwrap_or_else(|| interface.to_owned());
+        interface::mac(interface)?;
         let policy = config.policy(interface)?;
         refuse_unreachable(interface, &policy, &config.allow)?;
         let mut programs = Programs::load(interface, config.mode)?;
         PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
 
         let _lock = Pins::lock()?;
-        for (_, pins) in Pins::all()? {
-            // Whatever name the interface had when it was guarded.
-            if is_in_force(interface, ifindex, &pins)? {
-                return Err(GuardError::AlreadyGuarded {
-                    interface: interface.to_owned(),
-                });
+        recover()?;
+        // Whatever name the interface had when it was guarded.
+        for pins in Pins::all()?.into_iter().chain(Pins::aside()?) {
+            let (_, pins) = pins;
+            let found = look(&pins)?;
+            if !found.is_on(interface, ifindex) {
+                continue;
+            }
+            let interface = interface.to_owned();
+            if let Some(owner) = pins.owner()?
+                && config.owner.as_ref() != Some(&owner)
+            {
+                return Err(GuardError::Owned { interface, owner });
+            }
+            if found.standing.is_whole() {
+                return Err(GuardError::AlreadyGuarded { interface });
             }
         }
         let place = Pins::of(interface)?;
@@ -37,7 +53,11 @@ impl Guard {
         place.refuse_foreign()?;
         // What is pinned there is left over from an interface that is gone. It gives way to the
         // new guard when that is whole; until then two may judge, never none.
-        let links = link(&mut programs, interface)?;
+        let links = match link(&mut programs, interface) {
+            Ok(links) => links,
+            // It may have gone meanwhile, which says more than the hook's complaint.
+            Err(error) => return Err(interface::index(interface).err().unwrap_or(error)),
+        };
         let aside = place.create_aside()?;
         let made = pin(&aside, &mut programs, links, config)
             .and_then(|()| Self::of_pins(interface, ifindex, aside.clone())?.verify())
@@ -50,7 +70,7 @@ impl Guard {
         let mut guard = Self::of_pins(interface, ifindex, place)?;
         guard.acting = config.owner.clone();
         // The guard is in force; what cannot be removed now is removed by the next change.
-        let _ = remove_aside();
+        let _ = remove_aside(interface, config.owner.as_ref());
         Ok(guard)
     }
 }
@@ -97,6 +117,11 @@ fn pin(
             .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
     }
     for (direction, link) in links {
+        let path = pins.program_path(direction);
+        programs
+            .program(direction)?
+            .pin(&path)
+            .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
         let path = pins.link_path(direction);
         link.pin(&path)
             .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;

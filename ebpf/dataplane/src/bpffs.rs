@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::IntoRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -32,12 +32,23 @@ pub fn root() -> Result<PathBuf, GuardError> {
     if let Some(root) = ROOT.get() {
         return Ok(root.clone());
     }
-    let root = outer_mount_point()?.join("omerta");
-    match fs::create_dir(&root) {
+    let mounted = outer_mount_point()?;
+    let root = mounted.join("omerta");
+    match fs::DirBuilder::new().mode(0o700).create(&root) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(failed("create", &root)(error));
         }
         _ => {}
+    }
+    // Whoever may rename or remove a directory of pins may take its guards away.
+    const OTHERS_WRITE: u32 = 0o022;
+    const STICKY: u32 = 0o1000;
+    for (path, excused) in [(root.as_path(), 0), (mounted.as_path(), STICKY)] {
+        let found = fs::symlink_metadata(path.join(".")).map_err(failed("look at", path))?;
+        let mode = found.mode();
+        if found.uid() != 0 || (mode & OTHERS_WRITE != 0 && mode & excused == 0) {
+            return Err(GuardError::Untrusted { path: shown(path) });
+        }
     }
     Ok(ROOT.get_or_init(|| root).clone())
 }

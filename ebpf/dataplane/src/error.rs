@@ -7,7 +7,7 @@ use aya::maps::MapError;
 use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
 
-use crate::Owner;
+use crate::{Owner, Standing};
 
 /// What kind of failure an error is, for exit codes and API answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +89,26 @@ pub enum GuardError {
         /// What it is.
         path: PathBuf,
     },
+    /// Something of a guard judges, but not all of it.
+    #[error("the guard of {interface} is {word}: {why}; `omerta guard detach {interface}` removes it, and attach guards anew", word = standing.word(), why = standing.why())]
+    Broken {
+        /// The interface's name.
+        interface: String,
+        /// How the guard stands.
+        standing: Standing,
+    },
+    /// Another process changes a guard and does not end.
+    #[error("{} stays locked by another process: see who holds it (`fuser -v`), end that, and try again", path.display())]
+    Busy {
+        /// Omerta's directory on bpffs.
+        path: PathBuf,
+    },
+    /// Somebody other than root could take guards away.
+    #[error("{} is not root's alone, so guards pinned there are not safe: mount bpffs with mode 0700 and remove that directory", path.display())]
+    Untrusted {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The guard belongs to somebody else.
     #[error(
         "the guard of {interface} is {owner}'s to change or remove: `omerta vm stop NAME` ends its guest and with it the guard; where {owner} is gone, its next start removes it"
@@ -162,10 +182,12 @@ pub enum GuardError {
         release: String,
     },
     /// The caller may not load BPF programs.
-    #[error("guards need root (CAP_BPF and CAP_NET_ADMIN): run with sudo")]
+    #[error(
+        "guards need root (CAP_SYS_ADMIN, which CAP_BPF and CAP_NET_ADMIN do not replace): run with sudo"
+    )]
     NotPermitted,
     /// bpffs could not be used.
-    #[error("cannot {action} {path}: is bpffs mounted at /sys/fs/bpf?")]
+    #[error("cannot {action} {path}: guards need bpffs, mounted writable, at /sys/fs/bpf")]
     Bpffs {
         /// What was attempted.
         action: &'static str,
@@ -245,6 +267,7 @@ impl GuardError {
             | Self::Renamed { .. }
             | Self::Replaced { .. }
             | Self::Foreign { .. }
+            | Self::Untrusted { .. }
             | Self::NoRoomForFlows { .. }
             | Self::NoAddressOfFamily { .. }
             | Self::Owned { .. }

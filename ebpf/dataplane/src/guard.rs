@@ -6,16 +6,16 @@ use std::fs::File;
 use aya::maps::{MapData, PerCpuArray};
 use omerta_verdict::{Address, Direction, Endpoint, Mode};
 
-use crate::attach::attached;
 use crate::counters::{self, Counters};
 use crate::events::EventStream;
 use crate::object::has_room_for_flows;
-use crate::pinned::{find, refuse_elsewhere, remove_aside};
+use crate::pinned::{find, recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
 use crate::rules::refuse_unreachable;
+use crate::standing::look;
 use crate::status::{DirectionStatus, GuardStatus};
 use crate::store::{PolicyStore, map_error};
-use crate::{GuardError, Owner, interface};
+use crate::{GuardError, Owner, Standing, interface};
 
 const NOT_PINNED: &str = "a link is not pinned";
 
@@ -36,21 +36,31 @@ impl Guard {
     /// has no owner.
     pub fn open(interface: &str) -> Result<Self, GuardError> {
         let ifindex = interface::index(interface)?;
-        if let Some(pins) = find(interface, ifindex)? {
-            let opened = Self::of_pins(interface, ifindex, pins.clone());
-            if let Err(GuardError::NotInForce { .. }) = opened {
-                refuse_elsewhere(interface, &pins)?;
+        // Another of its names may have been given (`ip link property add ... altname`).
+        let interface = &interface::name(ifindex).unwrap_or_else(|| interface.to_owned());
+        let find = || find(interface, ifindex);
+        let mut found = find()?;
+        if found.is_none() && Pins::aside()?.iter().any(|(name, _)| name == interface) {
+            // Attaching or removing it is under way, or was interrupted.
+            let _lock = Pins::lock()?;
+            recover()?;
+            found = find()?;
+            if found.is_none() && Pins::aside()?.iter().any(|(name, _)| name == interface) {
+                return Err(GuardError::NotInForce {
+                    interface: interface.clone(),
+                    why: "attaching or removing it was interrupted",
+                });
             }
-            return opened;
         }
-        let interface = interface.to_owned();
-        if Pins::aside()?.iter().any(|(name, _)| *name == interface) {
-            return Err(GuardError::NotInForce {
-                interface,
-                why: "attaching or removing it was interrupted",
-            });
+        match found {
+            Some(pins) => {
+                refuse_elsewhere(interface, &pins)?;
+                Self::of_pins(interface, ifindex, pins)
+            }
+            None => Err(GuardError::NotGuarded {
+                interface: interface.clone(),
+            }),
         }
-        Err(GuardError::NotGuarded { interface })
     }
 
     /// The guard of `pins`, which must be in force on the interface.
@@ -66,7 +76,7 @@ impl Guard {
             let link = guard.pins.link(direction)?;
             guard.links[place] = link.ok_or_else(|| guard.not_in_force(NOT_PINNED))?.id;
         }
-        guard.position()?;
+        guard.standing()?;
         Ok(guard)
     }
 
@@ -93,37 +103,33 @@ impl Guard {
         }
     }
 
-    /// Proves that both links are pinned and that the kernel runs their programs on this very
+    /// Proves that both links are pinned and that the kernel runs the guard's programs on this very
     /// interface, before any other program.
     pub fn verify(&self) -> Result<(), GuardError> {
-        match self.position()? {
-            [0, 0] => Ok(()),
-            _ => Err(self.not_in_force("another program stands before it on the hook")),
+        match self.standing()? {
+            Standing::InForce => Ok(()),
+            other => Err(self.not_in_force(other.why())),
         }
     }
 
-    /// The places of the guard's programs on their hooks, in the order of [`Direction::ALL`];
-    /// fails where the guard is not in force.
-    fn position(&self) -> Result<[usize; 2], GuardError> {
+    /// How the guard stands, whose two programs both judge; fails where they do not, and where
+    /// it is not the guard that was opened.
+    fn standing(&self) -> Result<Standing, GuardError> {
         if interface::index(&self.interface)? != self.ifindex {
             return Err(self.not_in_force("the interface was re-created"));
         }
-        let mut places = [0; 2];
         for (place, direction) in Direction::ALL.into_iter().enumerate() {
-            let Some(link) = self.pins.link(direction)? else {
-                return Err(self.not_in_force(NOT_PINNED));
-            };
-            if link.id != self.links[place] {
-                return Err(self.replaced());
+            match self.pins.link(direction)? {
+                Some(link) if link.id == self.links[place] => {}
+                Some(_) => return Err(self.replaced()),
+                None => return Err(self.not_in_force(NOT_PINNED)),
             }
-            places[place] = attached(&self.interface, direction)?
-                .iter()
-                .position(|program| *program == link.program_id)
-                .ok_or_else(|| {
-                    self.not_in_force("the interface was re-created or the link was cut")
-                })?;
         }
-        Ok(places)
+        let found = look(&self.pins)?;
+        if !found.standing.is_whole() || !found.is_on(&self.interface, self.ifindex) {
+            return Err(self.not_in_force(found.standing.why()));
+        }
+        Ok(found.standing)
     }
 
     fn replaced(&self) -> GuardError {
@@ -212,7 +218,7 @@ impl Guard {
 
     fn locked_store(&self) -> Result<(File, PolicyStore<MapData>), GuardError> {
         let lock = Pins::lock()?;
-        self.position()?;
+        self.standing()?;
         Ok((lock, PolicyStore::open(&self.interface, &self.pins)?))
     }
 
@@ -228,6 +234,7 @@ impl Guard {
             interface: self.interface.clone(),
             ifindex: self.ifindex,
             mode: Mode::from_number(policy.mode).map_or("none", Mode::word),
+            state: self.standing()?.word(),
             owner: self.pins.owner()?.map(|owner| owner.to_string()),
             epoch: policy.epoch,
             mac: policy.mac.to_string(),
@@ -288,7 +295,7 @@ impl Guard {
             self.pins.remove()?;
         }
         // The guard is gone; what cannot be removed now is removed by the next change.
-        let _ = remove_aside();
+        let _ = remove_aside(&self.interface, self.acting.as_ref());
         Ok(())
     }
 

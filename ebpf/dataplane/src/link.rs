@@ -63,12 +63,35 @@ struct QueryRequest {
     revision: u64,
 }
 
+/// The head of `struct bpf_prog_info`.
+#[derive(Default)]
+#[repr(C)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+}
+
+/// The id of the program pinned at `pin`.
+pub fn program_id(pin: &Path) -> io::Result<u32> {
+    let program = open(pin)?;
+    let mut info = ProgramInfo::default();
+    let request = InfoRequest {
+        fd: program.as_raw_fd() as u32,
+        length: size_of::<ProgramInfo>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: the kernel reads `request` and writes at most `length` bytes to `info`; both outlive
+    // the call, and every bit pattern of `info` is valid.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &request) }?;
+    Ok(info.id)
+}
+
 /// Asks the link pinned at `pin`.
 pub fn info(pin: &Path) -> io::Result<LinkInfo> {
     info_of(&open(pin)?)
 }
 
-/// Opens the link pinned at `pin`.
+/// Opens what is pinned at `pin`.
 pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
     let request = GetRequest {

@@ -1,21 +1,19 @@
 //! What is pinned for this network namespace, and where it is in force.
 
-use omerta_verdict::Direction;
-
-use crate::attach::attached;
 use crate::pins::Pins;
-use crate::{Guard, GuardError, Owner, interface};
+use crate::standing::look;
+use crate::{Guard, GuardError, Owner, Standing, interface};
 
 /// What is pinned for one interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinnedGuard {
-    /// The interface's name: that of now where the guard is in force, else the name that it was
-    /// attached under.
+    /// The interface's name: that of now where a program of the guard judges, else the name that
+    /// it was attached under.
     pub interface: String,
-    /// Whose the guard is.
+    /// Whose the guard is; `None` also where that cannot be read.
     pub owner: Option<Owner>,
-    /// Whether the guard is in force. [`Guard::remove_stale`] removes what is not.
-    pub in_force: bool,
+    /// How it stands. [`Guard::remove_stale`] removes what is [`Standing::Gone`].
+    pub standing: Standing,
 }
 
 impl Guard {
@@ -23,47 +21,48 @@ impl Guard {
     /// interface.
     pub fn pinned() -> Result<Vec<PinnedGuard>, GuardError> {
         let _lock = Pins::lock()?;
+        recover()?;
         let mut found = Vec::new();
-        for (name, pins) in Pins::all()? {
-            let home = home(&pins)?;
+        for (name, pins) in Pins::all()?.into_iter().chain(Pins::aside()?) {
+            let seen = look(&pins)?;
             found.push(PinnedGuard {
-                in_force: home.is_some(),
-                interface: home.unwrap_or(name),
-                owner: pins.owner()?,
+                interface: seen.interface.unwrap_or(name),
+                owner: pins.owner().ok().flatten(),
+                standing: seen.standing,
             });
-        }
-        for (interface, pins) in Pins::aside()? {
-            if found.iter().all(|guard| guard.interface != interface) {
-                found.push(PinnedGuard {
-                    in_force: false,
-                    interface,
-                    owner: pins.owner()?,
-                });
-            }
         }
         found.sort_by(|a, b| a.interface.cmp(&b.interface));
         Ok(found)
     }
 
-    /// The interfaces of this network namespace whose guard is in force, sorted by name.
+    /// The interfaces of this network namespace on which a whole guard judges, sorted by name.
     pub fn list() -> Result<Vec<String>, GuardError> {
         let pinned = Self::pinned()?.into_iter();
         Ok(pinned
-            .filter(|guard| guard.in_force)
+            .filter(|guard| guard.standing.is_whole())
             .map(|guard| guard.interface)
             .collect())
     }
 
-    /// Removes what is pinned for `interface` where that interface no longer exists or its guard
-    /// is not in force, whoever owned it, and what a process left that died while it attached or
-    /// removed a guard. A guard in force is left alone, and refused where it is in force on an
-    /// interface that was renamed or moved. Returns whether anything of `interface`'s was removed.
-    pub fn remove_stale(interface: &str) -> Result<bool, GuardError> {
+    /// Removes what is pinned for `interface` where its guard is not whole, and what a process
+    /// left that died while it attached or removed a guard: whoever owned it where nothing of it
+    /// judges, else only where it is nobody's or `acting`'s. A whole guard is left alone, and
+    /// refused where it is in force on an interface that was renamed or moved. Returns whether
+    /// anything of `interface`'s was removed.
+    pub fn remove_stale(interface: &str, acting: Option<&Owner>) -> Result<bool, GuardError> {
         let _lock = Pins::lock()?;
-        let aside = remove_aside()?.iter().any(|name| name == interface);
-        let pins = Pins::of(interface)?;
-        if !pins.exist() || home(&pins)?.is_some_and(|home| home == interface) {
+        recover()?;
+        let aside = remove_aside(interface, acting)?;
+        let ifindex = interface::index(interface).unwrap_or(0);
+        let Some(pins) = find(interface, ifindex)? else {
             return Ok(aside);
+        };
+        let found = look(&pins)?;
+        if found.standing.is_whole() && found.is_on(interface, ifindex) {
+            return Ok(aside);
+        }
+        if found.standing != Standing::Gone {
+            refuse_owned(interface, &pins, acting)?;
         }
         refuse_elsewhere(interface, &pins)?;
         pins.remove()?;
@@ -71,84 +70,74 @@ impl Guard {
     }
 }
 
-/// Removes what stands aside for any interface, and tells for which. Callers hold the lock, so
-/// nobody is at work on it.
-pub fn remove_aside() -> Result<Vec<String>, GuardError> {
-    let mut removed = Vec::new();
+/// Puts a whole guard that stands aside, because the process died that attached or removed it, in
+/// its place, unless there is another. Callers hold the lock.
+pub fn recover() -> Result<(), GuardError> {
     for (name, pins) in Pins::aside()? {
-        pins.remove_aside()?;
-        removed.push(name);
+        let place = Pins::of(&name)?;
+        if look(&pins)?.standing.is_whole() && !place.exist() {
+            pins.put_in_place(&place)?;
+        }
     }
-    Ok(removed)
+    Ok(())
 }
 
-/// The pins of the guard that is in force on `interface`, whatever that was called when it was
-/// attached; else those under its name, if there are any.
+/// Removes what stands aside: of any interface where nothing of it judges any more, and whatever
+/// it does for `interface`, unless it is another's than `acting`. Tells whether there was anything
+/// of `interface`'s. Callers hold the lock, so nobody is at work on it.
+pub fn remove_aside(interface: &str, acting: Option<&Owner>) -> Result<bool, GuardError> {
+    let mut any = false;
+    for (name, pins) in Pins::aside()? {
+        let ours = name == interface;
+        if look(&pins)?.standing != Standing::Gone {
+            if !ours {
+                continue;
+            }
+            refuse_owned(interface, &pins, acting)?;
+        }
+        pins.remove_aside()?;
+        any |= ours;
+    }
+    Ok(any)
+}
+
+fn refuse_owned(interface: &str, pins: &Pins, acting: Option<&Owner>) -> Result<(), GuardError> {
+    match pins.owner()? {
+        Some(owner) if acting != Some(&owner) => Err(GuardError::Owned {
+            interface: interface.to_owned(),
+            owner,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The pins of the guard of which a program judges on `interface`, whatever that was called when
+/// it was attached; else those under its name, if there are any.
 pub fn find(interface: &str, ifindex: u32) -> Result<Option<Pins>, GuardError> {
     let own = Pins::of(interface)?;
-    if is_in_force(interface, ifindex, &own)? {
+    if own.exist() && look(&own)?.is_on(interface, ifindex) {
         return Ok(Some(own));
     }
     for (_, pins) in Pins::all()? {
-        if is_in_force(interface, ifindex, &pins)? {
+        if look(&pins)?.is_on(interface, ifindex) {
             return Ok(Some(pins));
         }
     }
     Ok(own.exist().then_some(own))
 }
 
-/// Whether both links of `pins` run their programs on `interface`; what cannot be found out is an
-/// error, never "no".
-pub fn is_in_force(interface: &str, ifindex: u32, pins: &Pins) -> Result<bool, GuardError> {
-    for direction in Direction::ALL {
-        let Some(link) = pins.link(direction)? else {
-            return Ok(false);
-        };
-        // Another namespace's interface may have the same index, so the program decides.
-        if link.ifindex != ifindex || !attached(interface, direction)?.contains(&link.program_id) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// The interface of this network namespace on which the guard of `pins` is in force.
-fn home(pins: &Pins) -> Result<Option<String>, GuardError> {
-    let Some(link) = pins.link(Direction::Egress)? else {
-        return Ok(None);
-    };
-    let Some(name) = interface::name(link.ifindex) else {
-        return Ok(None);
-    };
-    Ok(is_in_force(&name, link.ifindex, pins)?.then_some(name))
-}
-
 /// Fails where a pinned link is attached to anything but `interface`: removing its pin would open
 /// an interface that nobody named.
 pub fn refuse_elsewhere(interface: &str, pins: &Pins) -> Result<(), GuardError> {
-    for direction in Direction::ALL {
-        let Some(link) = pins.link(direction)? else {
-            continue;
-        };
-        // 0 where the interface is gone.
-        if link.ifindex == 0 {
-            continue;
-        }
-        let now = match interface::name(link.ifindex) {
-            Some(name) if attached(&name, direction)?.contains(&link.program_id) => name,
-            _ => {
-                return Err(GuardError::Elsewhere {
-                    interface: interface.to_owned(),
-                    ifindex: link.ifindex,
-                });
-            }
-        };
-        if now != interface {
-            return Err(GuardError::Renamed {
-                interface: interface.to_owned(),
-                now,
-            });
-        }
+    let found = look(pins)?;
+    let interface = interface.to_owned();
+    match (found.standing, found.interface) {
+        (Standing::Gone, _) => Ok(()),
+        (Standing::Elsewhere, _) | (_, None) => Err(GuardError::Elsewhere {
+            interface,
+            ifindex: found.ifindex,
+        }),
+        (_, Some(now)) if now != interface => Err(GuardError::Renamed { interface, now }),
+        _ => Ok(()),
     }
-    Ok(())
 }

@@ -2,13 +2,16 @@
 //!
 //! A directory of pins is made beside its place and renamed to it, and renamed aside before it is
 //! removed, so that what stands at a guard's place is whole at every instant. A process that dies
-//! in between leaves a directory aside, which guards nothing that anybody was promised; whoever
-//! changes a guard of this network namespace next removes it.
+//! in between leaves a directory aside, whose programs may still judge. The next command puts a
+//! whole one in its place, removes one of which nothing judges, and leaves the rest to a command
+//! about that very interface.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use omerta_verdict::Direction;
@@ -18,6 +21,17 @@ use crate::link::{self, LinkInfo};
 use crate::{GuardError, Owner};
 
 const OWNER: &str = "owner";
+/// The pins of a guard besides its maps'.
+const OTHER_PINS: [&[u8]; 5] = [
+    b"link_egress",
+    b"link_ingress",
+    b"program_egress",
+    b"program_ingress",
+    b"owner",
+];
+/// How long a command waits for another that changes a guard: filling the largest allowlist takes
+/// some seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Between the interface's name and a number, in the name of a directory that stands aside. No
 /// encoded name of an interface contains it.
 const ASIDE: &str = "%aside";
@@ -65,11 +79,26 @@ impl Pins {
     /// The pinned link of `direction`.
     pub fn link(&self, direction: Direction) -> Result<Option<LinkInfo>, GuardError> {
         let path = self.link_path(direction);
-        match link::info(&path) {
-            Ok(info) => Ok(Some(info)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(failed("read the link", &path)(error)),
-        }
+        is_pin(&path)?
+            .then(|| link::info(&path))
+            .transpose()
+            .map_err(failed("read the link", &path))
+    }
+
+    /// The id of the program that the link of `direction` was made with.
+    pub fn program(&self, direction: Direction) -> Result<Option<u32>, GuardError> {
+        let path = self.program_path(direction);
+        is_pin(&path)?
+            .then(|| link::program_id(&path))
+            .transpose()
+            .map_err(failed("read the program", &path))
+    }
+
+    pub fn program_path(&self, direction: Direction) -> PathBuf {
+        self.path(match direction {
+            Direction::Egress => "program_egress",
+            Direction::Ingress => "program_ingress",
+        })
     }
 
     pub fn link_path(&self, direction: Direction) -> PathBuf {
@@ -176,8 +205,7 @@ impl Pins {
             let name = path.file_name().unwrap_or_default().as_encoded_bytes();
             // Maps of any version of the programs are named in capitals.
             let is_map = name.iter().all(|b| b.is_ascii_uppercase() || *b == b'_');
-            let is_ours =
-                is_map || [&b"link_egress"[..], b"link_ingress", b"owner"].contains(&name);
+            let is_ours = is_map || OTHER_PINS.contains(&name);
             if !is_ours || path.is_dir() {
                 return Err(GuardError::Foreign { path: shown(&path) });
             }
@@ -189,13 +217,33 @@ impl Pins {
         read(&self.directory)
     }
 
-    /// Holds every other change of this namespace's guards off until the lock is dropped.
+    /// Holds every other change of this machine's guards off until the lock is dropped.
     pub fn lock() -> Result<File, GuardError> {
         let root = root()?;
         // The root is never removed, so everybody locks the same inode.
         let file = File::open(&root).map_err(failed("open", &root))?;
-        file.lock().map_err(failed("lock", &root))?;
-        Ok(file)
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(GuardError::Busy { path: shown(&root) });
+                }
+                Err(TryLockError::Error(source)) => return Err(failed("lock", &root)(source)),
+            }
+        }
+    }
+}
+
+/// Whether something is pinned at `path`; a directory or symbolic link is nobody's pin.
+fn is_pin(path: &Path) -> Result<bool, GuardError> {
+    match fs::symlink_metadata(path) {
+        Ok(found) => Ok(found.is_file()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed("look at", path)(error)),
     }
 }
 

@@ -44,6 +44,8 @@ pub struct GuardStatus {
     pub interface: String,
     /// The interface's index.
     pub ifindex: u32,
+    /// The word of a [`Standing`](crate::Standing).
+    pub state: &'static str,
     /// The mode's word.
     pub mode: &'static str,
     /// Who alone changes and removes the guard.

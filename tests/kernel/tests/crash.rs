@@ -70,7 +70,7 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
     namespace
         .enter(|| {
             for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface).unwrap();
+                Guard::remove_stale(&left.interface, None).unwrap();
             }
             let mut tap = Tap::create("guest").unwrap();
             drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
@@ -102,12 +102,12 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
                     Err(error) => panic!("{error}"),
                 }
                 if random.bool() {
-                    Guard::remove_stale("guest").unwrap();
+                    Guard::remove_stale("guest", None).unwrap();
                 }
                 if !Guard::list().unwrap().contains(&"guest".to_owned()) {
                     drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
                 } else {
-                    Guard::remove_stale("guest").unwrap();
+                    Guard::remove_stale("guest", None).unwrap();
                 }
                 Guard::open("guest").unwrap().verify().unwrap();
                 assert_eq!(programs(), [1, 1], "no second guard is left");
@@ -161,7 +161,7 @@ fn an_allowlist_is_one_or_the_other_whenever_its_writer_is_killed() {
     namespace
         .enter(|| {
             for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface).unwrap();
+                Guard::remove_stale(&left.interface, None).unwrap();
             }
             let tap = Tap::create("guest").unwrap();
             let versions = lists();

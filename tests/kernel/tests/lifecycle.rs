@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::time::Duration;
 
-use omerta_dataplane::{ErrorKind, Guard, GuardError, MAX_ENDPOINTS, Owner, PinnedGuard};
+use omerta_dataplane::{ErrorKind, Guard, GuardError, MAX_ENDPOINTS, Owner, PinnedGuard, Standing};
 use omerta_kernel_tests::{allowlist, config};
 use omerta_test_support::{Namespace, Tap, Veth};
 use omerta_verdict::{Endpoint, Mode, Protocol};
@@ -33,7 +33,7 @@ fn with_tap(work: impl FnOnce(&Namespace, Tap) + Send) {
         .enter(|| {
             // A killed test may have left pins of a namespace whose number this one has now.
             for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface).unwrap();
+                Guard::remove_stale(&left.interface, None).unwrap();
             }
             let tap = Tap::create("guest").unwrap();
             work(&namespace, tap);
@@ -191,9 +191,9 @@ fn a_re_created_tap_does_not_inherit_a_guard() {
 fn what_is_left_of_a_vanished_interface_is_removed() {
     with_tap(|namespace, tap| {
         Guard::attach("guest", &config(Mode::Filtered)).unwrap();
-        assert!(!Guard::remove_stale("guest").unwrap(), "in force");
+        assert!(!Guard::remove_stale("guest", None).unwrap(), "in force");
         drop(tap);
-        assert!(Guard::remove_stale("guest").unwrap());
+        assert!(Guard::remove_stale("guest", None).unwrap());
         assert!(!pins(namespace, "guest"));
     });
 }
@@ -243,9 +243,9 @@ fn a_renamed_interface_keeps_its_guard_whatever_is_done_under_the_old_name() {
     with_tap(|namespace, tap| {
         Guard::attach("guest", &config(Mode::Filtered)).unwrap();
         namespace.ip("link set guest name other").unwrap();
-        renamed(Guard::remove_stale("guest").unwrap_err());
+        renamed(Guard::remove_stale("guest", None).unwrap_err());
         let second = Tap::create("guest").unwrap();
-        renamed(Guard::remove_stale("guest").unwrap_err());
+        renamed(Guard::remove_stale("guest", None).unwrap_err());
         renamed(Guard::attach("guest", &config(Mode::Filtered)).unwrap_err());
         renamed(Guard::open("guest").unwrap_err());
         drop(second);
@@ -274,7 +274,7 @@ fn a_renamed_interface_is_guarded_under_its_new_name() {
             [PinnedGuard {
                 interface: "other".into(),
                 owner: owned.owner.clone(),
-                in_force: true
+                standing: Standing::InForce
             }]
         );
         assert!(old.detach().is_err(), "it names an interface that is gone");
@@ -326,7 +326,7 @@ fn what_no_guard_pinned_is_named_and_nothing_removed() {
         refused(Guard::open("guest").unwrap().detach());
         Guard::open("guest").unwrap().verify().unwrap();
         drop(tap);
-        refused(Guard::remove_stale("guest").map(drop));
+        refused(Guard::remove_stale("guest", None).map(drop));
         let _tap = Tap::create("guest").unwrap();
         refused(Guard::attach("guest", &config(Mode::Filtered)).map(drop));
         std::fs::remove_dir(&foreign).unwrap();
@@ -348,7 +348,7 @@ fn an_interface_that_moved_away_keeps_its_guard() {
             .ip(&format!("link set moves netns {}", elsewhere.name()))
             .unwrap();
         assert!(matches!(
-            Guard::remove_stale("moves"),
+            Guard::remove_stale("moves", None),
             Err(GuardError::Elsewhere { .. })
         ));
         assert!(matches!(stale.detach(), Err(GuardError::Elsewhere { .. })));
@@ -388,7 +388,7 @@ fn an_owned_guard_is_changed_and_removed_by_its_owner_alone() {
             [PinnedGuard {
                 interface: "guest".into(),
                 owner: Some(owner.clone()),
-                in_force: true
+                standing: Standing::InForce
             }]
         );
 
@@ -419,10 +419,10 @@ fn what_an_owner_left_behind_is_found_without_its_help() {
             [PinnedGuard {
                 interface: "guest".into(),
                 owner: owned.owner,
-                in_force: false
+                standing: Standing::Gone
             }]
         );
-        assert!(Guard::remove_stale("guest").unwrap());
+        assert!(Guard::remove_stale("guest", None).unwrap());
         assert!(!pins(namespace, "guest"));
     });
 }

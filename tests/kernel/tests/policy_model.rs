@@ -231,7 +231,7 @@ fn a_guard_agrees_with_a_set_of_endpoints() {
     namespace
         .enter(|| {
             for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface).unwrap();
+                Guard::remove_stale(&left.interface, None).unwrap();
             }
             let tap = Tap::create("guest").unwrap();
             tap.up().unwrap();

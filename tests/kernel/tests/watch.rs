@@ -15,7 +15,7 @@ use std::time::Instant;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use nix::poll::{PollFd, PollFlags, poll};
-use omerta_dataplane::{Guard, GuardError, GuardWatch, Programs};
+use omerta_dataplane::{Guard, GuardError, GuardWatch, Programs, Standing};
 use omerta_kernel_tests::config;
 use omerta_test_support::{Namespace, Tap, ip};
 use omerta_verdict::{Direction, Mode};
@@ -35,10 +35,10 @@ fn told(change: impl FnOnce(Tap, Guard) -> Box<dyn Any> + Send, words: &str) {
             drop((watch, kept));
             // Whatever name it has now.
             for left in Guard::pinned().unwrap() {
-                if left.in_force {
+                if left.standing != Standing::Gone {
                     Guard::open(&left.interface).unwrap().detach().unwrap();
                 } else {
-                    Guard::remove_stale(&left.interface).unwrap();
+                    Guard::remove_stale(&left.interface, None).unwrap();
                 }
             }
         })
@@ -167,7 +167,7 @@ fn changes_give_occasion_to_look() {
                 if let Ok(guard) = Guard::open("guest") {
                     guard.detach().unwrap();
                 }
-                let _ = Guard::remove_stale("guest");
+                let _ = Guard::remove_stale("guest", None);
             })
             .unwrap();
     }

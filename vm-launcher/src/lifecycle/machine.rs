@@ -103,7 +103,7 @@ impl Machine {
             }
             // A tap that was renamed keeps its guard until it is gone itself.
             if detached.is_err()
-                && let Err(error) = Guard::remove_stale(name)
+                && let Err(error) = Guard::remove_stale(name, self.spec.guard_owner.as_ref())
             {
                 leftovers.push(format!("guard of {name}: {error}"));
             }

@@ -129,7 +129,7 @@ impl Paused {
             owner: spec.guard_owner.clone(),
         };
         // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.
-        if Guard::remove_stale(&spec.tap)? {
+        if Guard::remove_stale(&spec.tap, spec.guard_owner.as_ref())? {
             tracing::info!(
                 tap = spec.tap,
                 "removed the pins of a guard whose tap is gone"

@@ -218,7 +218,7 @@ fn check_mac(option: &'static str, mac: Mac) -> Result<(), AttachError> {
 
 fn check_addresses(option: &'static str, addresses: &[IpAddr]) -> Result<(), AttachError> {
     for (index, &address) in addresses.iter().enumerate() {
-        if !Address::from(address).is_possible_peer() {
+        if !Address::from(address).is_unicast() {
             return Err(AttachError::NotUnicast { option, address });
         }
         if addresses[..index].contains(&address) {

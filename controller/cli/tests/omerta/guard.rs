@@ -40,7 +40,7 @@ impl Stage {
         namespace
             .enter(|| {
                 for left in Guard::pinned().unwrap() {
-                    Guard::remove_stale(&left.interface).unwrap();
+                    Guard::remove_stale(&left.interface, None).unwrap();
                 }
             })
             .unwrap();

@@ -92,7 +92,7 @@ fn guest_that_cannot_be_killed_is_no_clean_end() {
         let gone = || nix::net::if_::if_nametoindex("omalpha").is_err();
         namespace.enter(gone).unwrap()
     });
-    let swept = || Guard::remove_stale("omalpha").unwrap();
+    let swept = || Guard::remove_stale("omalpha", None).unwrap();
     assert!(namespace.enter(swept).unwrap());
 }
 

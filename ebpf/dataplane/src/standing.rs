@@ -1,0 +1,120 @@
+//! How what is pinned for a guard stands in the kernel: one judgement for every command.
+
+use omerta_verdict::Direction;
+
+use crate::attach::attached;
+use crate::pins::Pins;
+use crate::{GuardError, interface};
+
+/// How a guard stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Both programs judge, before any other.
+    InForce,
+    /// Both programs judge, but another stands before one of them and may let frames pass it by.
+    Preceded,
+    /// A link runs a program that is not the guard's.
+    Exchanged,
+    /// One program judges; the other's link was cut, or attaching or removing was interrupted.
+    Partial,
+    /// In force on an interface of another network namespace.
+    Elsewhere,
+    /// Nothing judges: what is pinned is left over.
+    Gone,
+}
+
+impl Standing {
+    /// The word used in JSON and messages.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::InForce => "in_force",
+            Self::Preceded => "preceded",
+            Self::Exchanged => "exchanged",
+            Self::Partial => "partial",
+            Self::Elsewhere => "elsewhere",
+            Self::Gone => "gone",
+        }
+    }
+
+    /// Whether both of the guard's own programs judge.
+    pub const fn is_whole(self) -> bool {
+        matches!(self, Self::InForce | Self::Preceded)
+    }
+
+    /// What is wrong.
+    pub(crate) const fn why(self) -> &'static str {
+        match self {
+            Self::InForce => "nothing is wrong with it",
+            Self::Preceded => "another program stands before it on the hook",
+            Self::Exchanged => "another program was put into one of its links",
+            Self::Partial => "only one of its two links is alive",
+            Self::Elsewhere => "its interface is in another network namespace",
+            Self::Gone => "the interface was re-created or the links were cut",
+        }
+    }
+}
+
+/// What was found of one directory of pins.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// How the guard stands.
+    pub standing: Standing,
+    /// The index of the interface that a living link is attached to; 0 where none lives.
+    pub ifindex: u32,
+    /// That interface's name in this network namespace.
+    pub interface: Option<String>,
+}
+
+impl Look {
+    /// Whether a program of the guard judges on the interface of this index and name.
+    pub fn is_on(&self, interface: &str, ifindex: u32) -> bool {
+        self.ifindex == ifindex && self.interface.as_deref() == Some(interface)
+    }
+}
+
+/// Looks at both links, at the programs in them, and at the hooks. What cannot be found out is an
+/// error, never "gone".
+pub fn look(pins: &Pins) -> Result<Look, GuardError> {
+    let mut found = Look {
+        standing: Standing::Gone,
+        ifindex: 0,
+        interface: None,
+    };
+    let (mut living, mut elsewhere, mut preceded, mut exchanged) = (0, false, false, false);
+    for direction in Direction::ALL {
+        let Some(link) = pins.link(direction)? else {
+            continue;
+        };
+        // The kernel's word for an interface that is gone, and for a link that was cut.
+        if link.ifindex == 0 {
+            continue;
+        }
+        living += 1;
+        found.ifindex = link.ifindex;
+        // Another namespace's interface may have the same index, so the program decides.
+        let name = interface::name(link.ifindex);
+        let place = match &name {
+            Some(name) => attached(name, direction)?
+                .iter()
+                .position(|program| *program == link.program_id),
+            None => None,
+        };
+        match place {
+            Some(place) => {
+                found.interface = name;
+                preceded |= place > 0;
+            }
+            None => elsewhere = true,
+        }
+        exchanged |= pins.program(direction)? != Some(link.program_id);
+    }
+    found.standing = match living {
+        0 => Standing::Gone,
+        _ if elsewhere => Standing::Elsewhere,
+        1 => Standing::Partial,
+        _ if exchanged => Standing::Exchanged,
+        _ if preceded => Standing::Preceded,
+        _ => Standing::InForce,
+    };
+    Ok(found)
+}

@@ -1,0 +1,221 @@
+//! A guard that is no longer whole is told from one that is, and nobody but its owner, and no
+//! command about another interface, takes the rest of it away.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
+use std::fs;
+use std::path::PathBuf;
+
+use aya::programs::links::PinnedLink;
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use omerta_dataplane::{ErrorKind, Guard, GuardConfig, GuardError, Owner, Programs, Standing};
+use omerta_kernel_tests::config;
+use omerta_test_support::{Namespace, Tap};
+use omerta_verdict::{Direction, Mode};
+
+/// Runs `work` in a namespace of its own that has taps `guest` and `other`; it is given the
+/// directory of the namespace's pins.
+fn with_taps(work: impl FnOnce(PathBuf) + Send) {
+    let namespace = Namespace::new("ot-stand").unwrap();
+    let pins = PathBuf::from(format!("/sys/fs/bpf/omerta/{}", namespace.inode().unwrap()));
+    namespace
+        .enter(|| {
+            // A killed test may have left pins of a namespace whose number this one has now.
+            for left in Guard::pinned().unwrap() {
+                Guard::remove_stale(&left.interface, None).unwrap();
+            }
+            let taps = ["guest", "other"].map(|name| Tap::create(name).unwrap());
+            work(pins);
+            drop(taps);
+        })
+        .unwrap();
+}
+
+fn owned() -> (Owner, GuardConfig) {
+    let owner: Owner = "omertad".parse().unwrap();
+    let mut config = config(Mode::Filtered);
+    config.owner = Some(owner.clone());
+    (owner, config)
+}
+
+fn standing(interface: &str) -> Standing {
+    let pinned = Guard::pinned().unwrap();
+    let found = pinned.iter().find(|guard| guard.interface == interface);
+    found.unwrap().standing
+}
+
+fn judging(interface: &str) -> usize {
+    [TcAttachType::Ingress, TcAttachType::Egress]
+        .map(|hook| SchedClassifier::query_tcx(interface, hook).unwrap().1.len())
+        .into_iter()
+        .sum()
+}
+
+#[track_caller]
+fn not_in_force<T: std::fmt::Debug>(result: Result<T, GuardError>, words: &str) {
+    let error = result.unwrap_err();
+    assert!(matches!(error, GuardError::NotInForce { .. }), "{error}");
+    assert!(error.to_string().contains(words), "{error}");
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T, GuardError>) {
+    let error = result.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+    assert!(error.to_string().contains("omertad"), "{error}");
+}
+
+#[test]
+fn another_program_before_the_guard_shows_in_its_state() {
+    with_taps(|_| {
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        assert_eq!(guard.status().unwrap().state, "in_force");
+        let mut foreign = Programs::load("foreign", Mode::Filtered).unwrap();
+        let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let program = foreign.program(Direction::Egress).unwrap();
+        program
+            .attach_with_options("guest", TcAttachType::Ingress, first)
+            .unwrap();
+        assert_eq!(standing("guest"), Standing::Preceded);
+        let guard = Guard::open("guest").unwrap();
+        assert_eq!(guard.status().unwrap().state, "preceded");
+        not_in_force(guard.verify(), "before it");
+        drop(foreign);
+        guard.verify().unwrap();
+        guard.detach().unwrap();
+    });
+}
+
+#[test]
+fn a_link_that_runs_another_program_is_no_guard() {
+    with_taps(|pins| {
+        let (owner, config) = owned();
+        let guard = Guard::attach("guest", &config).unwrap();
+        let mut foreign = Programs::load("foreign", Mode::Filtered).unwrap();
+        let link = PinnedLink::from_pin(pins.join("guest/link_egress")).unwrap();
+        // Exchanges the program for as long as the link lives.
+        let program = foreign.program(Direction::Egress).unwrap();
+        let link: SchedClassifierLink =
+            aya::programs::links::FdLink::from(link).try_into().unwrap();
+        let id = program.attach_to_link(link).unwrap();
+        assert_eq!(standing("guest"), Standing::Exchanged);
+        assert!(Guard::list().unwrap().is_empty());
+        not_in_force(guard.verify(), "another program");
+        not_in_force(guard.replace(&[]), "another program");
+        not_in_force(Guard::open("guest"), "another program");
+        refused(Guard::remove_stale("guest", None));
+        refused(Guard::attach("guest", &config_of_nobody()));
+        drop(program.take_link(id).unwrap());
+        assert!(Guard::remove_stale("guest", Some(&owner)).unwrap());
+        assert_eq!(judging("guest"), 0);
+    });
+}
+
+fn config_of_nobody() -> GuardConfig {
+    config(Mode::Direct)
+}
+
+#[test]
+fn the_rest_of_an_owned_guard_is_its_owners_alone() {
+    for cut in ["link_ingress", "link_egress"] {
+        with_taps(|pins| {
+            let (owner, config) = owned();
+            Guard::attach("guest", &config).unwrap();
+            fs::remove_file(pins.join("guest").join(cut)).unwrap();
+            assert_eq!(standing("guest"), Standing::Partial);
+            assert_eq!(judging("guest"), 1);
+            assert!(Guard::open("guest").is_err());
+            refused(Guard::remove_stale("guest", None));
+            refused(Guard::attach("guest", &config_of_nobody()));
+            assert_eq!(judging("guest"), 1, "what judged still does");
+            // The owner makes it whole.
+            Guard::attach("guest", &config).unwrap().verify().unwrap();
+            assert_eq!(judging("guest"), 2);
+            Guard::open_as("guest", &owner).unwrap().detach().unwrap();
+            assert_eq!(judging("guest"), 0);
+        });
+    }
+}
+
+#[test]
+fn what_an_interrupted_command_left_judging_is_put_back_in_its_place() {
+    with_taps(|pins| {
+        let (owner, config) = owned();
+        Guard::attach("guest", &config).unwrap();
+        // As a process leaves it that is killed before the last rename, or after the first.
+        fs::rename(pins.join("guest"), pins.join("guest%aside0")).unwrap();
+        Guard::attach("other", &config_of_nobody()).unwrap();
+        assert_eq!(judging("guest"), 2, "another's command leaves it alone");
+        Guard::open_as("guest", &owner).unwrap().verify().unwrap();
+        assert_eq!(Guard::list().unwrap(), ["guest", "other"]);
+        Guard::open_as("guest", &owner).unwrap().detach().unwrap();
+        Guard::open("other").unwrap().detach().unwrap();
+        assert!(Guard::pinned().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn what_an_interrupted_command_left_half_is_named_and_left_to_a_command_about_it() {
+    with_taps(|pins| {
+        Guard::attach("guest", &config_of_nobody()).unwrap();
+        fs::rename(pins.join("guest"), pins.join("guest%aside0")).unwrap();
+        fs::remove_file(pins.join("guest%aside0/link_egress")).unwrap();
+        Guard::attach("other", &config_of_nobody()).unwrap();
+        assert_eq!(judging("guest"), 1, "another's command leaves it alone");
+        assert_eq!(standing("guest"), Standing::Partial);
+        not_in_force(Guard::open("guest"), "interrupted");
+        let guard = Guard::attach("guest", &config_of_nobody()).unwrap();
+        guard.verify().unwrap();
+        assert_eq!(judging("guest"), 2);
+        guard.detach().unwrap();
+        Guard::open("other").unwrap().detach().unwrap();
+        assert!(Guard::pinned().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn an_odd_entry_of_another_interface_stands_in_nobodys_way() {
+    with_taps(|pins| {
+        Guard::attach("other", &config_of_nobody()).unwrap();
+        fs::create_dir_all(pins.join("odd/link_egress")).unwrap();
+        std::os::unix::fs::symlink("no name", pins.join("odd/owner")).unwrap();
+        Guard::attach("guest", &config_of_nobody())
+            .unwrap()
+            .detach()
+            .unwrap();
+        assert_eq!(standing("odd"), Standing::Gone);
+        assert_eq!(Guard::list().unwrap(), ["other"]);
+        fs::remove_file(pins.join("odd/owner")).unwrap();
+        fs::remove_dir(pins.join("odd/link_egress")).unwrap();
+        fs::remove_dir(pins.join("odd")).unwrap();
+        Guard::open("other").unwrap().detach().unwrap();
+    });
+}
+
+#[test]
+fn an_interface_without_an_ethernet_address_is_refused() {
+    with_taps(|_| {
+        let mut with_gateway = config(Mode::Filtered);
+        with_gateway.gateway_mac = Some("52:54:00:00:00:fe".parse().unwrap());
+        let error = Guard::attach("lo", &with_gateway).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+    });
+}
+
+#[test]
+fn an_alternative_name_is_as_good_as_the_name() {
+    with_taps(|_| {
+        omerta_test_support::ip("link property add dev guest altname consumer-7").unwrap();
+        let guard = Guard::attach("consumer-7", &config_of_nobody()).unwrap();
+        assert_eq!(guard.interface(), "guest");
+        Guard::open("consumer-7").unwrap().verify().unwrap();
+        guard.detach().unwrap();
+        assert_eq!(judging("guest"), 0);
+    });
+}
