@@ -22,6 +22,8 @@ pub struct Btf<'a> {
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
+const KIND_ENUM: u32 = 6;
+const ENUMERATOR: usize = 8;
 const HEAD: usize = 12;
 const MEMBER: usize = 12;
 /// Anonymous members lie within one another less deep than this.
@@ -72,6 +74,27 @@ impl<'a> Btf<'a> {
             *field = self.member(holder, name, 0, DEEPEST)?;
         }
         Some(found)
+    }
+
+    /// The values of the constants called `names`, from enumerations of up to 32 bits; `None` for
+    /// those that this kernel does not have.
+    pub fn constants<const N: usize>(&self, names: [&str; N]) -> [Option<u32>; N] {
+        let mut found = [None; N];
+        for of in &self.types {
+            if word(of, 4).is_none_or(|info| kind(info) != KIND_ENUM) {
+                continue;
+            }
+            let members = of.get(HEAD..).unwrap_or_default();
+            for constant in members.chunks_exact(ENUMERATOR) {
+                let place = names
+                    .iter()
+                    .position(|name| self.is_called(constant, 0, name));
+                if let Some(value) = place.and_then(|place| found.get_mut(place)) {
+                    *value = word(constant, 4);
+                }
+            }
+        }
+        found
     }
 
     fn member(&self, holder: &[u8], name: &str, base: u32, depth: u32) -> Option<Field> {
@@ -129,7 +152,7 @@ mod tests {
     /// `struct box { int plain; union { struct { char low:2; char high:3; }; }; }`, its names at
     /// 1, 5 and so on.
     fn sample() -> Vec<u8> {
-        let strings = b"\0box\0plain\0low\0high\0int\0";
+        let strings = b"\0box\0plain\0low\0high\0int\0ONE\0EIGHT\0";
         let at = |name: &str| {
             let wanted = [name.as_bytes(), &[0]].concat();
             strings
@@ -149,6 +172,9 @@ mod tests {
             &[at("box"), structure(2, 0), 8],
             &[at("plain"), 1, 0],
             &[0, 3, 32],
+            // 5: an enumeration.
+            &[0, KIND_ENUM << 24 | 2, 4],
+            &[at("ONE"), 1, at("EIGHT"), 8],
         ]
         .concat();
         let mut bytes = MAGIC.to_ne_bytes().to_vec();
@@ -175,6 +201,16 @@ mod tests {
         );
         assert_eq!(btf.fields("box", ["lo"]), None);
         assert_eq!(btf.fields("bo", ["low"]), None);
+    }
+
+    #[test]
+    fn constants_are_found_by_name() {
+        let bytes = sample();
+        let btf = Btf::parse(&bytes).unwrap();
+        assert_eq!(
+            btf.constants(["EIGHT", "MISSING", "ONE"]),
+            [Some(8), None, Some(1)]
+        );
     }
 
     #[test]

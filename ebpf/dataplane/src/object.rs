@@ -67,7 +67,7 @@ impl Programs {
         kernel_support()?;
         let (inputs, mark) = (Value(inputs), random_mark(interface)?);
         let layout = Value(socket_buffer_layout().map_err(|source| GuardError::System {
-            action: "find the fields of struct sk_buff in /sys/kernel/btf/vmlinux",
+            action: "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux",
             interface: interface.to_owned(),
             source,
         })?);
@@ -186,10 +186,33 @@ fn random_mark(interface: &str) -> Result<u32, GuardError> {
 fn socket_buffer_layout() -> io::Result<SocketBufferLayout> {
     let types = std::fs::read("/sys/kernel/btf/vmlinux")?;
     let unknown = || io::Error::other("this kernel's type information lacks them");
-    let names = ["head", "data", "csum_start", "csum_offset", "ip_summed"];
-    let fields = Btf::parse(&types).and_then(|btf| btf.fields("sk_buff", names));
-    let [head, data, checksum_start, checksum_offset, summed] = fields.ok_or_else(unknown)?;
-    let whole = [head, data, checksum_start, checksum_offset];
+    let btf = Btf::parse(&types).ok_or_else(unknown)?;
+    let names = [
+        "head",
+        "data",
+        "csum_start",
+        "csum_offset",
+        "ip_summed",
+        "end",
+    ];
+    let [head, data, checksum_start, checksum_offset, summed, end] =
+        btf.fields("sk_buff", names).ok_or_else(unknown)?;
+    let [kinds] = btf
+        .fields("skb_shared_info", ["gso_type"])
+        .ok_or_else(unknown)?;
+    // A kind that is not found is never admitted, and neither is what a missing detail adds to it.
+    let [tcp4, tcp6, udp, details @ ..] = btf
+        .constants([
+            "SKB_GSO_TCPV4",
+            "SKB_GSO_TCPV6",
+            "SKB_GSO_UDP_L4",
+            "SKB_GSO_DODGY",
+            "SKB_GSO_TCP_ECN",
+            "SKB_GSO_TCP_FIXEDID",
+            "SKB_GSO_TCP_ACCECN",
+        ])
+        .map(Option::unwrap_or_default);
+    let whole = [head, data, checksum_start, checksum_offset, end, kinds];
     let shift = summed.bit_offset % 8;
     if whole
         .iter()
@@ -211,6 +234,10 @@ fn socket_buffer_layout() -> io::Result<SocketBufferLayout> {
         checksum_offset: checksum_offset.bit_offset / 8,
         summed: summed.bit_offset / 8,
         summed_mask: 3 << shift,
+        end: end.bit_offset / 8,
+        segment_kinds: kinds.bit_offset / 8,
+        segments: [tcp4, tcp6, udp],
+        segment_details: details.into_iter().fold(0, |all, bit| all | bit),
     })
 }
 

@@ -109,15 +109,33 @@ pub fn report(context: &TcContext, direction: u8, reason: u8, length: u32) {
         (*record).reason = reason;
         (*record).padding = 0;
         (*record).frame = [0; EVENT_FRAME_BYTES];
-        let read = wanted > 0
-            && wanted <= EVENT_FRAME_BYTES as u32
-            && bpf_skb_load_bytes(
-                context.skb.skb.cast(),
-                0,
-                (&raw mut (*record).frame).cast(),
-                wanted,
-            ) == 0;
-        (*record).captured = if read { wanted as u16 } else { 0 };
+        (*record).captured = captured(context, &raw mut (*record).frame, wanted as u64);
     }
     entry.submit(0);
+}
+
+/// Fills `frame` with the first `wanted` bytes; how many these are, 0 where they could not be read.
+///
+/// # Safety
+///
+/// `frame` points to valid memory.
+#[inline(always)]
+unsafe fn captured(context: &TcContext, frame: *mut [u8; EVENT_FRAME_BYTES], wanted: u64) -> u16 {
+    if wanted == 0 {
+        return 0;
+    }
+    // Left alone, the compiler makes one comparison of the two, on another register than the one
+    // that it passes on, which older verifiers do not follow (Linux 6.1). What it reads back from
+    // the stack it knows nothing of, and the verifier still knows that it is not 0.
+    // SAFETY: the variable is this function's own.
+    let wanted = unsafe { core::ptr::read_volatile(&raw const wanted) };
+    if wanted > EVENT_FRAME_BYTES as u64 {
+        return 0;
+    }
+    // SAFETY: the helper writes at most `EVENT_FRAME_BYTES` bytes, all within `frame`; the
+    // context's socket buffer is valid for the whole run.
+    match unsafe { bpf_skb_load_bytes(context.skb.skb.cast(), 0, frame.cast(), wanted as u32) } {
+        0 => wanted as u16,
+        _ => 0,
+    }
 }

@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::{bpf_check_mtu, bpf_probe_read_kernel},
     programs::TcContext,
 };
-use omerta_verdict::{Frame, PendingChecksum, SocketBufferLayout};
+use omerta_verdict::{Frame, PendingChecksum, Segments, SocketBufferLayout};
 
 /// Set at load.
 #[unsafe(no_mangle)]
@@ -49,13 +49,38 @@ const NO_CHECKSUM: u64 = u64::MAX;
 /// What cannot be read counts as a checksum in a place that no header has.
 const NOWHERE: u64 = u64::MAX - 1;
 
+#[inline(always)]
+fn layout() -> SocketBufferLayout {
+    // SAFETY: the constant is this program's own; the read is volatile because the loader has
+    // replaced the value that the compiler saw.
+    unsafe { core::ptr::read_volatile(&raw const SKB) }
+}
+
+/// `gso_type`, or more than 32 bits hold where it cannot be read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn segment_kinds(skb: *mut __sk_buff) -> u64 {
+    let layout = layout();
+    let kinds = || {
+        let head: u64 = kernel(skb, layout.head)?;
+        let end: u32 = kernel(skb, layout.end)?;
+        let at = head
+            .wrapping_add(end as u64)
+            .wrapping_add(layout.segment_kinds as u64);
+        // SAFETY: the helper takes any address.
+        unsafe { bpf_probe_read_kernel(at as *const u32) }.ok()
+    };
+    match kinds() {
+        Some(kinds) => kinds as u64,
+        None => u64::MAX,
+    }
+}
+
 /// Where a checksum is still to be written: its start << 32 | its field; or [`NO_CHECKSUM`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn checksum_places(skb: *mut __sk_buff) -> u64 {
-    // SAFETY: the constant is this program's own; the read is volatile because the loader has
-    // replaced the value that the compiler saw.
-    let layout = unsafe { core::ptr::read_volatile(&raw const SKB) };
+    let layout = layout();
     match kernel::<u8>(skb, layout.summed) {
         Some(summed) if summed as u32 & layout.summed_mask != layout.summed_mask => NO_CHECKSUM,
         _ => pending(skb, &layout).unwrap_or(NOWHERE),
@@ -87,12 +112,14 @@ impl Frame for SocketBuffer<'_> {
     }
 
     #[inline(always)]
-    fn exceeds_mtu(&self) -> bool {
+    fn mtu(&self) -> u32 {
         let mut mtu = 0;
         // SAFETY: the context's socket buffer is valid for the whole run of the program, and the
-        // helper writes one word. It answers 0 where the frame fits the interface it is on, and
-        // takes a frame that is yet to be cut as fitting (bpf_skb_check_mtu in net/core/filter.c).
-        unsafe { bpf_check_mtu(self.context.skb.skb.cast(), 0, &raw mut mtu, 0, 0) != 0 }
+        // helper writes one word: the MTU of the interface that the frame is on, or nothing where
+        // it fails. What it answers takes a frame that is yet to be cut as fitting
+        // (bpf_skb_check_mtu in net/core/filter.c), so only the MTU is of use.
+        unsafe { bpf_check_mtu(self.context.skb.skb.cast(), 0, &raw mut mtu, 0, 0) };
+        mtu
     }
 
     #[inline(always)]
@@ -106,6 +133,12 @@ impl Frame for SocketBuffer<'_> {
     fn segment_size(&self) -> u32 {
         // SAFETY: as above; the verifier rewrites this load to the shared info's field.
         unsafe { (*self.context.skb.skb).gso_size }
+    }
+
+    #[inline(always)]
+    fn is_cut_into(&self, kind: Segments) -> bool {
+        let kinds = segment_kinds(self.context.skb.skb);
+        kinds <= u32::MAX as u64 && layout().is_cut_into(kinds as u32, kind)
     }
 
     #[inline(always)]

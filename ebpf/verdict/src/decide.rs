@@ -111,10 +111,10 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Egress)?;
-    segment.offload(frame, &packet)?;
+    let count = segment.offload(frame, &packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
-    police(frame, guard, policy, Direction::Egress)?;
+    police(frame, guard, policy, Direction::Egress, count)?;
     if matches!(mode, Mode::Conntrack) && !guard.open_flow(&flow) {
         return Err(Reason::FlowQuota);
     }
@@ -159,13 +159,13 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Ingress)?;
-    segment.offload(frame, &packet)?;
+    let count = segment.offload(frame, &packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
     if matches!(mode, Mode::Conntrack) && !is_live(guard, &flow) {
         return Err(Reason::NoFlow);
     }
-    police(frame, guard, policy, Direction::Ingress)?;
+    police(frame, guard, policy, Direction::Ingress, count)?;
     Ok(Verdict::Allow)
 }
 
@@ -178,7 +178,7 @@ fn consume<F: Frame + ?Sized, G: Guard + ?Sized>(
     answer: Answer,
 ) -> Result<Verdict, Reason> {
     unchanged(frame)?;
-    police(frame, guard, policy, Direction::Egress)?;
+    police(frame, guard, policy, Direction::Egress, 1)?;
     Ok(Verdict::Answer(answer))
 }
 
@@ -191,7 +191,7 @@ fn finish<F: Frame + ?Sized, G: Guard + ?Sized>(
     verdict: Verdict,
 ) -> Result<Verdict, Reason> {
     unchanged(frame)?;
-    police(frame, guard, policy, Direction::Ingress)?;
+    police(frame, guard, policy, Direction::Ingress, 1)?;
     Ok(verdict)
 }
 
@@ -209,21 +209,18 @@ fn unchanged<F: Frame + ?Sized>(frame: &F) -> Result<(), Reason> {
 }
 
 /// The guard's rates, which only frames that would pass use up. A frame that the host is to cut
-/// counts as what it becomes.
+/// counts as the `count` that it becomes.
 #[inline(always)]
 fn police<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
     policy: &Policy,
     direction: Direction,
+    count: u32,
 ) -> Result<(), Reason> {
     let (packets, bytes) = match direction {
         Direction::Egress => (Meter::EgressPackets, Meter::EgressBytes),
         Direction::Ingress => (Meter::IngressPackets, Meter::IngressBytes),
-    };
-    let count = match frame.segment_size() {
-        0 => 1,
-        size => frame.length().div_ceil(size),
     };
     let rate = |meter: Meter| policy.rates[meter as usize];
     if guard.take(packets, rate(packets), count) && guard.take(bytes, rate(bytes), frame.length()) {

@@ -7,8 +7,8 @@ pub trait Frame {
     /// Length of the whole frame in bytes, also of parts that are not linear in memory.
     fn length(&self) -> u32;
 
-    /// Whether the frame, unless the host is to cut it, is longer than the interface's MTU allows.
-    fn exceeds_mtu(&self) -> bool;
+    /// The longest IP packet that the interface carries, in bytes; 0 where that is not known.
+    fn mtu(&self) -> u32;
 
     /// Whether a VLAN tag travels beside the bytes (hardware offload).
     fn is_tagged(&self) -> bool;
@@ -17,12 +17,34 @@ pub trait Frame {
     /// leaves the frame whole.
     fn segment_size(&self) -> u32;
 
+    /// Whether the host is to cut the frame into segments of `kind`, and to do nothing else with
+    /// it. Asked where [`Frame::segment_size`] is not 0.
+    fn is_cut_into(&self, kind: Segments) -> bool;
+
     /// The checksum that the host, or its network card, is still to write; `None` where the bytes
     /// stay as they are.
     fn pending_checksum(&self) -> Option<PendingChecksum>;
 
     /// `N` bytes at `offset`, or `None` where the frame does not reach that far.
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]>;
+}
+
+/// What the host may be asked to cut a frame into (`SKB_GSO_*` in include/linux/skbuff.h) such that
+/// each part has the headers that were judged. Fragments of IP and tunnels are not among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Segments {
+    /// `SKB_GSO_TCPV4`.
+    TcpV4 = 0,
+    /// `SKB_GSO_TCPV6`.
+    TcpV6 = 1,
+    /// `SKB_GSO_UDP_L4`: datagrams of either IP version.
+    Udp = 2,
+}
+
+impl Segments {
+    /// How many kinds there are.
+    pub const COUNT: usize = 3;
 }
 
 /// A checksum left to whoever sends the frame on (`CHECKSUM_PARTIAL` in include/linux/skbuff.h).
@@ -40,8 +62,8 @@ impl Frame for [u8] {
         u32::try_from(self.len()).unwrap_or(u32::MAX)
     }
 
-    fn exceeds_mtu(&self) -> bool {
-        false
+    fn mtu(&self) -> u32 {
+        u32::MAX
     }
 
     fn is_tagged(&self) -> bool {
@@ -50,6 +72,10 @@ impl Frame for [u8] {
 
     fn segment_size(&self) -> u32 {
         0
+    }
+
+    fn is_cut_into(&self, _kind: Segments) -> bool {
+        false
     }
 
     fn pending_checksum(&self) -> Option<PendingChecksum> {

@@ -113,5 +113,6 @@ fn icmp(protocol: Protocol, guest: Address, peer: Address, ports: [u16; 2]) -> S
         guest_port: ports[0],
         peer_port: ports[1],
         checksum_field: 2,
+        header_length: HEADER,
     }
 }

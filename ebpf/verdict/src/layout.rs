@@ -1,6 +1,8 @@
 //! What is fixed when a program is loaded.
 
-/// Byte offsets in `struct sk_buff` (include/linux/skbuff.h), found by userspace in the running
+use crate::Segments;
+
+/// Byte offsets in `struct sk_buff` and what goes with it (include/linux/skbuff.h), found by userspace in the running
 /// kernel's own type information and fixed when a program is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -17,6 +19,14 @@ pub struct SocketBufferLayout {
     pub summed: u32,
     /// The bits of that byte that are `ip_summed`; all are set for `CHECKSUM_PARTIAL`.
     pub summed_mask: u32,
+    /// `end`: where `struct skb_shared_info` starts, counted from `head`; four bytes.
+    pub end: u32,
+    /// `gso_type` in `struct skb_shared_info`; four bytes.
+    pub segment_kinds: u32,
+    /// The bit of `gso_type` for each of [`Segments`]; 0 where the kernel has none.
+    pub segments: [u32; Segments::COUNT],
+    /// The bits of `gso_type` that may stand beside: who asked, and details of TCP.
+    pub segment_details: u32,
 }
 
 impl SocketBufferLayout {
@@ -28,7 +38,22 @@ impl SocketBufferLayout {
         checksum_offset: 0,
         summed: 0,
         summed_mask: 0,
+        end: 0,
+        segment_kinds: 0,
+        segments: [0; Segments::COUNT],
+        segment_details: 0,
     };
+
+    /// Whether `gso_type` asks for segments of `kind` and nothing else.
+    #[inline(always)]
+    pub const fn is_cut_into(&self, gso_type: u32, kind: Segments) -> bool {
+        let bit = match kind {
+            Segments::TcpV4 => self.segments[0],
+            Segments::TcpV6 => self.segments[1],
+            Segments::Udp => self.segments[2],
+        };
+        bit != 0 && gso_type & !self.segment_details == bit
+    }
 }
 
 /// What a program takes from the world besides frames and maps. Tests fix it at load, so that the

@@ -29,7 +29,7 @@ pub use answer::{ANSWER_CAPACITY, Answer};
 pub use decide::{Verdict, egress, ingress, is_answer_for_guest};
 pub use endpoint::{Endpoint, EndpointParseError, Protocol};
 pub use event::{EVENT_FRAME_BYTES, EventRecord};
-pub use frame::{Frame, PendingChecksum};
+pub use frame::{Frame, PendingChecksum, Segments};
 pub use guard::{Flow, Guard, MemoryGuard};
 pub use layout::{FixedInputs, SocketBufferLayout};
 pub use link::{Mac, MacParseError};

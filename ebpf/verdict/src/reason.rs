@@ -94,7 +94,7 @@ reasons! {
     IpOptions = "ip_options",
     /// The IP length does not agree with the frame's.
     IpLength = "ip_length",
-    /// A fragment, or a frame other than TCP that the host was asked to cut.
+    /// A fragment, or a frame that the host was asked to cut into anything but TCP segments or UDP datagrams.
     Fragment = "fragment",
     /// An IPv6 extension header.
     ExtensionHeader = "extension_header",

@@ -1,10 +1,12 @@
 //! Transport headers: the ports of UDP and TCP (RFC 768, RFC 9293).
 
-use crate::network::Packet;
+use crate::network::{ETHERNET_HEADER, Packet};
 use crate::reason::{Direction, Reason};
-use crate::{Address, Flow, Frame, Protocol, icmp};
+use crate::{Address, Flow, Frame, Protocol, Segments, icmp};
 
 pub(crate) const ICMPV6: u8 = 58;
+/// Every interface carries as much (RFC 791, 3.2; `ETH_MIN_MTU` in include/uapi/linux/if_ether.h).
+const MINIMUM_MTU: u32 = 68;
 
 /// What the allowlist needs of a transport header.
 pub(crate) struct Segment {
@@ -15,6 +17,8 @@ pub(crate) struct Segment {
     pub(crate) peer_port: u16,
     /// Offset of the checksum field in the transport header.
     pub(crate) checksum_field: u32,
+    /// Length of the transport header in bytes.
+    pub(crate) header_length: u32,
 }
 
 impl Segment {
@@ -46,7 +50,7 @@ impl Segment {
         }
         Ok(Self::ports(
             packet,
-            (Protocol::Udp, 6),
+            (Protocol::Udp, 6, 8),
             [header[0], header[1], header[2], header[3]],
             direction,
         ))
@@ -65,7 +69,7 @@ impl Segment {
         }
         Ok(Self::ports(
             packet,
-            (Protocol::Tcp, 16),
+            (Protocol::Tcp, 16, data_offset),
             [header[0], header[1], header[2], header[3]],
             direction,
         ))
@@ -74,7 +78,7 @@ impl Segment {
     #[inline(always)]
     fn ports(
         packet: &Packet,
-        (protocol, checksum_field): (Protocol, u32),
+        (protocol, checksum_field, header_length): (Protocol, u32, u32),
         ports: [u8; 4],
         direction: Direction,
     ) -> Self {
@@ -88,6 +92,7 @@ impl Segment {
                 guest_port: source,
                 peer_port: destination,
                 checksum_field,
+                header_length,
             }
         } else {
             Self {
@@ -97,6 +102,7 @@ impl Segment {
                 guest_port: destination,
                 peer_port: source,
                 checksum_field,
+                header_length,
             }
         }
     }
@@ -112,20 +118,35 @@ impl Segment {
     }
 
     /// Judges what the host was asked to do to the frame after the verdict: it may fill in the
-    /// transport header's own checksum, and cut TCP into segments.
+    /// transport header's own checksum, and cut TCP and UDP into segments that the interface carries. Gives how
+    /// many frames it becomes.
     #[inline(always)]
     pub(crate) fn offload<F: Frame + ?Sized>(
         &self,
         frame: &F,
         packet: &Packet,
-    ) -> Result<(), Reason> {
-        if frame.exceeds_mtu() {
+    ) -> Result<u32, Reason> {
+        let ethernet = ETHERNET_HEADER as u32;
+        let (count, longest) = match frame.segment_size() {
+            0 => (1, frame.length().wrapping_sub(ethernet)),
+            size => {
+                // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's
+                // offload header asks.
+                let kind = match (packet.protocol, packet.source.is_v4()) {
+                    (6, true) => Segments::TcpV4,
+                    (6, false) => Segments::TcpV6,
+                    (17, _) => Segments::Udp,
+                    _ => return Err(Reason::Fragment),
+                };
+                if !frame.is_cut_into(kind) {
+                    return Err(Reason::Fragment);
+                }
+                let headers = packet.payload_offset as u32 - ethernet + self.header_length;
+                (frame.length().div_ceil(size), headers.saturating_add(size))
+            }
+        };
+        if longest > MINIMUM_MTU && longest > frame.mtu() {
             return Err(Reason::Overlength);
-        }
-        // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's offload
-        // header asks, and only the latter is told from the former by what no program may read.
-        if frame.segment_size() != 0 && packet.protocol != 6 {
-            return Err(Reason::Fragment);
         }
         match frame.pending_checksum() {
             Some(pending)
@@ -134,7 +155,7 @@ impl Segment {
             {
                 Err(Reason::ChecksumOffload)
             }
-            _ => Ok(()),
+            _ => Ok(count),
         }
     }
 }

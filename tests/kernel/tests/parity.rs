@@ -111,9 +111,9 @@ fn context_with_segments_of(bytes: u32) -> [u8; 192] {
     context
 }
 
-/// A guest's offload header may ask the host to cut UDP into IP fragments after the verdict.
+/// TEST_RUN sets no `gso_type`.
 #[test]
-fn udp_that_the_host_is_asked_to_cut_is_dropped() {
+fn what_the_host_is_to_cut_into_it_is_not_known_is_dropped() {
     use omerta_kernel_tests::{
         CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, ethernet, tcp, udp,
     };
@@ -135,5 +135,6 @@ fn udp_that_the_host_is_asked_to_cut_is_dropped() {
     assert_eq!(run(17, &datagram, 0), (NEXT, None));
     let dropped = (SHOT, Some(omerta_verdict::Reason::Fragment));
     assert_eq!(run(17, &datagram, 1000), dropped);
-    assert_eq!(run(6, &tcp(40000, 443), 1000), (NEXT, None));
+    assert_eq!(run(6, &tcp(40000, 443), 0), (NEXT, None));
+    assert_eq!(run(6, &tcp(40000, 443), 1000), dropped);
 }

@@ -13,7 +13,7 @@ use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, allowlist, config};
 use omerta_verdict::{
     Bucket, Direction, Endpoint, Frame, MemoryGuard, Mode, PendingChecksum, Policy, Protocol,
-    Reason, Table, Verdict, egress, ingress,
+    Reason, Segments, Table, Verdict, egress, ingress,
 };
 
 const FRAMES: usize = 300_000;
@@ -176,6 +176,7 @@ fn no_other_source_mac_is_ever_allowed_or_answered() {
 struct Offloaded<'a> {
     bytes: &'a [u8],
     segment: u32,
+    kind: Option<Segments>,
     checksum: Option<PendingChecksum>,
 }
 
@@ -184,8 +185,8 @@ impl Frame for Offloaded<'_> {
         self.bytes.length()
     }
 
-    fn exceeds_mtu(&self) -> bool {
-        false
+    fn mtu(&self) -> u32 {
+        u32::MAX
     }
 
     fn is_tagged(&self) -> bool {
@@ -194,6 +195,10 @@ impl Frame for Offloaded<'_> {
 
     fn segment_size(&self) -> u32 {
         self.segment
+    }
+
+    fn is_cut_into(&self, kind: Segments) -> bool {
+        self.kind == Some(kind)
     }
 
     fn pending_checksum(&self) -> Option<PendingChecksum> {
@@ -219,6 +224,12 @@ fn what_the_host_is_asked_to_change_never_widens_a_verdict() {
         let frame = Offloaded {
             bytes: &bytes,
             segment: [0, 0, 700][rng.usize(..3)],
+            kind: [
+                None,
+                Some(Segments::TcpV4),
+                Some(Segments::TcpV6),
+                Some(Segments::Udp),
+            ][rng.usize(..4)],
             checksum: rng.bool().then_some(PendingChecksum { start, field }),
         };
         for (plain, offloaded) in [
@@ -227,6 +238,15 @@ fn what_the_host_is_asked_to_change_never_widens_a_verdict() {
         ] {
             if plain == offloaded {
                 kept += u32::from(plain == Verdict::Allow);
+                if plain == Verdict::Allow && frame.segment != 0 {
+                    let wanted = match (&bytes[12..14], bytes[23], bytes[20]) {
+                        ([0x08, 0x00], 6, _) => Segments::TcpV4,
+                        ([0x86, 0xdd], _, 6) => Segments::TcpV6,
+                        ([0x08, 0x00], 17, _) | ([0x86, 0xdd], _, 17) => Segments::Udp,
+                        _ => panic!("the host may cut {bytes:02x?}"),
+                    };
+                    assert_eq!(frame.kind, Some(wanted), "{bytes:02x?}");
+                }
                 if plain == Verdict::Allow && frame.checksum.is_some() {
                     let v6 = bytes[12..14] == [0x86, 0xdd];
                     let (transport, protocol) = if v6 { (54, bytes[20]) } else { (34, bytes[23]) };

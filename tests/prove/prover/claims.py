@@ -25,7 +25,7 @@ from .guard import (
     truth,
 )  # fmt: skip
 from .layout import Layout
-from .memory import constant_byte, context_field, frame_byte, kernel_byte
+from .memory import constant_byte, context_field, frame_byte, kernel_byte, kernel_memory
 from .state import Entry, State
 
 # Results (include/uapi/linux/pkt_cls.h): TCX_NEXT is TC_ACT_UNSPEC.
@@ -191,10 +191,11 @@ class Run:
         yield Claim(f"{ip}: a live rule names whom an error quotes", z3.And(here, listed), rule)
 
     def _offload(self, packet: Packet) -> z3.BoolRef:
-        """Nobody cuts the frame but TCP; a checksum still to be written goes where it belongs."""
+        """The frame is whole, or to be cut into TCP segments of its IP version or UDP datagrams and
+        nothing else; a checksum still to be written goes where it belongs."""
 
-        def constant_word(field: str) -> z3.BitVecRef:
-            start = self.layouts["SocketBufferLayout"].fields[field]
+        def constant_word(field: str, skip: int = 0) -> z3.BitVecRef:
+            start = self.layouts["SocketBufferLayout"].fields[field] + skip
             return z3.Concat(*[constant_byte("SKB", start + i) for i in (3, 2, 1, 0)])
 
         def kernel(field: str, size: int) -> z3.BitVecRef:
@@ -215,8 +216,20 @@ class Run:
         right = z3.And(start == packet.transport, offset == field)
         # The kernel lets no checksum start before the frame (skb_partial_csum_set).
         pending = z3.And(pending, start != 0xFFFF_FFFF)
-        whole = z3.Or(packet.is_tcp(), context_field("gso_size") == 0)
-        return z3.And(whole, z3.Implies(pending, right))
+        shared = kernel("head", 8) + z3.ZeroExt(32, kernel("end", 4))
+        at = shared + z3.ZeroExt(32, constant_word("segment_kinds"))
+        kinds = z3.Concat(*[kernel_memory(at + i) for i in (3, 2, 1, 0)])
+
+        def cut_into(kind: int) -> z3.BoolRef:
+            wanted = constant_word("segments", 4 * kind)
+            return z3.And(wanted != 0, kinds & ~constant_word("segment_details") == wanted)
+
+        cut = z3.Or(
+            z3.And(packet.is_tcp(), cut_into(0 if packet.version == 4 else 1)),
+            z3.And(packet.is_udp(), cut_into(2)),
+        )
+        whole = context_field("gso_size") == 0
+        return z3.And(z3.Or(whole, cut), z3.Implies(pending, right))
 
     # What is answered
 

@@ -10,7 +10,14 @@ import z3
 from . import bits
 from .bits import Truth, Word
 from .elf import MapDefinition, Unmodelled
-from .memory import FROZEN, Region, frame_byte, kernel_byte, without_packet_pointers
+from .memory import (
+    FROZEN,
+    Region,
+    frame_byte,
+    kernel_byte,
+    kernel_memory,
+    without_packet_pointers,
+)
 from .state import Choice, MapReference, Pointer, State, Value
 
 if TYPE_CHECKING:
@@ -169,16 +176,19 @@ class Helpers:
 
     def probe_read_kernel(self, state: State) -> Iterator[State]:
         to, size, source = self._pointer(state, 1), state.registers[2], state.registers[3]
-        if not isinstance(size, int) or not isinstance(source, Pointer):
+        if not isinstance(size, int) or not isinstance(source, (Pointer, z3.BitVecRef)):
             raise Unmodelled(f"probe_read_kernel({size}, {source}) at {state.pc}")
-        if source.region != "context":
-            raise Unmodelled(f"probe_read_kernel of {source.region} at {state.pc}")
-        # At run time the context is the address of the `struct sk_buff` itself.
-        start = bits.term(source.offset, 64)
+        if isinstance(source, Pointer):
+            if source.region != "context":
+                raise Unmodelled(f"probe_read_kernel of {source.region} at {state.pc}")
+            # At run time the context is the address of the `struct sk_buff` itself.
+            memory, start = kernel_byte, bits.term(source.offset, 64)
+        else:
+            memory, start = kernel_memory, source
         code = self._error("probe_read_kernel")
         read = bits.term(code, 64) == 0
         # Where it fails, the helper fills the buffer with zeroes.
-        values = [bits.choose(read, kernel_byte(start + index), 0, 8) for index in range(size)]
+        values = [bits.choose(read, memory(start + index), 0, 8) for index in range(size)]
         if self.memory.store_bytes(state, to, values):
             state.registers[0] = code
             yield state

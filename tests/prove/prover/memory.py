@@ -66,6 +66,8 @@ def constant_byte(name: str, offset: int) -> z3.BitVecRef:
 
 # The kernel's `struct sk_buff` by offset, in so far as programs read it past the context.
 kernel_byte = z3.Function("struct sk_buff", z3.BitVecSort(64), z3.BitVecSort(8))
+# What lies at an address that the program computed from what it read of the kernel's.
+kernel_memory = z3.Function("kernel memory", z3.BitVecSort(64), z3.BitVecSort(8))
 
 
 def context_field(name: str) -> z3.BitVecRef:

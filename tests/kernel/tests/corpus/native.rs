@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use omerta_corpus::{Case, VnetHeader, Way};
 use omerta_kernel_tests::{allowlist, config};
 use omerta_verdict::{
-    Bucket, Direction, Flow, Frame, Guard, Meter, Outcome, PendingChecksum, Policy, Rate, Table,
-    egress, ingress,
+    Bucket, Direction, Flow, Frame, Guard, Meter, Outcome, PendingChecksum, Policy, Rate, Segments,
+    Table, egress, ingress,
 };
 
 use crate::layout::MTU;
@@ -23,8 +23,8 @@ impl Frame for CaseFrame<'_> {
         self.bytes.length()
     }
 
-    fn exceeds_mtu(&self) -> bool {
-        self.segment_size() == 0 && self.length() > MTU + 14
+    fn mtu(&self) -> u32 {
+        MTU
     }
 
     fn is_tagged(&self) -> bool {
@@ -37,6 +37,16 @@ impl Frame for CaseFrame<'_> {
         } else {
             u32::from(self.vnet.gso_size)
         }
+    }
+
+    fn is_cut_into(&self, kind: Segments) -> bool {
+        // VIRTIO_NET_HDR_GSO_TCPV4, _TCPV6 and _UDP_L4; the highest bit is _ECN.
+        let wanted = match kind {
+            Segments::TcpV4 => 1,
+            Segments::TcpV6 => 4,
+            Segments::Udp => 5,
+        };
+        self.vnet.gso_type & 0x7f == wanted
     }
 
     fn pending_checksum(&self) -> Option<PendingChecksum> {

@@ -7,11 +7,13 @@ use omerta_kernel_tests::*;
 use omerta_test_support::Tap;
 use omerta_verdict::{Direction, Mode, Reason};
 
-use crate::stage::{PATIENCE, SETTLE, Stage, soon};
+use crate::stage::{PATIENCE, SETTLE, Stage, soon, udp_payload};
 
 const NEEDS_CHECKSUM: u8 = 1;
 const TCP_V4: u8 = 1;
 const UDP_FRAGMENTS: u8 = 3;
+const TCP_V6: u8 = 4;
+const UDP_DATAGRAMS: u8 = 5;
 /// The first place that Linux takes as a checksum's start, in the midst of an IP header.
 const NETWORK: u16 = 20;
 const TRANSPORT: u16 = 14 + 20;
@@ -145,7 +147,7 @@ fn honest_offload_passes_and_its_checksum_is_right() {
 }
 
 #[test]
-fn only_tcp_is_cut_by_the_host() {
+fn tcp_is_cut_by_the_host_and_udp_not_into_fragments() {
     let stage = stage();
     let arrivals = stage.arrivals();
     let datagram = from_guest(17, &udp(40000, CONSUMER_PORT, &[0xaa; 1400]));
@@ -176,6 +178,145 @@ fn only_tcp_is_cut_by_the_host() {
         stage.guarded(Guard::counters).egress
     );
     assert_eq!(stage.tap.recv(PATIENCE / 20).unwrap(), None);
+}
+
+#[test]
+fn udp_that_the_host_cuts_into_datagrams_passes_both_ways() {
+    let stage = stage();
+    stage.know_the_guest();
+    let arrivals = stage.arrivals();
+    let payload: Vec<u8> = (0..3500_u32).map(|index| index as u8).collect();
+    let mut datagrams = from_guest(17, &udp(40000, CONSUMER_PORT, &payload));
+    let sum = pseudo_header_sum(17, &datagrams[34..]);
+    datagrams[40..42].copy_from_slice(&sum.to_be_bytes());
+    let asked = header(
+        NEEDS_CHECKSUM,
+        UDP_DATAGRAMS,
+        1000,
+        (TRANSPORT, 6),
+        &datagrams,
+    );
+    if let Err(error) = stage.tap.send(&asked) {
+        println!("skipped: this kernel's taps take no UDP segmentation (Linux 6.2): {error}");
+        return;
+    }
+    let arrived = soon(|| {
+        let got: Vec<u8> = arrivals
+            .frames()
+            .unwrap()
+            .iter()
+            .filter_map(|frame| Some(udp_payload(&frame.bytes)?.to_vec()))
+            .flatten()
+            .collect();
+        (got.len() >= payload.len()).then_some(got)
+    });
+    let counters = stage.guarded(Guard::counters).egress;
+    assert_eq!(arrived.as_ref(), Some(&payload), "{counters:?}");
+    assert_eq!(counters.allowed.packets, 1, "{counters:?}");
+
+    for step in [
+        "addr add 203.0.113.9/24 dev inet",
+        &format!("addr add {CONSUMER}/32 dev inet"),
+        &format!("route add {GUEST}/32 via 203.0.113.1"),
+    ] {
+        stage.world.ip(step).unwrap();
+    }
+    // What the consumer sends so, by a socket with UDP_SEGMENT, reaches the guest.
+    stage
+        .world
+        .enter(|| send_segments(&payload, 1000))
+        .unwrap()
+        .unwrap();
+    let mut got: Vec<u8> = Vec::new();
+    while got.len() < payload.len() {
+        let frame = stage.tap.recv(PATIENCE).unwrap();
+        let frame = frame.unwrap_or_else(|| {
+            let counters = stage.guarded(Guard::counters).ingress;
+            panic!("{} bytes reached the guest: {counters:?}", got.len())
+        });
+        got.extend(udp_payload(&frame[10..]).unwrap_or_default());
+    }
+    assert_eq!(got, payload);
+    let counters = stage.guarded(Guard::counters).ingress;
+    assert_eq!(
+        counters.allowed.packets, 1,
+        "it came to the guard in one piece: {counters:?}"
+    );
+}
+
+/// Sends `payload` to the guest as one datagram that the kernel is to cut into parts of `size`.
+fn send_segments(payload: &[u8], size: u16) -> std::io::Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
+    let socket = std::net::UdpSocket::bind((CONSUMER, CONSUMER_PORT))?;
+    setsockopt(&socket, UdpGsoSegment, &i32::from(size))?;
+    socket.send_to(payload, (GUEST, 40000)).map(drop)
+}
+
+#[test]
+fn segments_longer_than_the_mtu_or_of_another_kind_are_dropped() {
+    let stage = stage();
+    let arrivals = stage.arrivals();
+    let mut segment = from_guest(6, &[tcp(40000, 443), vec![0xaa; 4000]].concat());
+    let sum = pseudo_header_sum(6, &segment[34..]);
+    segment[50..52].copy_from_slice(&sum.to_be_bytes());
+    let datagram = from_guest(17, &udp(40000, CONSUMER_PORT, &[0xaa; 4000]));
+    let plain = from_guest(17, &udp(40000, CONSUMER_PORT, &[0xaa; 1473]));
+    let cut = |kind, size, field, frame: &[u8]| {
+        header(NEEDS_CHECKSUM, kind, size, (TRANSPORT, field), frame)
+    };
+    for (name, frame, reason) in [
+        (
+            "TCP",
+            cut(TCP_V4, 1461, 16, &segment),
+            Some(Reason::Overlength),
+        ),
+        (
+            "UDP",
+            cut(UDP_DATAGRAMS, 1473, 6, &datagram),
+            Some(Reason::Overlength),
+        ),
+        (
+            "uncut",
+            header(0, 0, 0, (0, 0), &plain),
+            Some(Reason::Overlength),
+        ),
+        (
+            "TCP of the other version",
+            cut(TCP_V6, 1400, 16, &segment),
+            Some(Reason::Fragment),
+        ),
+        ("TCP of the MTU", cut(TCP_V4, 1460, 16, &segment), None),
+        (
+            "UDP of the MTU",
+            cut(UDP_DATAGRAMS, 1472, 6, &datagram),
+            None,
+        ),
+    ] {
+        let count = || {
+            let egress = stage.guarded(Guard::counters).egress;
+            match reason {
+                Some(reason) => egress.dropped_for(reason).packets,
+                None => egress.allowed.packets,
+            }
+        };
+        let before = count();
+        // The kernel refuses some of them itself.
+        if let Err(error) = stage.tap.send(&frame) {
+            println!("{name}: {error}");
+            continue;
+        }
+        let counted = soon(|| (count() == before + 1).then_some(()));
+        let counters = stage.guarded(Guard::counters).egress;
+        assert!(counted.is_some(), "{name}: {counters:?}");
+    }
+    sleep(SETTLE);
+    let longest = arrivals
+        .frames()
+        .unwrap()
+        .iter()
+        .map(|f| f.bytes.len())
+        .max();
+    println!("longest on the uplink: {longest:?}");
 }
 
 /// The sum that a checksum field holds before the rest is added (RFC 768, RFC 9293).
