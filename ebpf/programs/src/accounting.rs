@@ -6,9 +6,9 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
     programs::TcContext,
 };
-use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Guard, Meter};
+use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord};
 
-use crate::state::KernelGuard;
+use crate::state::may_tell;
 
 #[repr(C)]
 pub struct Count {
@@ -79,12 +79,7 @@ fn lost(why: Lost, length: u32) {
 
 #[inline(always)]
 pub fn report(context: &TcContext, direction: u8, reason: u8, length: u32) {
-    let guard = KernelGuard::read();
-    // A guard without policy has no rate, and nobody who reads.
-    let rate = guard
-        .policy()
-        .map(|policy| policy.rates[Meter::Events as usize]);
-    if !rate.is_some_and(|rate| guard.take(Meter::Events, rate, 1)) {
+    if !may_tell() {
         lost(Lost::RateLimited, length);
         return;
     }

@@ -45,28 +45,27 @@ impl<'a> SocketBuffer<'a> {
     }
 }
 
-const NO_CHECKSUM: u64 = u64::MAX;
 /// What cannot be read counts as a checksum in a place that no header has.
-const NOWHERE: u64 = u64::MAX - 1;
+const NOWHERE: u64 = u64::MAX;
 
+/// A field of [`SKB`]: of them, a frame needs one or two.
 #[inline(always)]
-fn layout() -> SocketBufferLayout {
+fn fixed<T>(field: *const T) -> T {
     // SAFETY: the constant is this program's own; the read is volatile because the loader has
     // replaced the value that the compiler saw.
-    unsafe { core::ptr::read_volatile(&raw const SKB) }
+    unsafe { core::ptr::read_volatile(field) }
 }
 
 /// `gso_type`, or more than 32 bits hold where it cannot be read.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn segment_kinds(skb: *mut __sk_buff) -> u64 {
-    let layout = layout();
     let kinds = || {
-        let head: u64 = kernel(skb, layout.head)?;
-        let end: u32 = kernel(skb, layout.end)?;
+        let head: u64 = kernel(skb, fixed(&raw const SKB.head))?;
+        let end: u32 = kernel(skb, fixed(&raw const SKB.end))?;
         let at = head
             .wrapping_add(end as u64)
-            .wrapping_add(layout.segment_kinds as u64);
+            .wrapping_add(fixed(&raw const SKB.segment_kinds) as u64);
         // SAFETY: the helper takes any address.
         unsafe { bpf_probe_read_kernel(at as *const u32) }.ok()
     };
@@ -76,22 +75,26 @@ pub extern "C" fn segment_kinds(skb: *mut __sk_buff) -> u64 {
     }
 }
 
-/// Where a checksum is still to be written: its start << 32 | its field; or [`NO_CHECKSUM`].
+/// Where a checksum is to be written: its start << 32 | its field.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn checksum_places(skb: *mut __sk_buff) -> u64 {
-    let layout = layout();
-    match kernel::<u8>(skb, layout.summed) {
-        Some(summed) if summed as u32 & layout.summed_mask != layout.summed_mask => NO_CHECKSUM,
-        _ => pending(skb, &layout).unwrap_or(NOWHERE),
-    }
+    pending(skb).unwrap_or(NOWHERE)
+}
+
+/// Whether a checksum is still to be written; what cannot be read counts so.
+#[inline(always)]
+fn is_checksum_pending(skb: *mut __sk_buff) -> bool {
+    let mask = fixed(&raw const SKB.summed_mask);
+    kernel::<u8>(skb, fixed(&raw const SKB.summed)).is_none_or(|byte| byte as u32 & mask == mask)
 }
 
 #[inline(always)]
-fn pending(skb: *mut __sk_buff, layout: &SocketBufferLayout) -> Option<u64> {
-    let (head, data): (u64, u64) = (kernel(skb, layout.head)?, kernel(skb, layout.data)?);
-    let start: u16 = kernel(skb, layout.checksum_start)?;
-    let offset: u16 = kernel(skb, layout.checksum_offset)?;
+fn pending(skb: *mut __sk_buff) -> Option<u64> {
+    let head: u64 = kernel(skb, fixed(&raw const SKB.head))?;
+    let data: u64 = kernel(skb, fixed(&raw const SKB.data))?;
+    let start: u16 = kernel(skb, fixed(&raw const SKB.checksum_start))?;
+    let offset: u16 = kernel(skb, fixed(&raw const SKB.checksum_offset))?;
     let start = (start as u32).wrapping_sub(data.wrapping_sub(head) as u32);
     Some((start as u64) << 32 | start.wrapping_add(offset as u32) as u64)
 }
@@ -138,18 +141,19 @@ impl Frame for SocketBuffer<'_> {
     #[inline(always)]
     fn is_cut_into(&self, kind: Segments) -> bool {
         let kinds = segment_kinds(self.context.skb.skb);
-        kinds <= u32::MAX as u64 && layout().is_cut_into(kinds as u32, kind)
+        kinds <= u32::MAX as u64 && fixed(&raw const SKB).is_cut_into(kinds as u32, kind)
     }
 
     #[inline(always)]
     fn pending_checksum(&self) -> Option<PendingChecksum> {
-        match checksum_places(self.context.skb.skb) {
-            NO_CHECKSUM => None,
-            places => Some(PendingChecksum {
-                start: (places >> 32) as u32,
-                field: places as u32,
-            }),
+        if !is_checksum_pending(self.context.skb.skb) {
+            return None;
         }
+        let places = checksum_places(self.context.skb.skb);
+        Some(PendingChecksum {
+            start: (places >> 32) as u32,
+            field: places as u32,
+        })
     }
 
     #[inline(always)]

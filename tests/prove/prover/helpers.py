@@ -304,6 +304,7 @@ HELPERS: dict[int, tuple[int, Model]] = {
     39: (2, Helpers.skb_pull_data),
     113: (3, Helpers.probe_read_kernel),
     125: (0, Helpers.time),
+    160: (0, Helpers.time),
     163: (5, Helpers.check_mtu),
     131: (3, Helpers.ringbuf_reserve),
     132: (2, Helpers.ringbuf_submit),
