@@ -10,6 +10,8 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use aya::programs::links::PinnedLink;
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
@@ -50,11 +52,19 @@ fn standing(interface: &str) -> Standing {
     found.unwrap().standing
 }
 
-fn judging(interface: &str) -> usize {
-    [TcAttachType::Ingress, TcAttachType::Egress]
-        .map(|hook| SchedClassifier::query_tcx(interface, hook).unwrap().1.len())
-        .into_iter()
-        .sum()
+/// Waits until so many programs judge: the kernel lets go of a link some time after its last pin.
+#[track_caller]
+fn judged_by(interface: &str, count: usize) {
+    let judging = || -> usize {
+        let hooks = [TcAttachType::Ingress, TcAttachType::Egress];
+        let on = |hook| SchedClassifier::query_tcx(interface, hook).unwrap().1.len();
+        hooks.map(on).into_iter().sum()
+    };
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while judging() != count && Instant::now() < deadline {
+        sleep(Duration::from_millis(2));
+    }
+    assert_eq!(judging(), count);
 }
 
 #[track_caller]
@@ -113,7 +123,7 @@ fn a_link_that_runs_another_program_is_no_guard() {
         refused(Guard::attach("guest", &config_of_nobody()));
         drop(program.take_link(id).unwrap());
         assert!(Guard::remove_stale("guest", Some(&owner)).unwrap());
-        assert_eq!(judging("guest"), 0);
+        judged_by("guest", 0);
     });
 }
 
@@ -129,16 +139,16 @@ fn the_rest_of_an_owned_guard_is_its_owners_alone() {
             Guard::attach("guest", &config).unwrap();
             fs::remove_file(pins.join("guest").join(cut)).unwrap();
             assert_eq!(standing("guest"), Standing::Partial);
-            assert_eq!(judging("guest"), 1);
+            judged_by("guest", 1);
             assert!(Guard::open("guest").is_err());
             refused(Guard::remove_stale("guest", None));
             refused(Guard::attach("guest", &config_of_nobody()));
-            assert_eq!(judging("guest"), 1, "what judged still does");
+            judged_by("guest", 1);
             // The owner makes it whole.
             Guard::attach("guest", &config).unwrap().verify().unwrap();
-            assert_eq!(judging("guest"), 2);
+            judged_by("guest", 2);
             Guard::open_as("guest", &owner).unwrap().detach().unwrap();
-            assert_eq!(judging("guest"), 0);
+            judged_by("guest", 0);
         });
     }
 }
@@ -151,7 +161,7 @@ fn what_an_interrupted_command_left_judging_is_put_back_in_its_place() {
         // As a process leaves it that is killed before the last rename, or after the first.
         fs::rename(pins.join("guest"), pins.join("guest%aside0")).unwrap();
         Guard::attach("other", &config_of_nobody()).unwrap();
-        assert_eq!(judging("guest"), 2, "another's command leaves it alone");
+        judged_by("guest", 2);
         Guard::open_as("guest", &owner).unwrap().verify().unwrap();
         assert_eq!(Guard::list().unwrap(), ["guest", "other"]);
         Guard::open_as("guest", &owner).unwrap().detach().unwrap();
@@ -167,12 +177,12 @@ fn what_an_interrupted_command_left_half_is_named_and_left_to_a_command_about_it
         fs::rename(pins.join("guest"), pins.join("guest%aside0")).unwrap();
         fs::remove_file(pins.join("guest%aside0/link_egress")).unwrap();
         Guard::attach("other", &config_of_nobody()).unwrap();
-        assert_eq!(judging("guest"), 1, "another's command leaves it alone");
+        judged_by("guest", 1);
         assert_eq!(standing("guest"), Standing::Partial);
         not_in_force(Guard::open("guest"), "interrupted");
         let guard = Guard::attach("guest", &config_of_nobody()).unwrap();
         guard.verify().unwrap();
-        assert_eq!(judging("guest"), 2);
+        judged_by("guest", 2);
         guard.detach().unwrap();
         Guard::open("other").unwrap().detach().unwrap();
         assert!(Guard::pinned().unwrap().is_empty());
@@ -216,6 +226,6 @@ fn an_alternative_name_is_as_good_as_the_name() {
         assert_eq!(guard.interface(), "guest");
         Guard::open("consumer-7").unwrap().verify().unwrap();
         guard.detach().unwrap();
-        assert_eq!(judging("guest"), 0);
+        judged_by("guest", 0);
     });
 }
