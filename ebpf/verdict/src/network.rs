@@ -102,11 +102,12 @@ impl Address {
     }
 
     /// Whether a gateway would take this IPv6 address for an IPv4 one: NAT64 (RFC 6052, RFC 8215),
-    /// 6to4 (RFC 3056), Teredo (RFC 4380).
+    /// SIIT (RFC 2765, 2.1), 6to4 (RFC 3056), Teredo (RFC 4380).
     #[inline(always)]
     pub const fn stands_for_v4(self) -> bool {
         self.high == 0x0064_ff9b << 32
             || self.high >> 16 == 0x0064_ff9b_0001
+            || (self.high == 0 && self.low >> 32 == 0xffff_0000)
             || self.high >> 48 == 0x2002
             || self.high >> 32 == 0x2001_0000
     }
