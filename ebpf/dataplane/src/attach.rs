@@ -48,7 +48,11 @@ impl Guard {
                 return Err(GuardError::AlreadyGuarded { interface });
             }
         }
-        let place = Pins::of(interface)?;
+        let mut place = Pins::of(interface)?;
+        let holder = look(&place)?.interface;
+        if holder.is_some_and(|holder| holder != *interface) {
+            place = place.beside(ifindex);
+        }
         refuse_elsewhere(interface, &place)?;
         place.refuse_foreign()?;
         // What is pinned there is left over from an interface that is gone. It gives way to the

@@ -73,8 +73,8 @@ impl Guard {
 /// Puts a whole guard that stands aside, because the process died that attached or removed it, in
 /// its place, unless there is another. Callers hold the lock.
 pub fn recover() -> Result<(), GuardError> {
-    for (name, pins) in Pins::aside()? {
-        let place = Pins::of(&name)?;
+    for (_, pins) in Pins::aside()? {
+        let place = pins.place();
         if look(&pins)?.standing.is_whole() && !place.exist() {
             pins.put_in_place(&place)?;
         }
@@ -118,10 +118,18 @@ pub fn find(interface: &str, ifindex: u32) -> Result<Option<Pins>, GuardError> {
     if own.exist() && look(&own)?.is_on(interface, ifindex) {
         return Ok(Some(own));
     }
-    for (_, pins) in Pins::all()? {
-        if look(&pins)?.is_on(interface, ifindex) {
+    let mut left_over = None;
+    for (name, pins) in Pins::all()? {
+        let found = look(&pins)?;
+        if found.is_on(interface, ifindex) {
             return Ok(Some(pins));
         }
+        if name == interface && found.standing == Standing::Gone {
+            left_over = Some(pins);
+        }
+    }
+    if left_over.is_some() {
+        return Ok(left_over);
     }
     Ok(own.exist().then_some(own))
 }

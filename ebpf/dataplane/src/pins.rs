@@ -35,6 +35,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Between the interface's name and a number, in the name of a directory that stands aside. No
 /// encoded name of an interface contains it.
 const ASIDE: &str = "%aside";
+/// Between the interface's name and its index, likewise, where another interface that was renamed
+/// keeps its guard under that name.
+const INDEX: &str = "%if";
 
 /// One directory of pins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +51,25 @@ impl Pins {
         Ok(Self {
             directory: namespace_directory()?.join(encode(interface)),
         })
+    }
+
+    /// The place instead of this one for the interface of `ifindex`.
+    pub fn beside(&self, ifindex: u32) -> Self {
+        let mut path = self.directory.clone().into_os_string();
+        path.push(format!("{INDEX}{ifindex}"));
+        Self {
+            directory: path.into(),
+        }
+    }
+
+    /// The place that these pins, which stand aside, were made for or were at.
+    pub fn place(&self) -> Self {
+        let name = self.directory.file_name().unwrap_or_default();
+        let name = name.to_string_lossy();
+        let place = name.split_once(ASIDE).map_or(&*name, |(place, _)| place);
+        Self {
+            directory: self.directory.with_file_name(place),
+        }
     }
 
     /// All pins of this thread's network namespace, by the name of the interface that they were
@@ -283,6 +305,7 @@ fn encode(interface: &str) -> String {
 }
 
 fn decode(name: &str) -> String {
+    let name = name.split_once(INDEX).map_or(name, |(name, _)| name);
     name.replace("%2e", ".").replace("%25", "%")
 }
 
@@ -292,8 +315,11 @@ mod tests {
 
     #[test]
     fn interface_names_round_trip_without_dots() {
-        for name in ["tap0", "eth0.100", "a%b", "%2e", "a.%.b", "a%aside0"] {
+        for name in [
+            "tap0", "eth0.100", "a%b", "%2e", "a.%.b", "a%aside0", "a%if1",
+        ] {
             assert!(!encode(name).contains('.'));
+            assert!(!encode(name).contains(INDEX));
             assert!(!encode(name).contains(ASIDE));
             assert_eq!(decode(&encode(name)), name);
         }

@@ -66,9 +66,7 @@ fn programs() -> Check {
             NAME,
             as_line(&error),
             match error {
-                GuardError::NotPermitted => {
-                    "give this process CAP_BPF and CAP_NET_ADMIN, or leave the container"
-                }
+                GuardError::NotPermitted => "run as root (CAP_SYS_ADMIN), outside of the container",
                 _ => "report this with the output of `omerta version` and `uname -a`",
             },
         ),
