@@ -137,6 +137,10 @@ pub fn all(guest: &Guest, other: &Guest, gateway_mac: &str, consumer: Ipv4Addr) 
             "endpoint",
             "neighbour",
             "extension_header",
+            // What the guest's own stack says where IPv6 comes up.
+            "multicast_listener",
+            "router_solicitation",
+            "address_probe",
             "destination_mac",
             "icmp_type",
         ],
