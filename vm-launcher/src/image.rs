@@ -1,6 +1,7 @@
 //! A guest image on disk: a kernel and an initramfs.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A guest image whose files were there and readable when it was opened.
@@ -63,7 +64,15 @@ impl Image {
     /// As [`Image::open`].
     pub fn check(&self) -> Result<(), ImageError> {
         for path in [&self.kernel, &self.initrd] {
-            let metadata = File::open(path)
+            // To open a fifo would wait for a writer, and the daemon with it.
+            let is_file = std::fs::metadata(path).map(|found| found.is_file());
+            if matches!(is_file, Ok(false)) {
+                return Err(ImageError::NotAFile { path: path.clone() });
+            }
+            let metadata = File::options()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)
                 .and_then(|file| file.metadata())
                 .map_err(|source| match source.kind() {
                     std::io::ErrorKind::NotFound => ImageError::Missing { path: path.clone() },
@@ -106,5 +115,14 @@ mod tests {
 
         std::fs::write(directory.path().join("initrd.img"), b"initrd").unwrap();
         Image::open(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn a_fifo_is_refused_and_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let kernel = directory.path().join("vmlinuz");
+        nix::unistd::mkfifo(&kernel, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = Image::open(directory.path()).unwrap_err();
+        assert!(matches!(error, ImageError::NotAFile { .. }), "{error}");
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::stat::{Mode, umask};
 use omerta_vm_launcher::{LockError, LockFile};
@@ -56,6 +57,8 @@ impl InstanceError {
 #[derive(Debug)]
 pub(crate) struct Instance {
     socket: PathBuf,
+    /// Whether the socket is this process's.
+    bound: AtomicBool,
     locks: Vec<LockFile>,
 }
 
@@ -70,6 +73,7 @@ impl Instance {
         lock_path.push(".lock");
         let mut instance = Self {
             socket: socket.to_owned(),
+            bound: AtomicBool::new(false),
             locks: Vec::new(),
         };
         instance.lock(Path::new(&lock_path), socket, "--socket")?;
@@ -116,6 +120,7 @@ impl Instance {
         let bound = UnixListener::bind(&self.socket);
         umask(before);
         let listener = bound.map_err(InstanceError::io("listen on", &self.socket))?;
+        self.bound.store(true, Ordering::Relaxed);
         std::fs::set_permissions(&self.socket, Permissions::from_mode(0o600))
             .map_err(InstanceError::io("restrict", &self.socket))?;
         listener
@@ -127,8 +132,8 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        // Only what is locked is ours to remove.
-        if !self.locks.is_empty()
+        // Only what this process has bound is its to remove.
+        if self.bound.load(Ordering::Relaxed)
             && let Err(error) = std::fs::remove_file(&self.socket)
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -196,6 +201,17 @@ mod tests {
         std::fs::write(&socket, b"mine").unwrap();
         let error = instance.listen().unwrap_err();
         assert!(matches!(error, InstanceError::NotASocket(_)), "{error}");
+    }
+
+    #[test]
+    fn what_is_refused_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("precious");
+        std::fs::write(&path, b"mine").unwrap();
+        let instance = Instance::claim(&path, directory.path()).unwrap();
+        instance.listen().unwrap_err();
+        drop(instance);
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Interfaces of the calling thread's network namespace.
 
+use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::{if_indextoname, if_nametoindex};
 use omerta_verdict::Mac;
@@ -8,8 +9,16 @@ use crate::GuardError;
 
 /// The index of `interface`.
 pub fn index(interface: &str) -> Result<u32, GuardError> {
-    if_nametoindex(interface).map_err(|_| GuardError::NoInterface {
-        interface: interface.to_owned(),
+    if_nametoindex(interface).map_err(|errno| match errno {
+        // What could not be asked (no descriptor was left, say) tells nothing of the interface.
+        Errno::ENODEV | Errno::ENXIO | Errno::EINVAL => GuardError::NoInterface {
+            interface: interface.to_owned(),
+        },
+        errno => GuardError::System {
+            action: "look for the interface",
+            interface: interface.to_owned(),
+            source: errno.into(),
+        },
     })
 }
 
