@@ -79,6 +79,7 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
     };
     let settings = arguments.over(config).validate()?;
     preflight::check()?;
+    preflight::raise_descriptor_limit()?;
     let instance = Instance::claim(&settings.socket, &settings.run_dir)?;
     let _pool = PoolClaim::take(settings.guest_pool)?;
     let threads = std::thread::available_parallelism()

@@ -1,5 +1,6 @@
 //! What this host must have before a guest can be guarded on it.
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use thiserror::Error;
 
 /// Why omertad does not start on this host.
@@ -7,6 +8,8 @@ use thiserror::Error;
 pub(crate) enum PreflightError {
     #[error("omertad needs root, for taps and guards: run it with sudo")]
     NotRoot,
+    #[error("cannot raise the limit of open files")]
+    Descriptors(#[source] nix::Error),
     #[error(transparent)]
     Kernel(#[from] omerta_dataplane::GuardError),
 }
@@ -24,6 +27,16 @@ pub(crate) fn check() -> Result<(), PreflightError> {
         ),
         Ok(_) => {}
         Err(error) => tracing::warn!(%error, "cannot tell whether IPv4 forwarding is on"),
+    }
+    Ok(())
+}
+
+/// Allows as many descriptors as the system does: a guest takes about a dozen, and one that cannot
+/// be looked after is ended.
+pub(crate) fn raise_descriptor_limit() -> Result<(), PreflightError> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(PreflightError::Descriptors)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(PreflightError::Descriptors)?;
     }
     Ok(())
 }
