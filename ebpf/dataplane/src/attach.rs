@@ -49,11 +49,16 @@ impl Guard {
             }
         }
         let mut place = Pins::of(interface)?;
-        let holder = look(&place)?.interface;
-        if holder.is_some_and(|holder| holder != *interface) {
+        let mut found = look(&place)?;
+        if found
+            .interface
+            .as_ref()
+            .is_some_and(|holder| holder != interface)
+        {
             place = place.beside(ifindex);
+            found = look(&place)?;
         }
-        refuse_elsewhere(interface, &place)?;
+        refuse_elsewhere(interface, &found)?;
         place.refuse_foreign()?;
         // What is pinned there is left over from an interface that is gone. It gives way to the
         // new guard when that is whole; until then two may judge, never none.

@@ -5,11 +5,13 @@
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use omerta_verdict::Bucket;
+
+use crate::bpf::bpf_open;
 
 // include/uapi/linux/bpf.h.
 const BPF_MAP_CREATE: libc::c_int = 0;
@@ -44,19 +46,7 @@ pub fn create(buckets: &[Bucket]) -> io::Result<OwnedFd> {
         name: *b"BANK\0\0\0\0\0\0\0\0\0\0\0\0",
     };
     // SAFETY: the kernel reads `request`, which outlives the call.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_MAP_CREATE,
-            &raw const request,
-            size_of::<CreateRequest>(),
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
-    let map = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
+    let map = unsafe { bpf_open(BPF_MAP_CREATE, &request) }?;
     with_mapping(
         map.as_fd(),
         buckets.len(),

@@ -53,8 +53,8 @@ impl Guard {
             }
         }
         match found {
-            Some(pins) => {
-                refuse_elsewhere(interface, &pins)?;
+            Some((pins, found)) => {
+                refuse_elsewhere(interface, &found)?;
                 Self::of_pins(interface, ifindex, pins)
             }
             None => Err(GuardError::NotGuarded {
@@ -291,7 +291,7 @@ impl Guard {
                 }
             }
             // The interface may have been renamed or moved since this handle was opened.
-            refuse_elsewhere(&self.interface, &self.pins)?;
+            refuse_elsewhere(&self.interface, &look(&self.pins)?)?;
             self.pins.remove()?;
         }
         // The guard is gone; what cannot be removed now is removed by the next change.

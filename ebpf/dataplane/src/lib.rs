@@ -7,6 +7,7 @@
 
 mod attach;
 mod bank;
+mod bpf;
 mod bpffs;
 mod btf;
 mod config;
@@ -20,6 +21,7 @@ mod object;
 mod owner;
 mod pinned;
 mod pins;
+mod random;
 mod rules;
 mod standing;
 mod status;

@@ -2,11 +2,13 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use omerta_verdict::Direction;
+
+use crate::bpf::{bpf, bpf_open};
 
 // enum bpf_cmd in include/uapi/linux/bpf.h.
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -73,17 +75,7 @@ struct ProgramInfo {
 
 /// The id of the program pinned at `pin`.
 pub fn program_id(pin: &Path) -> io::Result<u32> {
-    let program = open(pin)?;
-    let mut info = ProgramInfo::default();
-    let request = InfoRequest {
-        fd: program.as_raw_fd() as u32,
-        length: size_of::<ProgramInfo>() as u32,
-        info: (&raw mut info) as u64,
-    };
-    // SAFETY: the kernel reads `request` and writes at most `length` bytes to `info`; both outlive
-    // the call, and every bit pattern of `info` is valid.
-    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &request) }?;
-    Ok(info.id)
+    Ok(object_info::<ProgramInfo>(&open(pin)?)?.id)
 }
 
 /// Asks the link pinned at `pin`.
@@ -100,17 +92,29 @@ pub fn open(pin: &Path) -> io::Result<OwnedFd> {
         flags: 0,
     };
     // SAFETY: the kernel reads `request` and the string that it points to; both outlive the call.
-    let fd = unsafe { bpf(BPF_OBJ_GET, &request) }?;
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_open(BPF_OBJ_GET, &request) }
 }
 
 /// Asks an open link.
 pub fn info_of(link: &OwnedFd) -> io::Result<LinkInfo> {
-    let mut info = LinkInfo::default();
+    object_info(link)
+}
+
+/// What the kernel tells of an object.
+///
+/// # Safety
+/// `repr(C)`, integers only, without padding: the kernel may write any bytes to it.
+unsafe trait ObjectInfo: Default {}
+// SAFETY: as asked for.
+unsafe impl ObjectInfo for LinkInfo {}
+// SAFETY: as asked for.
+unsafe impl ObjectInfo for ProgramInfo {}
+
+fn object_info<T: ObjectInfo>(object: &OwnedFd) -> io::Result<T> {
+    let mut info = T::default();
     let request = InfoRequest {
-        fd: link.as_raw_fd() as u32,
-        length: size_of::<LinkInfo>() as u32,
+        fd: object.as_raw_fd() as u32,
+        length: size_of::<T>() as u32,
         info: (&raw mut info) as u64,
     };
     // SAFETY: the kernel reads `request` and writes at most `length` bytes to `info`; both outlive
@@ -149,25 +153,4 @@ pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<Option<u32>> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-/// bpf(2).
-///
-/// # Safety
-/// `request` must be what the kernel takes for `command`, and what it points to must outlive the
-/// call.
-unsafe fn bpf<T>(command: libc::c_int, request: &T) -> io::Result<libc::c_int> {
-    // SAFETY: the caller's promise.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(request),
-            size_of::<T>(),
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(result as libc::c_int)
 }

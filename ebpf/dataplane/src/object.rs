@@ -1,7 +1,6 @@
 //! The kernel programs: one instance, with maps of its own, for each guard.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
@@ -13,6 +12,7 @@ use crate::GuardError;
 use crate::btf::Btf;
 use crate::events::EventStream;
 use crate::pins::Pins;
+use crate::random::Random;
 use crate::store::{Value, map_error};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
@@ -65,7 +65,12 @@ impl Programs {
     /// the same verdicts again. Never for a guard.
     pub fn load_with(interface: &str, mode: Mode, inputs: FixedInputs) -> Result<Self, GuardError> {
         kernel_support()?;
-        let (inputs, mark) = (Value(inputs), random_mark(interface)?);
+        let inputs = Value(inputs);
+        let mark = random_mark().map_err(|source| GuardError::System {
+            action: "read random numbers",
+            interface: interface.to_owned(),
+            source,
+        })?;
         let layout = Value(socket_buffer_layout().map_err(|source| GuardError::System {
             action: "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux",
             interface: interface.to_owned(),
@@ -170,16 +175,11 @@ impl Programs {
 }
 
 /// What marks one guard's own answers: nobody else can know it. Not 0, which marks nothing.
-fn random_mark(interface: &str) -> Result<u32, GuardError> {
-    let mut bytes = [0; 4];
-    File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut bytes))
-        .map_err(|source| GuardError::System {
-            action: "read random numbers",
-            interface: interface.to_owned(),
-            source,
-        })?;
-    Ok(u32::from_ne_bytes(bytes) | 1)
+fn random_mark() -> io::Result<u32> {
+    let mut random = Random::open()?;
+    let mark = random.word() as u32 | 1;
+    random.finish()?;
+    Ok(mark)
 }
 
 /// Where this kernel keeps what the programs read of a socket buffer.

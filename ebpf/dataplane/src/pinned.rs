@@ -1,7 +1,7 @@
 //! What is pinned for this network namespace, and where it is in force.
 
 use crate::pins::Pins;
-use crate::standing::look;
+use crate::standing::{Look, look};
 use crate::{Guard, GuardError, Owner, Standing, interface};
 
 /// What is pinned for one interface.
@@ -54,17 +54,16 @@ impl Guard {
         recover()?;
         let aside = remove_aside(interface, acting)?;
         let ifindex = interface::index(interface).unwrap_or(0);
-        let Some(pins) = find(interface, ifindex)? else {
+        let Some((pins, found)) = find(interface, ifindex)? else {
             return Ok(aside);
         };
-        let found = look(&pins)?;
         if found.standing.is_whole() && found.is_on(interface, ifindex) {
             return Ok(aside);
         }
         if found.standing != Standing::Gone {
             refuse_owned(interface, &pins, acting)?;
         }
-        refuse_elsewhere(interface, &pins)?;
+        refuse_elsewhere(interface, &found)?;
         pins.remove()?;
         Ok(true)
     }
@@ -112,40 +111,40 @@ fn refuse_owned(interface: &str, pins: &Pins, acting: Option<&Owner>) -> Result<
 }
 
 /// The pins of the guard of which a program judges on `interface`, whatever that was called when
-/// it was attached; else those under its name, if there are any.
-pub fn find(interface: &str, ifindex: u32) -> Result<Option<Pins>, GuardError> {
+/// it was attached; else those under its name, if there are any. With them, how they stand.
+pub fn find(interface: &str, ifindex: u32) -> Result<Option<(Pins, Look)>, GuardError> {
     let own = Pins::of(interface)?;
-    if own.exist() && look(&own)?.is_on(interface, ifindex) {
-        return Ok(Some(own));
+    let own_found = look(&own)?;
+    if own_found.is_on(interface, ifindex) {
+        return Ok(Some((own, own_found)));
     }
     let mut left_over = None;
     for (name, pins) in Pins::all()? {
         let found = look(&pins)?;
         if found.is_on(interface, ifindex) {
-            return Ok(Some(pins));
+            return Ok(Some((pins, found)));
         }
         if name == interface && found.standing == Standing::Gone {
-            left_over = Some(pins);
+            left_over = Some((pins, found));
         }
     }
-    if left_over.is_some() {
-        return Ok(left_over);
-    }
-    Ok(own.exist().then_some(own))
+    Ok(left_over.or_else(|| own.exist().then_some((own, own_found))))
 }
 
-/// Fails where a pinned link is attached to anything but `interface`: removing its pin would open
+/// Fails where what was `found` judges on anything but `interface`: removing its pins would open
 /// an interface that nobody named.
-pub fn refuse_elsewhere(interface: &str, pins: &Pins) -> Result<(), GuardError> {
-    let found = look(pins)?;
+pub fn refuse_elsewhere(interface: &str, found: &Look) -> Result<(), GuardError> {
     let interface = interface.to_owned();
-    match (found.standing, found.interface) {
+    match (found.standing, &found.interface) {
         (Standing::Gone, _) => Ok(()),
         (Standing::Elsewhere, _) | (_, None) => Err(GuardError::Elsewhere {
             interface,
             ifindex: found.ifindex,
         }),
-        (_, Some(now)) if now != interface => Err(GuardError::Renamed { interface, now }),
+        (_, Some(now)) if *now != interface => Err(GuardError::Renamed {
+            interface,
+            now: now.clone(),
+        }),
         _ => Ok(()),
     }
 }

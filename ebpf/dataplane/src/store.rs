@@ -5,8 +5,7 @@
 //! the old policy or the new one. A process killed before that last write has changed nothing.
 
 use std::borrow::{Borrow, BorrowMut};
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
@@ -14,6 +13,7 @@ use omerta_verdict::{Bucket, Endpoint, FixedInputs, Flow, Policy, SocketBufferLa
 
 use crate::object::Programs;
 use crate::pins::Pins;
+use crate::random::Random;
 use crate::rules::{self, MAX_ENDPOINTS};
 use crate::{GuardError, bank};
 
@@ -148,9 +148,9 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
                 count: endpoints.len(),
                 limit: MAX_ENDPOINTS,
             })?;
-        if let Some(source) = random.failure {
-            return Err(self.system("read random numbers", source));
-        }
+        random
+            .finish()
+            .map_err(|e| self.system("read random numbers", e))?;
         let next = self.generation()?.wrapping_add(1);
         let slot = slot_of(next);
         policy.epoch = self.policy()?.epoch + 1;
@@ -195,28 +195,6 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
 
 fn slot_of(generation: u64) -> u32 {
     (generation & 1) as u32
-}
-
-struct Random {
-    file: File,
-    failure: Option<io::Error>,
-}
-
-impl Random {
-    fn open() -> io::Result<Self> {
-        Ok(Self {
-            file: File::open("/dev/urandom")?,
-            failure: None,
-        })
-    }
-
-    fn word(&mut self) -> u64 {
-        let mut bytes = [0; 8];
-        if let Err(error) = self.file.read_exact(&mut bytes) {
-            self.failure = Some(error);
-        }
-        u64::from_ne_bytes(bytes)
-    }
 }
 
 pub(crate) fn map_error(
