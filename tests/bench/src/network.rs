@@ -1,16 +1,15 @@
 //! A lane: one namespace in which a guest's tap is routed to an uplink that swallows everything,
 //! with one way of filtering on the path.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::fs;
+use std::os::fd::OwnedFd;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
 use omerta_dataplane::Guard;
 use omerta_kernel_tests::{CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, config};
-use omerta_test_support::{Namespace, index_of};
+use omerta_test_support::{Namespace, Tap, index_of};
 use omerta_verdict::Mode;
 
 use crate::kernel::{self, Hook, Kind};
@@ -37,7 +36,7 @@ pub enum Filter {
 /// The namespace, the guest's end of its tap and the filter.
 pub struct Lane {
     namespace: Namespace,
-    guest: File,
+    guest: Tap,
     filter: Filter,
     // Programs that are detached when these are closed.
     _links: Vec<OwnedFd>,
@@ -54,7 +53,8 @@ impl Lane {
         let namespace = Namespace::new("omerta-bench")?;
         namespace.disable_ipv6()?;
         namespace.enable_forwarding()?;
-        let guest = namespace.enter(open_tap)??;
+        // As libvirt makes them.
+        let guest = namespace.enter(|| Tap::create_with_offload_header("guest"))??;
         for step in [
             &format!("link set guest address {GATEWAY_MAC}"),
             "link add uplink type veth peer name sink",
@@ -108,9 +108,7 @@ impl Lane {
         let sent_before = self.sent()?;
         let before = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
         for _ in 0..count {
-            (&self.guest)
-                .write_all(&buffer)
-                .context("send a frame on the tap")?;
+            self.guest.send(&buffer)?;
         }
         let after = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
         let sent = self.sent()? - sent_before;
@@ -149,27 +147,6 @@ impl Drop for Lane {
                 .enter(|| Guard::open("guest").and_then(Guard::detach));
         }
     }
-}
-
-/// A tap with an offload header, as libvirt makes them.
-fn open_tap() -> Result<File> {
-    let queue = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .context("cannot open /dev/net/tun")?;
-    // SAFETY: ifreq is plain data, for which all zeroes is a valid value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"guest") {
-        *to = libc::c_char::from_ne_bytes([*from]);
-    }
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: TUNSETIFF reads and writes the request, which outlives the call.
-    if unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
-        return Err(std::io::Error::last_os_error()).context("cannot make the guest's tap");
-    }
-    Ok(queue)
 }
 
 /// The filter's program where it is one, and the one that swallows what the uplink sends.

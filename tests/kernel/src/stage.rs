@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use omerta_dataplane::{GuardConfig, Limits};
+use omerta_dataplane::{Guard, GuardConfig, GuardError, Limits};
 use omerta_verdict::{Endpoint, Mac, Mode};
 
 /// The guest's MAC.
@@ -42,6 +42,18 @@ pub fn allowlist() -> Vec<Endpoint> {
     .iter()
     .filter_map(|text| text.parse().ok())
     .collect()
+}
+
+/// Removes what a killed test has left pinned for a network namespace whose number this thread's
+/// has now.
+///
+/// # Errors
+/// As [`Guard::remove_stale`].
+pub fn remove_left_overs() -> Result<(), GuardError> {
+    for left in Guard::pinned()? {
+        Guard::remove_stale(&left.interface, None)?;
+    }
+    Ok(())
 }
 
 /// A guard for the guest, in `mode`.

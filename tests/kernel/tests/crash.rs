@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use aya::programs::{SchedClassifier, TcAttachType};
 use omerta_dataplane::{Guard, GuardError};
 use omerta_kernel_tests::{
-    CONSUMER, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, udp, victim,
+    CONSUMER, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, remove_left_overs, udp, victim,
 };
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Endpoint, Mode, Reason};
@@ -69,9 +69,7 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
     let (mut whole, mut left) = (0, 0);
     namespace
         .enter(|| {
-            for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface, None).unwrap();
-            }
+            remove_left_overs().unwrap();
             let mut tap = Tap::create("guest").unwrap();
             drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
             let pins = names(&place);
@@ -160,9 +158,7 @@ fn an_allowlist_is_one_or_the_other_whenever_its_writer_is_killed() {
     let mut random = fastrand::Rng::with_seed(2);
     namespace
         .enter(|| {
-            for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface, None).unwrap();
-            }
+            remove_left_overs().unwrap();
             let tap = Tap::create("guest").unwrap();
             let versions = lists();
             let mut start = config(Mode::Filtered);

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use omerta_dataplane::{ErrorKind, Guard, GuardError, MAX_ENDPOINTS, Owner, PinnedGuard, Standing};
-use omerta_kernel_tests::{allowlist, config};
+use omerta_kernel_tests::{allowlist, config, remove_left_overs};
 use omerta_test_support::{Namespace, Tap, Veth};
 use omerta_verdict::{Endpoint, Mode, Protocol};
 
@@ -31,10 +31,7 @@ fn with_tap(work: impl FnOnce(&Namespace, Tap) + Send) {
     let namespace = Namespace::new("ot-life").unwrap();
     namespace
         .enter(|| {
-            // A killed test may have left pins of a namespace whose number this one has now.
-            for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface, None).unwrap();
-            }
+            remove_left_overs().unwrap();
             let tap = Tap::create("guest").unwrap();
             work(&namespace, tap);
         })

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use omerta_dataplane::{ErrorKind, Guard, Owner};
 use omerta_kernel_tests::{
-    GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, tcp, udp, victim,
+    GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, remove_left_overs, tcp, udp, victim,
 };
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Endpoint, Mode, Protocol, Reason};
@@ -230,9 +230,7 @@ fn a_guard_agrees_with_a_set_of_endpoints() {
     let namespace = Namespace::new("ot-model").unwrap();
     namespace
         .enter(|| {
-            for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface, None).unwrap();
-            }
+            remove_left_overs().unwrap();
             let tap = Tap::create("guest").unwrap();
             tap.up().unwrap();
             for seed in 0..RUNS {

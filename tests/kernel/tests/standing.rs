@@ -17,7 +17,7 @@ use aya::programs::links::PinnedLink;
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use omerta_dataplane::{ErrorKind, Guard, GuardConfig, GuardError, Owner, Programs, Standing};
-use omerta_kernel_tests::config;
+use omerta_kernel_tests::{config, remove_left_overs};
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Direction, Mode};
 
@@ -28,10 +28,7 @@ fn with_taps(work: impl FnOnce(PathBuf) + Send) {
     let pins = PathBuf::from(format!("/sys/fs/bpf/omerta/{}", namespace.inode().unwrap()));
     namespace
         .enter(|| {
-            // A killed test may have left pins of a namespace whose number this one has now.
-            for left in Guard::pinned().unwrap() {
-                Guard::remove_stale(&left.interface, None).unwrap();
-            }
+            remove_left_overs().unwrap();
             let taps = ["guest", "other"].map(|name| Tap::create(name).unwrap());
             work(pins);
             drop(taps);
