@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::time::{ClockId, clock_gettime};
 use omerta_dataplane::Guard;
 use omerta_kernel_tests::{CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, config};
@@ -55,6 +56,9 @@ impl Lane {
         namespace.enable_forwarding()?;
         // As libvirt makes them.
         let guest = namespace.enter(|| Tap::create_with_offload_header("guest"))??;
+        // What is written to a descriptor that blocks becomes a socket buffer before XDP sees it
+        // (`tun_can_build_skb` in drivers/net/tun.c); the floor is measured on that path.
+        fcntl(&guest, FcntlArg::F_SETFL(OFlag::O_RDWR))?;
         for step in [
             &format!("link set guest address {GATEWAY_MAC}"),
             "link add uplink type veth peer name sink",
