@@ -8,6 +8,7 @@ use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use omerta_verdict::Direction;
 
 use crate::bpffs::failed;
+use crate::lock::Lock;
 use crate::object::{Programs, program_name};
 use crate::pinned::{recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
@@ -29,8 +30,8 @@ impl Guard {
         let mut programs = Programs::load(interface, config.mode)?;
         PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
 
-        let _lock = Pins::lock()?;
-        recover()?;
+        let lock = Lock::of(interface)?;
+        recover(&lock)?;
         // Whatever name the interface had when it was guarded.
         for pins in Pins::all()?.into_iter().chain(Pins::aside()?) {
             let (_, pins) = pins;
@@ -79,7 +80,7 @@ impl Guard {
         let mut guard = Self::of_pins(interface, ifindex, place)?;
         guard.acting = config.owner.clone();
         // The guard is in force; what cannot be removed now is removed by the next change.
-        let _ = remove_aside(interface, config.owner.as_ref());
+        let _ = remove_aside(&lock, interface, config.owner.as_ref());
         Ok(guard)
     }
 }

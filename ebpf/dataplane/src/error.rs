@@ -97,10 +97,12 @@ pub enum GuardError {
         /// How the guard stands.
         standing: Standing,
     },
-    /// Another process changes a guard and does not end.
-    #[error("{} stays locked by another process: see who holds it (`fuser -v`), end that, and try again", path.display())]
+    /// Another process changes the guard and does not end.
+    #[error("the guard of {interface} is being changed by another process that does not end: see which (`fuser -v {}`), end it, and try again", path.display())]
     Busy {
-        /// Omerta's directory on bpffs.
+        /// The interface's name.
+        interface: String,
+        /// The directory that the other process has locked.
         path: PathBuf,
     },
     /// Somebody other than root could take guards away.

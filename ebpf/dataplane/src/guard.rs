@@ -1,13 +1,13 @@
 //! A guard: the programs, maps and links that enforce one interface's policy.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 
 use aya::maps::{MapData, PerCpuArray};
 use omerta_verdict::{Address, Direction, Endpoint, Mode};
 
 use crate::counters::{self, Counters};
 use crate::events::EventStream;
+use crate::lock::Lock;
 use crate::object::has_room_for_flows;
 use crate::pinned::{find, recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
@@ -42,8 +42,7 @@ impl Guard {
         let mut found = find()?;
         if found.is_none() && Pins::aside()?.iter().any(|(name, _)| name == interface) {
             // Attaching or removing it is under way, or was interrupted.
-            let _lock = Pins::lock()?;
-            recover()?;
+            recover(&Lock::of(interface)?)?;
             found = find()?;
             if found.is_none() && Pins::aside()?.iter().any(|(name, _)| name == interface) {
                 return Err(GuardError::NotInForce {
@@ -172,8 +171,10 @@ impl Guard {
     /// Puts `endpoints` in place of the whole allowlist, all or nothing. Returns the epoch in
     /// force.
     pub fn replace(&self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
+        // Sorted before the lock is taken: a million of them take a while.
+        let new: BTreeSet<_> = endpoints.iter().copied().collect();
         self.change(|listed| {
-            *listed = endpoints.iter().copied().collect();
+            *listed = new;
             Ok(())
         })
     }
@@ -216,8 +217,8 @@ impl Guard {
         store.commit(policy, &after)
     }
 
-    fn locked_store(&self) -> Result<(File, PolicyStore<MapData>), GuardError> {
-        let lock = Pins::lock()?;
+    fn locked_store(&self) -> Result<(Lock, PolicyStore<MapData>), GuardError> {
+        let lock = self.pins.lock()?;
         self.standing()?;
         Ok((lock, PolicyStore::open(&self.interface, &self.pins)?))
     }
@@ -281,7 +282,7 @@ impl Guard {
 
     /// Removes the guard: the interface is then open. Take it down first, or its guest leaves.
     pub fn detach(self) -> Result<(), GuardError> {
-        let _lock = Pins::lock()?;
+        let lock = self.pins.lock()?;
         if self.pins.exist() {
             self.authorise()?;
             for (place, direction) in Direction::ALL.into_iter().enumerate() {
@@ -295,7 +296,7 @@ impl Guard {
             self.pins.remove()?;
         }
         // The guard is gone; what cannot be removed now is removed by the next change.
-        let _ = remove_aside(&self.interface, self.acting.as_ref());
+        let _ = remove_aside(&lock, &self.interface, self.acting.as_ref());
         Ok(())
     }
 

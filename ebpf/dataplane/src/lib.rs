@@ -17,6 +17,7 @@ mod events;
 mod guard;
 mod interface;
 mod link;
+mod lock;
 mod object;
 mod owner;
 mod pinned;

@@ -1,5 +1,6 @@
 //! What is pinned for this network namespace, and where it is in force.
 
+use crate::lock::Lock;
 use crate::pins::Pins;
 use crate::standing::{Look, look};
 use crate::{Guard, GuardError, Owner, Standing, interface};
@@ -20,16 +21,33 @@ impl Guard {
     /// Everything that is pinned for this network namespace, in force or left over, sorted by
     /// interface.
     pub fn pinned() -> Result<Vec<PinnedGuard>, GuardError> {
-        let _lock = Pins::lock()?;
-        recover()?;
+        for name in Pins::locked()? {
+            // What a process left that died goes with the lock.
+            drop(Lock::try_of(&name)?);
+        }
         let mut found = Vec::new();
-        for (name, pins) in Pins::all()?.into_iter().chain(Pins::aside()?) {
-            let seen = look(&pins)?;
-            found.push(PinnedGuard {
-                interface: seen.interface.unwrap_or(name),
-                owner: pins.owner().ok().flatten(),
-                standing: seen.standing,
-            });
+        for (_, pins) in Pins::aside()? {
+            // Who is at work on it has not done yet.
+            if let Some(lock) = Lock::try_of(&pins.made_for())? {
+                put_back(&pins)?;
+                if pins.exist() {
+                    found.push(PinnedGuard::of(&pins)?);
+                }
+                drop(lock);
+            }
+        }
+        for (_, pins) in Pins::all()? {
+            let mut seen = PinnedGuard::of(&pins)?;
+            if !seen.standing.is_whole()
+                && let Some(_lock) = Lock::try_of(&pins.made_for())?
+            {
+                // It may have been exchanged while it was looked at.
+                if !pins.exist() {
+                    continue;
+                }
+                seen = PinnedGuard::of(&pins)?;
+            }
+            found.push(seen);
         }
         found.sort_by(|a, b| a.interface.cmp(&b.interface));
         Ok(found)
@@ -50,54 +68,111 @@ impl Guard {
     /// refused where it is in force on an interface that was renamed or moved. Returns whether
     /// anything of `interface`'s was removed.
     pub fn remove_stale(interface: &str, acting: Option<&Owner>) -> Result<bool, GuardError> {
-        let _lock = Pins::lock()?;
-        recover()?;
-        let aside = remove_aside(interface, acting)?;
+        let lock = Lock::of(interface)?;
+        recover(&lock)?;
+        let aside = remove_aside(&lock, interface, acting)?;
         let ifindex = interface::index(interface).unwrap_or(0);
         let Some((pins, found)) = find(interface, ifindex)? else {
             return Ok(aside);
         };
-        if found.standing.is_whole() && found.is_on(interface, ifindex) {
-            return Ok(aside);
+        let made_for = pins.made_for();
+        if !lock.is_of(&made_for) {
+            // The interface was renamed; its guard is removed under its own lock.
+            drop(lock);
+            let _lock = Lock::of(&made_for)?;
+            let found = look(&pins)?;
+            return Ok(remove_found(interface, ifindex, &pins, &found, acting)? || aside);
         }
-        if found.standing != Standing::Gone {
-            refuse_owned(interface, &pins, acting)?;
-        }
-        refuse_elsewhere(interface, &found)?;
-        pins.remove()?;
-        Ok(true)
+        Ok(remove_found(interface, ifindex, &pins, &found, acting)? || aside)
     }
 }
 
-/// Puts a whole guard that stands aside, because the process died that attached or removed it, in
-/// its place, unless there is another. Callers hold the lock.
-pub fn recover() -> Result<(), GuardError> {
-    for (_, pins) in Pins::aside()? {
-        let place = pins.place();
-        if look(&pins)?.standing.is_whole() && !place.exist() {
-            pins.put_in_place(&place)?;
-        }
+impl PinnedGuard {
+    fn of(pins: &Pins) -> Result<Self, GuardError> {
+        let seen = look(pins)?;
+        Ok(Self {
+            interface: seen.interface.unwrap_or_else(|| pins.made_for()),
+            owner: pins.owner().ok().flatten(),
+            standing: seen.standing,
+        })
+    }
+}
+
+/// Removes the pins that were `found` for `interface`, unless they are a whole guard's or
+/// somebody else's. Callers hold their lock.
+fn remove_found(
+    interface: &str,
+    ifindex: u32,
+    pins: &Pins,
+    found: &Look,
+    acting: Option<&Owner>,
+) -> Result<bool, GuardError> {
+    if found.standing.is_whole() && found.is_on(interface, ifindex) {
+        return Ok(false);
+    }
+    if found.standing != Standing::Gone {
+        refuse_owned(interface, pins, acting)?;
+    }
+    refuse_elsewhere(interface, found)?;
+    pins.remove()?;
+    Ok(true)
+}
+
+/// Puts whole guards that stand aside, because the process died that attached or removed them, in
+/// their places, unless there are others: those of `held`, and those that nobody is at work on.
+pub fn recover(held: &Lock) -> Result<(), GuardError> {
+    for_each_aside(held, |_, pins| put_back(pins))
+}
+
+fn put_back(pins: &Pins) -> Result<(), GuardError> {
+    let place = pins.place();
+    if look(pins)?.standing.is_whole() && !place.exist() {
+        pins.put_in_place(&place)?;
     }
     Ok(())
 }
 
 /// Removes what stands aside: of any interface where nothing of it judges any more, and whatever
 /// it does for `interface`, unless it is another's than `acting`. Tells whether there was anything
-/// of `interface`'s. Callers hold the lock, so nobody is at work on it.
-pub fn remove_aside(interface: &str, acting: Option<&Owner>) -> Result<bool, GuardError> {
+/// of `interface`'s. What others are at work on is left alone.
+pub fn remove_aside(
+    held: &Lock,
+    interface: &str,
+    acting: Option<&Owner>,
+) -> Result<bool, GuardError> {
     let mut any = false;
-    for (name, pins) in Pins::aside()? {
+    for_each_aside(held, |name, pins| {
         let ours = name == interface;
-        if look(&pins)?.standing != Standing::Gone {
+        if look(pins)?.standing != Standing::Gone {
             if !ours {
-                continue;
+                return Ok(());
             }
-            refuse_owned(interface, &pins, acting)?;
+            refuse_owned(interface, pins, acting)?;
         }
         pins.remove_aside()?;
         any |= ours;
-    }
+        Ok(())
+    })?;
     Ok(any)
+}
+
+/// Does `work` on each directory that stands aside and that nobody else is at work on.
+fn for_each_aside(
+    held: &Lock,
+    mut work: impl FnMut(&str, &Pins) -> Result<(), GuardError>,
+) -> Result<(), GuardError> {
+    for (name, pins) in Pins::aside()? {
+        let mut _lock = None;
+        if !held.is_of(&pins.made_for()) {
+            _lock = Lock::try_of(&pins.made_for())?;
+            // It may have gone before the lock was taken.
+            if _lock.is_none() || !pins.exist() {
+                continue;
+            }
+        }
+        work(&name, &pins)?;
+    }
+    Ok(())
 }
 
 fn refuse_owned(interface: &str, pins: &Pins, acting: Option<&Owner>) -> Result<(), GuardError> {

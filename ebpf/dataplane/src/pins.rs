@@ -4,20 +4,19 @@
 //! removed, so that what stands at a guard's place is whole at every instant. A process that dies
 //! in between leaves a directory aside, whose programs may still judge. The next command puts a
 //! whole one in its place, removes one of which nothing judges, and leaves the rest to a command
-//! about that very interface.
+//! about that very interface. Who is at work on an interface's pins holds its [`Lock`].
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use omerta_verdict::Direction;
 
-use crate::bpffs::{failed, namespace_directory, root, shown};
+use crate::bpffs::{failed, namespace_directory, shown};
 use crate::link::{self, LinkInfo};
+use crate::lock::Lock;
 use crate::{GuardError, Owner};
 
 const OWNER: &str = "owner";
@@ -29,15 +28,14 @@ const OTHER_PINS: [&[u8]; 5] = [
     b"program_ingress",
     b"owner",
 ];
-/// How long a command waits for another that changes a guard: filling the largest allowlist takes
-/// some seconds.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Between the interface's name and a number, in the name of a directory that stands aside. No
 /// encoded name of an interface contains it.
 const ASIDE: &str = "%aside";
 /// Between the interface's name and its index, likewise, where another interface that was renamed
 /// keeps its guard under that name.
 const INDEX: &str = "%if";
+/// After the interface's name, likewise, in the name of a [`Lock`].
+pub const LOCK: &str = "%lock";
 
 /// One directory of pins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,7 +75,7 @@ impl Pins {
     pub fn all() -> Result<Vec<(String, Self)>, GuardError> {
         Ok(directories()?
             .into_iter()
-            .filter(|(name, _)| !name.contains(ASIDE))
+            .filter(|(name, _)| !name.contains(ASIDE) && !name.contains(LOCK))
             .map(|(name, pins)| (decode(&name), pins))
             .collect())
     }
@@ -88,6 +86,31 @@ impl Pins {
             .into_iter()
             .filter_map(|(name, pins)| Some((decode(name.split_once(ASIDE)?.0), pins)))
             .collect())
+    }
+
+    /// The names whose locks are held, or were by a process that died.
+    pub fn locked() -> Result<Vec<String>, GuardError> {
+        Ok(directories()?
+            .into_iter()
+            .filter_map(|(name, _)| Some(decode(name.split_once(LOCK)?.0)))
+            .collect())
+    }
+
+    /// The name of the interface that these pins were made for.
+    pub fn made_for(&self) -> String {
+        let place = self.place();
+        decode(
+            &place
+                .directory
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy(),
+        )
+    }
+
+    /// Waits for the lock of these pins.
+    pub fn lock(&self) -> Result<Lock, GuardError> {
+        Lock::of(&self.made_for())
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -213,12 +236,7 @@ impl Pins {
         for path in paths {
             fs::remove_file(&path).map_err(failed("remove", &path))?;
         }
-        fs::remove_dir(&self.directory).map_err(failed("remove", &self.directory))?;
-        // The namespace's directory goes with its last guard.
-        if let Some(parent) = self.directory.parent() {
-            let _ = fs::remove_dir(parent);
-        }
-        Ok(())
+        fs::remove_dir(&self.directory).map_err(failed("remove", &self.directory))
     }
 
     /// Fails where something stands among the pins that no guard put there.
@@ -237,26 +255,6 @@ impl Pins {
 
     fn entries(&self) -> Result<Vec<PathBuf>, GuardError> {
         read(&self.directory)
-    }
-
-    /// Holds every other change of this machine's guards off until the lock is dropped.
-    pub fn lock() -> Result<File, GuardError> {
-        let root = root()?;
-        // The root is never removed, so everybody locks the same inode.
-        let file = File::open(&root).map_err(failed("open", &root))?;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                Err(TryLockError::WouldBlock) => {
-                    return Err(GuardError::Busy { path: shown(&root) });
-                }
-                Err(TryLockError::Error(source)) => return Err(failed("lock", &root)(source)),
-            }
-        }
     }
 }
 
@@ -300,7 +298,7 @@ fn read(directory: &Path) -> Result<Vec<PathBuf>, GuardError> {
 }
 
 /// bpffs refuses names with dots, which interfaces may have (VLANs).
-fn encode(interface: &str) -> String {
+pub fn encode(interface: &str) -> String {
     interface.replace('%', "%25").replace('.', "%2e")
 }
 
@@ -316,11 +314,12 @@ mod tests {
     #[test]
     fn interface_names_round_trip_without_dots() {
         for name in [
-            "tap0", "eth0.100", "a%b", "%2e", "a.%.b", "a%aside0", "a%if1",
+            "tap0", "eth0.100", "a%b", "%2e", "a.%.b", "a%aside0", "a%if1", "a%lock",
         ] {
             assert!(!encode(name).contains('.'));
             assert!(!encode(name).contains(INDEX));
             assert!(!encode(name).contains(ASIDE));
+            assert!(!encode(name).contains(LOCK));
             assert_eq!(decode(&encode(name)), name);
         }
     }

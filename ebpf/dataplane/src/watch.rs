@@ -12,9 +12,10 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use omerta_verdict::Direction;
 
+use crate::bpffs::namespace_directory;
 use crate::link::{self, LinkInfo};
 use crate::store::map_error;
-use crate::{Guard, GuardError, bpffs, interface};
+use crate::{Guard, GuardError, interface};
 
 /// One of the guard's links, held open: while it is, the kernel runs its program even where the
 /// link's pin is removed.
@@ -135,7 +136,7 @@ impl GuardWatch {
     }
 
     /// A descriptor that becomes readable when it is time to look: when a pin of the guard was
-    /// removed or moved, and when anybody has done with a change of any guard. What is read from it
+    /// removed or moved, and when anybody has done with a change of any guard of this network namespace. What is read from it
     /// says nothing more. Links that are cut and maps that are written by other means than this
     /// crate's are not told.
     ///
@@ -149,9 +150,10 @@ impl GuardWatch {
             let removed = AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVE_SELF;
             inotify.add_watch(pins, removed).map_err(failed)?;
         }
-        // Whoever changes a guard locks this directory first and closes it last.
+        // Whoever changes a guard opens its lock, which is in this directory, first and closes it
+        // last.
         inotify
-            .add_watch(&bpffs::root()?, AddWatchFlags::IN_CLOSE_NOWRITE)
+            .add_watch(&namespace_directory()?, AddWatchFlags::IN_CLOSE_NOWRITE)
             .map_err(failed)?;
         Ok(inotify.into())
     }

@@ -1,0 +1,107 @@
+//! Who may change one interface's guard now.
+//!
+//! A lock is a directory beside the pins, held by flock(2), so it ends with its holder. Each
+//! interface has its own: whoever hangs while it changes one guard holds no other up.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::GuardError;
+use crate::bpffs::{failed, namespace_directory, shown};
+use crate::pins::{LOCK, encode};
+
+/// How long a command waits for another that changes the same guard: filling the largest
+/// allowlist takes some seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Holds every other change of one interface's guard off until it is dropped.
+#[derive(Debug)]
+pub struct Lock {
+    interface: String,
+    directory: PathBuf,
+    // Closed last: who watches the namespace's directory is told by it that a change is done.
+    _file: File,
+}
+
+impl Lock {
+    /// Waits for the lock of the guard that was attached under the name `interface`.
+    pub fn of(interface: &str) -> Result<Self, GuardError> {
+        Self::until(interface, Instant::now() + PATIENCE)
+    }
+
+    /// As [`Lock::of`], but `None` where somebody else is at work on that guard.
+    pub fn try_of(interface: &str) -> Result<Option<Self>, GuardError> {
+        match Self::until(interface, Instant::now()) {
+            Ok(lock) => Ok(Some(lock)),
+            Err(GuardError::Busy { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether this is the lock of the guard that was attached under the name `interface`.
+    pub fn is_of(&self, interface: &str) -> bool {
+        self.interface == interface
+    }
+
+    fn until(interface: &str, deadline: Instant) -> Result<Self, GuardError> {
+        let directory = namespace_directory()?.join(format!("{}{LOCK}", encode(interface)));
+        loop {
+            let made = match directory.parent() {
+                Some(parent) => fs::create_dir_all(parent),
+                None => Ok(()),
+            };
+            match made.and_then(|()| fs::create_dir(&directory)) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                // The namespace's directory went with its last guard.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                made => made.map_err(failed("create", &directory))?,
+            }
+            let file = match File::open(&directory) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(failed("open", &directory))?,
+            };
+            loop {
+                match file.try_lock() {
+                    Ok(()) => break,
+                    Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                    Err(TryLockError::WouldBlock) => {
+                        return Err(GuardError::Busy {
+                            interface: interface.to_owned(),
+                            path: shown(&directory),
+                        });
+                    }
+                    Err(TryLockError::Error(source)) => {
+                        return Err(failed("lock", &directory)(source));
+                    }
+                }
+            }
+            // Its last holder removed it: it locks nobody out any more.
+            let held = file.metadata().map_err(failed("look at", &directory))?;
+            let is_held = |found: fs::Metadata| found.ino() == held.ino();
+            if fs::symlink_metadata(&directory).is_ok_and(is_held) {
+                return Ok(Self {
+                    interface: interface.to_owned(),
+                    directory,
+                    _file: file,
+                });
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // What stays is empty and locks nobody out.
+        let _ = fs::remove_dir(&self.directory);
+        // The namespace's directory goes with its last guard.
+        if let Some(parent) = self.directory.parent() {
+            let _ = fs::remove_dir(parent);
+        }
+    }
+}
