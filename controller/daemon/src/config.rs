@@ -59,9 +59,9 @@ pub(crate) enum ConfigError {
     Parse { path: PathBuf, problem: String },
     #[error("metrics address `{0}` is not one: write ADDR:PORT as in 127.0.0.1:9469, or off")]
     Metrics(String),
-    #[error("guest pool: {0}")]
+    #[error("guest pool")]
     Pool(#[from] PoolError),
-    #[error("on_violation: {0}")]
+    #[error("on_violation")]
     OnViolation(#[from] omerta_engine::OnViolationParseError),
     #[error("accel `{0}` is not one: write auto, kvm or tcg")]
     Accel(String),
@@ -190,7 +190,8 @@ mod tests {
     fn each_bad_value_is_refused_with_its_name() {
         for (text, names) in [
             ("metrics = \"here\"", "metrics address `here`"),
-            ("guest_pool = \"10.77.0.1/16\"", "guest pool"),
+            ("guest_pool = \"10.77.0.1/16\"", "guest pool: 10.77.0.1"),
+            ("guest_pool = \"10.77.0.1/16\"", "write 10.77.0.0/16"),
             ("on_violation = \"shrug\"", "`shrug`"),
             ("accel = \"hvf\"", "`hvf`"),
             ("max_guests = 0", "max_guests is 0"),
@@ -199,8 +200,9 @@ mod tests {
                 "max_guests is 2",
             ),
         ] {
-            let error = read(text).unwrap().validate().unwrap_err().to_string();
+            let error = crate::failure::report(&read(text).unwrap().validate().unwrap_err());
             assert!(error.contains(names), "{text}: {error}");
+            assert_eq!(error.matches(names).count(), 1, "told once: {error}");
         }
         let error = read("max_guests = \"many\"").unwrap_err().to_string();
         assert!(error.contains("line 1"), "{error}");

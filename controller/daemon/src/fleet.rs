@@ -16,7 +16,7 @@ use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
 use crate::guest_task::{Command, GuestTask};
-use crate::journal::Journal;
+use crate::journal::{Journal, Reader};
 use crate::order::Order;
 use crate::record::occurrence;
 use crate::roster::{Roster, unknown};
@@ -61,6 +61,17 @@ impl Fleet {
     /// The history of events.
     pub(crate) const fn journal(&self) -> &Arc<Journal> {
         &self.journal
+    }
+
+    /// A reader of the history, of one guest's events or all.
+    pub(crate) fn events(&self, guest: Option<String>, follow: bool) -> Result<Reader, ApiError> {
+        if let Some(name) = &guest
+            && self.lock().engine.find(name).is_none()
+            && !self.journal.knows(name)
+        {
+            return Err(unknown(name));
+        }
+        Ok(self.journal.reader(guest, follow))
     }
 
     /// How guests execute; the first call may take seconds to find out.

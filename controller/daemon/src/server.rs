@@ -144,7 +144,7 @@ async fn events(
     query: Result<Query<EventsQuery>, QueryRejection>,
 ) -> Answer<Response> {
     let query = parse_query(query)?;
-    let reader = fleet.journal().reader(query.guest, query.follow);
+    let reader = fleet.events(query.guest, query.follow)?;
     let lines = stream::unfold(reader, |mut reader| async {
         let text = reader.next().await?;
         Some((Ok::<_, Infallible>(text), reader))

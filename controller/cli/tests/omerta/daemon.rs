@@ -291,6 +291,16 @@ fn events_reach_programs_as_they_came() {
 }
 
 #[test]
+fn events_of_a_guest_that_nobody_knows_are_not_found() {
+    let told = "no guest `nobody`: see `omerta vm list`";
+    let omertad = Omertad::always(404, json!({"error": "not_found", "message": told}));
+    for follow in ["", " --follow"] {
+        let arguments = format!("events --guest nobody{follow}");
+        omertad.omerta(&arguments).failed(3, &[told]);
+    }
+}
+
+#[test]
 fn followed_stream_that_ends_is_a_failure() {
     let omertad = Omertad::answering(|_| (200, EVENTS.to_owned()));
     let ran = omertad.omerta("events --follow -o json");

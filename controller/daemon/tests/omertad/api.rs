@@ -43,6 +43,8 @@ fn unknown_guest_is_not_found_and_named() {
         daemon.get("/v1/guests/nobody/log"),
         daemon.post("/v1/guests/nobody/stop", ""),
         daemon.post("/v1/guests/nobody/kill", ""),
+        daemon.get("/v1/events?guest=nobody"),
+        daemon.get("/v1/events?guest=nobody&follow=true"),
     ] {
         let message = answer.refusal(404, "not_found");
         assert!(

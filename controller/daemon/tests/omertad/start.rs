@@ -92,6 +92,16 @@ fn bad_option_value_is_refused() {
 }
 
 #[test]
+fn pool_that_is_no_network_is_told_once_with_what_to_write() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = command(&namespace(), directory.path());
+    command.args(["--guest-pool", "10.79.0.1/16"]);
+    let line = complaint(&run_to_end(command), 2);
+    assert!(line.contains("write 10.79.0.0/16"), "{line}");
+    assert_eq!(line.matches("10.79.0.1").count(), 1, "{line}");
+}
+
+#[test]
 fn metrics_address_in_use_is_named_and_nothing_is_left() {
     let namespace = namespace();
     let bind = || TcpListener::bind("127.0.0.1:0").unwrap();
