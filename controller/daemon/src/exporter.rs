@@ -10,8 +10,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::Mutex;
+use tokio::sync::watch;
 
+use crate::connections::{self, Door};
 use crate::failure::report;
 use crate::fleet::Fleet;
 use crate::metrics;
@@ -34,30 +35,30 @@ pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener, ExporterE
         .map_err(|source| ExporterError { address, source })
 }
 
-#[derive(Clone)]
-struct Exporter {
+/// How many may scrape at once: whoever can reach the port must not be able to take the descriptors
+/// that guests need.
+pub(crate) const CONNECTIONS: usize = 32;
+
+/// Answers scrapes until `stopped`.
+pub(crate) async fn serve(
+    listener: TcpListener,
     fleet: Arc<Fleet>,
-    /// One scrape at a time: whoever can reach the port must not be able to keep every thread
-    /// busy.
-    turn: Arc<Mutex<()>>,
-}
-
-/// The exporter's only route.
-pub(crate) fn router(fleet: Arc<Fleet>) -> Router {
-    let exporter = Exporter {
-        fleet,
-        turn: Arc::default(),
-    };
-    Router::new()
+    stopped: watch::Receiver<bool>,
+) {
+    let router = Router::new()
         .route("/metrics", get(answer))
-        .with_state(exporter)
+        .with_state(fleet);
+    let door = Door::new(CONNECTIONS, 0);
+    connections::serve(listener, router, move |_| Arc::clone(&door), stopped).await;
 }
 
-async fn answer(State(exporter): State<Exporter>) -> Response {
-    let _turn = exporter.turn.lock().await;
-    let fleet = Arc::clone(&exporter.fleet);
-    let scraped = tokio::task::spawn_blocking(move || metrics::scrape(&fleet)).await;
-    match scraped {
+async fn answer(State(fleet): State<Arc<Fleet>>) -> Response {
+    let scraped = Arc::clone(&fleet);
+    // One at a time: whoever can reach the port must not be able to keep every thread busy.
+    let look = fleet
+        .lookups()
+        .look("metrics", move || metrics::scrape(&scraped));
+    match look.await {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Ok(Err(error)) => unavailable(&error),
         Err(error) => unavailable(&error),

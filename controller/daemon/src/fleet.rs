@@ -8,28 +8,35 @@ use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, Cause, Event as EngineEvent, GuestEvent, GuestId, GuestState, Monotonic, Record,
 };
-use omerta_vm_launcher::{AccelReport, probe_accel};
+use omerta_vm_launcher::{Accel, AccelReport, probe_accel};
+use tokio::runtime::Handle;
 use tokio::sync::{OnceCell, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 
 use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
 use crate::guest_task::{Command, GuestTask};
 use crate::journal::{Journal, Reader};
+use crate::lookups::{self, Lookups};
 use crate::order::Order;
 use crate::record::occurrence;
+use crate::room::Room;
 use crate::roster::{Roster, unknown};
 
 /// How long all guests together may take to end when omertad does.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(8);
+/// How long finding out whether KVM works may take.
+const PROBE_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The guests, and what answers questions about them. One lock, held for microseconds: whoever
 /// holds it does no I/O.
 #[derive(Debug)]
 pub(crate) struct Fleet {
-    settings: Settings,
+    settings: Arc<Settings>,
     journal: Arc<Journal>,
+    lookups: Lookups,
+    room: Room,
     roster: Mutex<Roster>,
     tasks: Mutex<JoinSet<()>>,
     accel: OnceCell<AccelReport>,
@@ -51,8 +58,10 @@ impl Fleet {
     pub(crate) fn new(settings: Settings, journal: Arc<Journal>) -> Self {
         Self {
             roster: Mutex::new(Roster::new(&settings)),
-            settings,
+            room: Room::of_process(&settings),
+            settings: Arc::new(settings),
             journal,
+            lookups: Lookups::new(lookups::DEADLINE),
             tasks: Mutex::new(JoinSet::new()),
             accel: OnceCell::new(),
         }
@@ -61,6 +70,16 @@ impl Fleet {
     /// The history of events.
     pub(crate) const fn journal(&self) -> &Arc<Journal> {
         &self.journal
+    }
+
+    /// Where files are looked at for people's requests.
+    pub(crate) const fn lookups(&self) -> &Lookups {
+        &self.lookups
+    }
+
+    /// Warns where there is room for fewer guests than are configured.
+    pub(crate) fn warn_if_short(&self) {
+        self.room.warn_if_short(&self.settings);
     }
 
     /// A reader of the history, of one guest's events or all.
@@ -83,7 +102,7 @@ impl Fleet {
                         accel,
                         why: "configured".to_owned(),
                     },
-                    None => probe_accel().await,
+                    None => probed().await,
                 };
                 tracing::info!(accel = %report.accel, why = report.why, "acceleration chosen");
                 report
@@ -98,7 +117,14 @@ impl Fleet {
 
     /// Runs a guest; returns once it runs, or once nothing of it is left.
     pub(crate) async fn run(self: &Arc<Self>, request: RunRequest) -> Result<Guest, ApiError> {
-        let order = Order::check(request, &self.settings)?;
+        let image = request.image.chars().take(64);
+        let image = format!(
+            "image `{}`",
+            image.flat_map(char::escape_default).collect::<String>()
+        );
+        let settings = Arc::clone(&self.settings);
+        let check = move || Order::check(request, &settings);
+        let order = self.lookups.look(&image, check).await??;
         let report = self.accel().await;
         let (id, mut state) = self.admit(&order, report)?;
         let settled = |state: &GuestState| {
@@ -294,7 +320,8 @@ impl Fleet {
     ) -> Result<(GuestId, watch::Receiver<GuestState>), ApiError> {
         let (task, actions, id, state) = {
             let mut roster = self.lock();
-            let (id, actions, commands, state) = roster.admit(order, report, &self.settings)?;
+            let (id, actions, commands, state) =
+                roster.admit(order, report, &self.settings, &self.room)?;
             let actions = roster.carry_out_own(actions);
             let facts = roster
                 .facts
@@ -316,6 +343,22 @@ impl Fleet {
 
     fn lock(&self) -> MutexGuard<'_, Roster> {
         self.roster.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How guests execute, found out on a thread that may be kept waiting.
+async fn probed() -> AccelReport {
+    let handle = Handle::current();
+    let probing = spawn_blocking(move || handle.block_on(probe_accel()));
+    match tokio::time::timeout(PROBE_DEADLINE, probing).await {
+        Ok(Ok(report)) => report,
+        Ok(Err(_)) | Err(_) => AccelReport {
+            accel: Accel::Tcg,
+            why: format!(
+                "whether KVM works could not be found out within {} s; emulating (TCG)",
+                PROBE_DEADLINE.as_secs()
+            ),
+        },
     }
 }
 

@@ -5,15 +5,18 @@
 //! this task, so no guest waits for another.
 
 use std::collections::VecDeque;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use omerta_api::ApiError;
+use omerta_api::{ApiError, ErrorKind};
 use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, RogueFrame};
 use omerta_vm_launcher::{
     Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
 };
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::failure::{failed, report};
@@ -23,6 +26,8 @@ use crate::watch::{Watch, WatchError};
 
 /// How long QEMU may take to confirm that the guest stands still.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
+/// How long each step of a start may take. The launcher's own deadlines within are shorter.
+const STEP_DEADLINE: Duration = Duration::from_secs(60);
 /// A moment that does not come.
 const NEVER: Duration = Duration::from_secs(86_400 * 365);
 
@@ -121,26 +126,55 @@ impl GuestTask {
     }
 
     async fn launch(&mut self) -> Vec<GuestEvent> {
-        match Paused::launch(Spec::clone(&self.spec)).await {
-            Ok(paused) => {
+        match self.step(Paused::launch(Spec::clone(&self.spec))).await {
+            Ok(Ok(paused)) => {
                 self.stage = Stage::Paused(paused);
                 vec![GuestEvent::Launched]
             }
-            Err(error) => self.launch_failed(error),
+            Ok(Err(error)) => self.launch_failed(error),
+            Err(events) => events,
         }
     }
 
     async fn guard(&mut self) -> Vec<GuestEvent> {
         match std::mem::replace(&mut self.stage, Stage::Absent) {
-            Stage::Paused(paused) => match paused.guard().await {
-                Ok(guarded) => {
+            Stage::Paused(paused) => match self.step(paused.guard()).await {
+                Ok(Ok(guarded)) => {
                     self.stage = Stage::Guarded(guarded);
                     vec![GuestEvent::Guarded]
                 }
-                Err(error) => self.launch_failed(error),
+                Ok(Err(error)) => self.launch_failed(error),
+                Err(events) => events,
             },
             other => self.keep(other),
         }
+    }
+
+    /// Carries out a step of the start on a thread that may be kept waiting, by a file system or
+    /// by another's lock. One that takes too long is given up: what it makes in the end, of which
+    /// nothing runs, undoes itself.
+    async fn step<T: Send + 'static>(
+        &self,
+        step: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, Vec<GuestEvent>> {
+        let handle = Handle::current();
+        let step = spawn_blocking(move || handle.block_on(step));
+        let (problem, left) = match timeout(STEP_DEADLINE, step).await {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) => (format!("its start broke off: {error}"), None),
+            Err(_) => (
+                format!(
+                    "its start has come no further for {} s: see whether the file systems of its image and of the run directory answer, and whether another program holds the lock of the guards",
+                    STEP_DEADLINE.as_secs()
+                ),
+                Some("its start: still waits, and undoes itself when it can".to_owned()),
+            ),
+        };
+        let error = ApiError {
+            error: ErrorKind::Failed,
+            message: problem,
+        };
+        Err(self.did_not_launch(error, left.into_iter().collect()))
     }
 
     async fn resume(&mut self) -> Vec<GuestEvent> {

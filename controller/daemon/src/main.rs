@@ -4,18 +4,21 @@
 mod arguments;
 mod clock;
 mod config;
+mod connections;
 mod exporter;
 mod failure;
 mod fleet;
 mod guest_task;
 mod instance;
 mod journal;
+mod lookups;
 mod metrics;
 mod order;
 mod pool;
 mod pool_claim;
 mod preflight;
 mod record;
+mod room;
 mod roster;
 mod server;
 mod sweep;
@@ -45,6 +48,8 @@ use crate::pool_claim::PoolClaim;
 const CONNECTIONS_DEADLINE: Duration = Duration::from_secs(1);
 /// Threads for tasks: enough that one that waits for the kernel keeps no guest's pause waiting.
 const MIN_THREADS: usize = 4;
+/// Threads for blocking work that is no guest's start or end.
+const SPARE_THREADS: usize = 64;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -87,6 +92,8 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         .max(MIN_THREADS);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
+        // A guest that starts or ends keeps one for that time, however long it is.
+        .max_blocking_threads(2 * settings.max_guests + SPARE_THREADS)
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
@@ -112,20 +119,17 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
         "omertad {} is ready",
         env!("CARGO_PKG_VERSION"),
     );
+    fleet.warn_if_short();
     let probing = Arc::clone(&fleet);
     tokio::spawn(async move {
         probing.accel().await;
     });
 
     let (stop, stopped) = notice::channel(false);
-    let api = axum::serve(listener, server::router(Arc::clone(&fleet)))
-        .with_graceful_shutdown(until(stopped.clone()));
-    let api = tokio::spawn(api.into_future());
-    let exporter = metrics_listener.map(|listener| {
-        let server = axum::serve(listener, exporter::router(Arc::clone(&fleet)))
-            .with_graceful_shutdown(until(stopped));
-        tokio::spawn(server.into_future())
-    });
+    let api = server::serve(listener, Arc::clone(&fleet), stopped.clone());
+    let api = tokio::spawn(api);
+    let exporter = metrics_listener
+        .map(|listener| tokio::spawn(exporter::serve(listener, Arc::clone(&fleet), stopped)));
 
     let signal = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
@@ -156,8 +160,4 @@ fn metrics_address(listener: Option<&TcpListener>) -> String {
         Some(Err(error)) => error.to_string(),
         None => "off".to_owned(),
     }
-}
-
-async fn until(mut stopped: notice::Receiver<bool>) {
-    let _ = stopped.wait_for(|stopped| *stopped).await;
 }

@@ -15,6 +15,7 @@ use crate::config::Settings;
 use crate::failure::{failed, not_found, usage};
 use crate::pool::Addresses;
 use crate::sweep::OWNER;
+use crate::tap_name::tap_name;
 
 const DEFAULT_CPUS: u8 = 1;
 const DEFAULT_MEMORY_MIB: u32 = 256;
@@ -28,6 +29,8 @@ pub(crate) struct Order {
     pub(crate) name: GuestName,
     pub(crate) image_name: String,
     pub(crate) on_violation: OnViolation,
+    /// Whether an interface has the name of its tap, as its own guest's does while it lives.
+    pub(crate) tap_exists: bool,
     image: Image,
     consumer: Consumer,
     tunnel: Tunnel,
@@ -38,7 +41,8 @@ pub(crate) struct Order {
 }
 
 impl Order {
-    /// Checks a request against what this daemon has.
+    /// Checks a request against what this daemon and this host have. Blocks for as long as the
+    /// image's file system does.
     pub(crate) fn check(request: RunRequest, settings: &Settings) -> Result<Self, ApiError> {
         let name: GuestName = request
             .name
@@ -63,6 +67,8 @@ impl Order {
         };
         let image = open_image(&settings.image_dir, &request.image)?;
         Ok(Self {
+            // To ask for an interface that is not there may have the kernel look for a module.
+            tap_exists: nix::net::if_::if_nametoindex(tap_name(name.as_str()).as_str()).is_ok(),
             name,
             image_name: request.image,
             on_violation: request.on_violation.unwrap_or(settings.on_violation),

@@ -133,6 +133,11 @@ impl Slots {
         Some((slot, self.pool.addresses(slot.0)))
     }
 
+    /// How many places are held.
+    pub(crate) fn held(&self) -> usize {
+        self.held.len()
+    }
+
     /// Gives a place back.
     pub(crate) fn give_back(&mut self, slot: Slot) {
         self.held.remove(&slot);

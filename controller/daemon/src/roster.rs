@@ -16,6 +16,7 @@ use crate::guest_task::Command;
 use crate::order::{Order, consumer_text};
 use crate::pool::{Addresses, Slot, Slots};
 use crate::record::ended;
+use crate::room::Room;
 use crate::tap_name::tap_name;
 
 /// The engine and the facts that it has no use for.
@@ -67,7 +68,15 @@ impl Roster {
         order: &Order,
         report: &AccelReport,
         settings: &Settings,
+        room: &Room,
     ) -> Result<Admitted, ApiError> {
+        let name = order.name.as_str();
+        // A name that is taken is refused for that, by the engine.
+        if self.is_free(name)
+            && let Some(short) = room.short_beyond(self.slots.held())
+        {
+            return Err(refused(format!("no room for guest `{name}`: {short}")));
+        }
         let (slot, addresses) = self.slots.take().ok_or_else(|| {
             let name = &order.name;
             refused(format!(
@@ -76,6 +85,12 @@ impl Roster {
         })?;
         self.admit_to(slot, addresses, order, report, settings)
             .inspect_err(|_| self.slots.give_back(slot))
+    }
+
+    /// Whether no living guest has the name.
+    fn is_free(&self, name: &str) -> bool {
+        let guest = self.engine.find(name);
+        guest.is_none_or(omerta_engine::Guest::is_ended)
     }
 
     fn admit_to(
@@ -93,11 +108,7 @@ impl Roster {
             on_violation: order.on_violation,
         };
         let spec = order.spec(addresses, tap.clone(), report.accel, &settings.run_dir)?;
-        let name_is_free = self
-            .engine
-            .find(name)
-            .is_none_or(omerta_engine::Guest::is_ended);
-        if name_is_free && nix::net::if_::if_nametoindex(tap.as_str()).is_ok() {
+        if self.is_free(name) && order.tap_exists {
             return Err(refused(format!(
                 "interface {tap}, which guest `{name}` would get, exists already: choose another name, or remove it with `ip link delete {tap}`"
             )));

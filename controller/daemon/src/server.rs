@@ -5,25 +5,34 @@ use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
-use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use futures_util::stream;
 use omerta_api::{
     EventsQuery, Guest, GuestList, GuestsQuery, RunRequest, StopRequest, Version, route,
 };
 use omerta_engine::Cause;
 use serde::de::DeserializeOwned;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
 
-use crate::failure::{Failure, failed, not_found, usage};
+use crate::connections::{self, Door, Streaming};
+use crate::failure::{Failure, not_found, usage};
 use crate::fleet::Fleet;
 use crate::guest_task::Command;
 
-/// The largest request body, in bytes.
-const MAX_BODY_BYTES: usize = 16 << 10;
+/// How many connections root may have at once: enough to ask for as many guests as there may be.
+const ROOT: usize = 288;
+/// How many those may have whom root lets open the socket, whoever they are: none of root's.
+const OTHERS: usize = 64;
+/// How many of them may be streams of events.
+const STREAMS: usize = 32;
+/// All of them.
+pub(crate) const CONNECTIONS: usize = ROOT + OTHERS;
 /// The most of a console log that is answered, in bytes: its end.
 const MAX_LOG_BYTES: u64 = 1 << 20;
 /// Seconds that a guest has for powering down when nothing is said.
@@ -32,8 +41,22 @@ const MAX_STOP_SECONDS: u32 = 600;
 
 type Answer<T> = Result<T, Failure>;
 
+/// Answers on the socket until `stopped`.
+pub(crate) async fn serve(
+    listener: UnixListener,
+    fleet: Arc<Fleet>,
+    stopped: watch::Receiver<bool>,
+) {
+    let (root, others) = (Door::new(ROOT, STREAMS), Door::new(OTHERS, STREAMS));
+    let door = move |stream: &UnixStream| {
+        let is_root = stream.peer_cred().is_ok_and(|peer| peer.uid() == 0);
+        Arc::clone(if is_root { &root } else { &others })
+    };
+    connections::serve(listener, router(fleet), door, stopped).await;
+}
+
 /// The API's routes.
-pub(crate) fn router(fleet: Arc<Fleet>) -> Router {
+fn router(fleet: Arc<Fleet>) -> Router {
     Router::new()
         .route(route::GUESTS, get(list).post(run))
         .route(route::GUEST, get(show))
@@ -44,15 +67,11 @@ pub(crate) fn router(fleet: Arc<Fleet>) -> Router {
         .route(route::VERSION, get(version))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(fleet)
 }
 
-async fn run(
-    State(fleet): State<Arc<Fleet>>,
-    body: Result<Bytes, BytesRejection>,
-) -> Answer<(StatusCode, Json<Guest>)> {
-    let request: RunRequest = parse_body(body)?;
+async fn run(State(fleet): State<Arc<Fleet>>, body: Bytes) -> Answer<(StatusCode, Json<Guest>)> {
+    let request: RunRequest = parse_body(&body)?;
     Ok((StatusCode::CREATED, Json(fleet.run(request).await?)))
 }
 
@@ -76,12 +95,12 @@ async fn show(
 async fn stop(
     State(fleet): State<Arc<Fleet>>,
     name: Result<Path<String>, PathRejection>,
-    body: Result<Bytes, BytesRejection>,
+    body: Bytes,
 ) -> Answer<Json<Guest>> {
     let name = parse_name(name)?;
-    let request: StopRequest = match body {
-        Ok(bytes) if bytes.is_empty() => StopRequest::default(),
-        body => parse_body(body)?,
+    let request: StopRequest = match body.is_empty() {
+        true => StopRequest::default(),
+        false => parse_body(&body)?,
     };
     let deadline_seconds = request.deadline_seconds.unwrap_or(DEFAULT_STOP_SECONDS);
     if !(1..=MAX_STOP_SECONDS).contains(&deadline_seconds) {
@@ -123,9 +142,11 @@ async fn log(
         ))
         .into());
     };
-    let text = tokio::task::spawn_blocking(move || read_end(path.as_ref()))
-        .await
-        .map_err(|error| failed(&error))?
+    let log = format!("the log of guest `{name}`");
+    let text = fleet
+        .lookups()
+        .look(&log, move || read_end(path.as_ref()))
+        .await?
         .map_err(|error| not_found(format!("the log of guest `{name}` cannot be read: {error}")))?;
     Ok((kind, text).into_response())
 }
@@ -150,7 +171,7 @@ async fn events(
         Some((Ok::<_, Infallible>(text), reader))
     });
     let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
-    Ok((kind, Body::from_stream(lines)).into_response())
+    Ok((Extension(Streaming), kind, Body::from_stream(lines)).into_response())
 }
 
 async fn version(State(fleet): State<Arc<Fleet>>) -> Json<Version> {
@@ -179,18 +200,8 @@ async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> Failure 
     usage(format!("{path} does not answer {method}: see openapi.yaml")).into()
 }
 
-fn parse_body<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Answer<T> {
-    let bytes = body.map_err(|rejection| {
-        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-            usage(format!("request body: larger than {MAX_BODY_BYTES} bytes"))
-        } else {
-            usage(format!(
-                "request body: {}",
-                one_line(&rejection.body_text())
-            ))
-        }
-    })?;
-    serde_json::from_slice(&bytes)
+fn parse_body<T: DeserializeOwned>(body: &Bytes) -> Answer<T> {
+    serde_json::from_slice(body)
         .map_err(|error| usage(format!("request body: {}", one_line(&error.to_string()))).into())
 }
 

@@ -6,6 +6,7 @@ use omerta_dataplane::{EventStream, FrameEvent, Guard, GuardError};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::coop::consume_budget;
 
 /// The events of one guard, as they come.
 pub(crate) struct Watch(AsyncFd<EventStream>);
@@ -40,6 +41,8 @@ impl Watch {
     /// The next dropped frame. Safe to cancel.
     pub(crate) async fn next(&mut self) -> Result<FrameEvent, WatchError> {
         loop {
+            // A guest that never lets its ring run empty must not keep a thread for itself.
+            consume_budget().await;
             let mut ready = self.0.readable_mut().await.map_err(WatchError::Wait)?;
             // Readiness is kept until the ring is found empty: the kernel signals only a ring
             // that was.

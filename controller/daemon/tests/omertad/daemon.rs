@@ -1,6 +1,7 @@
 //! Running an omertad of one's own.
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -90,9 +91,15 @@ impl Daemon {
 
     /// Starts one where something may be left of another.
     pub fn start_in(namespace: Namespace, directory: TempDir, arguments: &[&str]) -> Self {
-        let log = std::fs::File::create(directory.path().join("log")).unwrap();
         let mut command = command(&namespace, directory.path());
-        command.args(arguments).stderr(log);
+        command.args(arguments);
+        Self::start_by(command, namespace, directory)
+    }
+
+    /// Starts one by this command.
+    pub fn start_by(mut command: Command, namespace: Namespace, directory: TempDir) -> Self {
+        let log = std::fs::File::create(directory.path().join("log")).unwrap();
+        command.stderr(log);
         let process = Process::spawn(command).unwrap();
         let daemon = Self {
             process,
@@ -127,6 +134,22 @@ impl Daemon {
 
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap()
+    }
+
+    /// Connects to where metrics are served.
+    pub fn connect_to_metrics(&self) -> TcpStream {
+        let log = self.log();
+        let ready = log.lines().find(|line| line.contains("is ready")).unwrap();
+        let (_, address) = ready.split_once("metrics=\"").unwrap();
+        let (address, _) = address.split_once('"').unwrap();
+        let connect = || TcpStream::connect(address).unwrap();
+        self.namespace.enter(connect).unwrap()
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        let open = format!("/proc/{}/fd", self.process.pid());
+        std::fs::read_dir(open).unwrap().count()
     }
 
     pub fn get(&self, path: &str) -> Answer {

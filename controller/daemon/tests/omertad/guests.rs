@@ -10,20 +10,29 @@ use serde_json::{Value, json};
 use crate::daemon::Daemon;
 
 /// An omertad with an image called `bare` of these instructions.
-fn start(program: &[u8]) -> Daemon {
+pub fn start(program: &[u8]) -> Daemon {
     let daemon = Daemon::start();
-    write_bare_guest(&daemon.path().join("state/images/bare"), program).unwrap();
+    give_image(&daemon, program);
     daemon
 }
 
-fn run(daemon: &Daemon, name: &str) -> Value {
+pub fn give_image(daemon: &Daemon, program: &[u8]) {
+    write_bare_guest(&daemon.path().join("state/images/bare"), program).unwrap();
+}
+
+/// What is posted to run a guest.
+pub fn request(name: &str, image: &str) -> String {
     let body = json!({
         "name": name,
-        "image": "bare",
+        "image": image,
         "memory_mib": 64,
         "consumer": "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=@192.0.2.10:51820",
     });
-    let answer = daemon.post("/v1/guests", &body.to_string());
+    body.to_string()
+}
+
+pub fn run(daemon: &Daemon, name: &str) -> Value {
+    let answer = daemon.post("/v1/guests", &request(name, "bare"));
     assert_eq!(answer.status, 201, "{answer:?}");
     answer.json()
 }

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod api;
+mod connections;
 mod daemon;
 mod guests;
 mod metrics;
 mod start;
+mod stuck;

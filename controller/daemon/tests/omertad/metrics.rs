@@ -2,18 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
 use crate::daemon::{Answer, Daemon, exchange};
 
 fn scrape(daemon: &Daemon, path: &str) -> Answer {
-    let log = daemon.log();
-    let ready = log.lines().find(|line| line.contains("is ready")).unwrap();
-    let (_, address) = ready.split_once("metrics=\"").unwrap();
-    let (address, _) = address.split_once('"').unwrap();
-    let connect = || TcpStream::connect(address).unwrap();
-    exchange(daemon.namespace.enter(connect).unwrap(), "GET", path, "")
+    exchange(daemon.connect_to_metrics(), "GET", path, "")
 }
 
 fn start() -> Daemon {
