@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import resource
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import z3
 
 from . import mutants
 from .elf import Object, Unmodelled, load
+from .jobs import at_once
 from .layout import Layout, layouts
-from .machine import Machine
+from .machine import Branch, Machine
 from .mutants import Mutant
 from .solve import Answer, Program, describe
 
@@ -44,6 +50,23 @@ PATCHED = (
 )
 
 
+@dataclass(frozen=True)
+class Subject:
+    """An object file and what it holds."""
+
+    content: bytes
+    program: Object
+    sizes: dict[str, Layout]
+
+    @classmethod
+    def of(cls, content: bytes) -> Subject:
+        return cls(content, load(content), layouts(content))
+
+    def execute(self, function: str, branch: Branch | None = None) -> Program:
+        machine = Machine(self.program, branch)
+        return Program.execute(function, self.program, self.sizes, machine)
+
+
 class Report:
     """Counts, and lines on standard output."""
 
@@ -58,10 +81,20 @@ class Report:
         print(f"prove: FAILED: {text}", file=sys.stderr, flush=True)
 
 
-def prove(report: Report, function: str, program: Object, sizes: dict[str, Layout]) -> None:
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question: `about` tells of the input that the solver found, if one."""
+
+    answer: Answer
+    seconds: float
+    about: str | None = None
+    mutant: Mutant | None = None
+
+
+def prove(report: Report, function: str, subject: Subject, workers: int) -> None:
     """All claims of one program, and that none is true of nothing."""
     began = time.monotonic()
-    proof = Program.execute(function, program, sizes, Machine(program))
+    proof = subject.execute(function)
     machine = proof.machine
     paths = sum(end.paths for end in proof.ends)
     report.line(
@@ -69,73 +102,71 @@ def prove(report: Report, function: str, program: Object, sizes: dict[str, Layou
         f"jumps, {paths:.1e} paths in {machine.merges} merges, "
         f"{time.monotonic() - began:.0f} s"
     )
-    for name, violation in proof.violations().items():
+
+    def ask(question: z3.BoolRef) -> Finding:
         began = time.monotonic()
-        answer, model = proof.ask(violation)
-        took = f"{time.monotonic() - began:.1f} s"
-        if answer is Answer.NO:
+        answer, model = proof.ask(question)
+        about = None if model is None else describe(model)
+        return Finding(answer, time.monotonic() - began, about)
+
+    violations, possible = proof.violations(), proof.possible()
+    asked = [partial(ask, question) for question in (*violations.values(), *possible.values())]
+    findings = at_once(workers, asked)
+    for name, found in zip(violations, findings, strict=False):
+        if found.answer is Answer.NO:
             report.proven += 1
-            report.line(f"  proven: {name} ({took})")
+            report.line(f"  proven: {name} ({found.seconds:.1f} s)")
         else:
-            report.fail(f"{function}: {name}: {answer.value} ({took})")
-            if model is not None:
-                report.line(f"  counterexample: {describe(model)}")
-    possible = proof.possible()
-    for name, wanted in possible.items():
-        answer, _ = proof.ask(wanted)
-        if answer is not Answer.YES:
+            report.fail(f"{function}: {name}: {found.answer.value} ({found.seconds:.1f} s)")
+            if found.about is not None:
+                report.line(f"  counterexample: {found.about}")
+    for name, found in zip(possible, findings, strict=True):
+        if found.answer is not Answer.YES:
             report.fail(
-                f"{function}: not so ({answer.value}), and claims of it say nothing: {name}"
+                f"{function}: not so ({found.answer.value}), and claims of it say nothing: {name}"
             )
     report.line(f"  possible: {'; '.join(possible)}")
 
 
-def refute(
-    report: Report, function: str, program: Object, content: bytes, sizes: dict[str, Layout]
-) -> None:
+def refute(report: Report, function: str, subject: Subject, workers: int) -> None:
     """For each essential claim a mutant that violates it."""
     began = time.monotonic()
-    machine = Machine(program, mutants.branch)
-    mutated = Program.execute(function, program, sizes, machine)
-    violations = mutated.violations()
+    mutated = subject.execute(function, mutants.branch)
+    machine, violations = mutated.machine, mutated.violations()
     report.line(
         f"{function}: {2 * len(machine.branches)} mutants run at once, "
         f"{time.monotonic() - began:.0f} s"
     )
-    for name in ESSENTIAL[function]:
+
+    def find(name: str) -> Finding:
         began = time.monotonic()
         answer, model = mutated.ask(violations[name])
         if model is None:
-            report.fail(f"{function}: no mutant violates: {name} ({answer.value})")
-            continue
-        value = model.eval(mutants.NUMBER, model_completion=True).as_long()
-        mutant = mutants.of_number(value)
-        if mutant.pc not in machine.branches:
+            return Finding(answer, time.monotonic() - began)
+        mutant = mutants.of_number(model.eval(mutants.NUMBER, model_completion=True).as_long())
+        about = mutant.describe(subject.program)
+        if mutant.pc in machine.branches and name in PATCHED:
+            # Once more, with the jump changed in the object file itself.
+            proof = Subject.of(mutants.patch(subject.content, subject.program, mutant))
+            again = proof.execute(function)
+            answer, _ = again.ask(again.violations()[name])
+            about += ", in the file too" if answer is Answer.YES else ", but not in the file"
+        return Finding(answer, time.monotonic() - began, about, mutant)
+
+    names = ESSENTIAL[function]
+    findings = at_once(workers, [partial(find, name) for name in names])
+    for name, found in zip(names, findings, strict=True):
+        if found.mutant is None:
+            report.fail(f"{function}: no mutant violates: {name} ({found.answer.value})")
+        elif found.mutant.pc not in machine.branches:
             report.fail(f"{function}: violated without a mutant: {name}")
-            continue
-        how = mutant.describe(program)
-        if name in PATCHED:
-            how += _patched(content, program, function, mutant, name, sizes)
-            if "NOT" in how:
-                report.fail(f"{function}: {name}: {how}")
-                continue
-        report.killed += 1
-        took = f"{time.monotonic() - began:.1f} s"
-        report.line(f"  violated as it should be: {name}: {how} ({took})")
-
-
-def _patched(
-    content: bytes,
-    program: Object,
-    function: str,
-    mutant: Mutant,
-    name: str,
-    sizes: dict[str, Layout],
-) -> str:
-    wrong = load(mutants.patch(content, program, mutant))
-    proof = Program.execute(function, wrong, sizes, Machine(wrong))
-    answer, _ = proof.ask(proof.violations()[name])
-    return ", in the file too" if answer is Answer.YES else ", but NOT in the file"
+        elif found.answer is not Answer.YES:
+            report.fail(f"{function}: {name}: {found.about}")
+        else:
+            report.killed += 1
+            report.line(
+                f"  violated as it should be: {name}: {found.about} ({found.seconds:.1f} s)"
+            )
 
 
 def main() -> int:
@@ -144,6 +175,9 @@ def main() -> int:
     parser.add_argument("--binary", type=Path, help="a program that should hold the object")
     parser.add_argument("--only-mutants", action="store_true", help="the mutants alone")
     parser.add_argument("--no-mutants", action="store_true", help="the proof alone")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="questions at once"
+    )
     arguments = parser.parse_args()
     content = arguments.object.read_bytes()
     report = Report()
@@ -154,18 +188,19 @@ def main() -> int:
         held = "is" if content in arguments.binary.read_bytes() else "is NOT (run make build)"
         report.line(f"this object {held} the one in {arguments.binary}")
     try:
-        program, sizes = load(content), layouts(content)
+        subject = Subject.of(content)
         for function in () if arguments.only_mutants else FUNCTIONS:
-            prove(report, function, program, sizes)
+            prove(report, function, subject, arguments.jobs)
         for function in () if arguments.no_mutants else FUNCTIONS:
-            refute(report, function, program, content, sizes)
+            refute(report, function, subject, arguments.jobs)
     except Unmodelled as unknown:
         report.fail(f"the prover does not know {unknown}; teach it (tests/prove/prover)")
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     report.line(
         f"{report.proven} claims proven, {report.killed} refuted in mutants, "
         f"{report.failed} failed; {time.monotonic() - began:.0f} s, "
-        f"{used.ru_utime:.0f} s of CPU, {used.ru_maxrss // 1024} MB"
+        f"{sum(one.ru_utime for one in used):.0f} s of CPU, "
+        f"{max(one.ru_maxrss for one in used) // 1024} MB"
     )
     return 1 if report.failed else 0
 

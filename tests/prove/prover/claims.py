@@ -6,8 +6,8 @@ the solver finds no input that makes the premise true and the conclusion false.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import z3
 
@@ -326,9 +326,9 @@ class Run:
             ("packets", z3.BitVecVal(1, 64)),
             ("bytes", z3.ZeroExt(32, z3.BitVec("length", 32))),
         ):
-            entries = [e for e in stores if _number(e.args[2]) % size == fields[what]]
-            outcomes = [e for e in entries if _number(e.args[2]) // size < rx]
-            received = [e for e in entries if _number(e.args[2]) // size == rx]
+            entries = _counts(stores, size, fields[what])
+            outcomes = _where(entries, lambda at: bits.compare("lt", _div(at, size), rx, 64))
+            received = _where(entries, lambda at: bits.compare("eq", _div(at, size), rx, 64))
             one = z3.And(how_many(outcomes) == 1, how_many(received) == 1)
             both = z3.And(one, how_many(entries) == 2, how_many(stores) == 4)
             yield Claim(f"rx and one outcome are counted in {what}", counted, both)
@@ -340,9 +340,11 @@ class Run:
                 )
                 yield Claim(f"{what} grow by what came", _when(self.reached, entry), grown)
             for entry in outcomes:
-                index = _number(entry.args[2]) // size
-                right = {ALLOWED: self.result == NEXT, ANSWERED: self.result == REDIRECT}.get(
-                    index, self.result == SHOT
+                index = bits.term(_div(_word(entry.args[2]), size), 64)
+                right = z3.If(
+                    index == ALLOWED,
+                    self.result == NEXT,
+                    self.result == z3.If(index == ANSWERED, z3.BitVecVal(REDIRECT, 32), SHOT),
                 )
                 yield Claim(f"{what} are the result's", _when(self.reached, entry), right)
 
@@ -388,9 +390,26 @@ def _word(value: object) -> bits.Word:
     return value
 
 
-def _number(value: object) -> int:
-    assert isinstance(value, int)
-    return value
+def _div(offset: bits.Word, size: int) -> bits.Word:
+    return bits.arithmetic("div", offset, size, 64)
+
+
+def _mod(offset: bits.Word, size: int) -> bits.Word:
+    return bits.arithmetic("mod", offset, size, 64)
+
+
+def _counts(stores: list[Entry], size: int, field: int) -> list[Entry]:
+    """The stores to the field of that offset in any counter of `size` bytes."""
+    return _where(stores, lambda at: bits.compare("eq", _mod(at, size), field, 64))
+
+
+def _where(entries: list[Entry], holds: Callable[[bits.Word], bits.Truth]) -> list[Entry]:
+    """The stores whose offset, known or not, is such that `holds`."""
+    chosen = [
+        replace(entry, guard=bits.every([entry.guard, holds(_word(entry.args[2]))]))
+        for entry in entries
+    ]
+    return [entry for entry in chosen if entry.guard is not False]
 
 
 def _when(premise: z3.BoolRef, entry: Entry) -> z3.BoolRef:

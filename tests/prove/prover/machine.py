@@ -41,6 +41,8 @@ JUMP = {
 }  # fmt: skip
 SIZES = {0: 4, 1: 2, 2: 1, 3: 8}
 EXIT = 0x95
+# Changes the condition of the conditional jump at an instruction (see mutants).
+Branch = Callable[[int, z3.BoolRef], z3.BoolRef]
 # A loop that runs on for so long has a bound that the machine cannot see.
 MOST_ROUNDS = 4096
 
@@ -61,9 +63,8 @@ class Machine:
     def __init__(
         self,
         program: Object,
-        branch: Callable[[int, z3.BoolRef], z3.BoolRef] | None = None,
+        branch: Branch | None = None,
     ) -> None:
-        """`branch` may change the condition of a conditional jump (see mutants)."""
         from .helpers import Helpers
 
         self.program = program
@@ -416,8 +417,9 @@ class Machine:
         register = i.src if kind == 1 else i.dst
         for part, pointer in self.memory.at_known_offset(state, moved):
             # Known once, known from now on.
-            start = bits.arithmetic("sub", pointer.offset, _offset(i), 64)
-            part.registers[register] = Pointer(base.region, start)
+            if isinstance(pointer.offset, int):
+                start = bits.arithmetic("sub", pointer.offset, _offset(i), 64)
+                part.registers[register] = Pointer(base.region, start)
             if kind == 1:
                 value = self.memory.load(part, pointer, size)
                 if value is None:

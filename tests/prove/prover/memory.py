@@ -32,6 +32,8 @@ CONTEXT = {
 # "Changing a policy"; "RULES's" are the
 # banks in RULES): each element is one unknown value for the whole run.
 FROZEN = {"POLICY", "RULES's"}
+# Per-CPU maps of 64-bit words, of which the program computes which one it changes.
+TALLIED = {"COUNTERS"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Region:
     """Memory that a pointer can point into.
 
     `kind`: *frozen* and *constant* do not change; *private* belongs to this CPU, and the program
-    finds what it wrote; *shared* may be changed by others at any time, so that every read is a
-    new unknown.
+    finds what it wrote; *tallied* is the same, word by word at offsets that need not be known;
+    *shared* may be changed by others at any time, so that every read is a new unknown.
     """
 
     kind: str
@@ -68,6 +70,12 @@ def constant_byte(name: str, offset: int) -> z3.BitVecRef:
 kernel_byte = z3.Function("struct sk_buff", z3.BitVecSort(64), z3.BitVecSort(8))
 # What lies at an address that the program computed from what it read of the kernel's.
 kernel_memory = z3.Function("kernel memory", z3.BitVecSort(64), z3.BitVecSort(8))
+
+
+# A tallied map's words before the program has touched them, by key and offset.
+_tallied = z3.Function(
+    "tallied", z3.BitVecSort(32), z3.BitVecSort(64), z3.BitVecSort(64)
+)  # fmt: skip
 
 
 def context_field(name: str) -> z3.BitVecRef:
@@ -101,7 +109,7 @@ class Memories:
             if definition.name in FROZEN:
                 kind = "frozen"
             elif definition.kind == "percpu_array":
-                kind = "private"
+                kind = "tallied" if definition.name in TALLIED else "private"
             self.regions[name] = Region(kind, definition.value_size, definition.name, key)
         return name
 
@@ -124,7 +132,13 @@ class Memories:
     # Addresses
 
     def at_known_offset(self, state: State, pointer: Pointer) -> Iterator[tuple[State, Pointer]]:
-        """The pointer with a known offset; one state for each value that the offset can have."""
+        """The pointer with a known offset; one state for each value that the offset can have.
+
+        Tallied words are found by any offset.
+        """
+        if self.regions[pointer.region].kind == "tallied":
+            yield state, pointer
+            return
         for part, offset in self.known(state, pointer.offset):
             yield part, Pointer(pointer.region, offset)
 
@@ -157,9 +171,11 @@ class Memories:
 
     def _within(self, state: State, pointer: Pointer, size: int) -> bool:
         """Requires the access to be within its region; false where it cannot be."""
+        region = self.regions[pointer.region]
+        if region.kind == "tallied":
+            return self._is_word(state, region, pointer.offset, size)
         assert isinstance(pointer.offset, int)
         offset = bits.signed(pointer.offset, 64)
-        region = self.regions[pointer.region]
         if region.kind == "packet":
             if state.frame_changed:
                 raise Unmodelled(f"the packet is read after it was changed, at {state.pc}")
@@ -173,6 +189,18 @@ class Memories:
         self.machine.require(state, fits, f"{pointer.region} access at {offset}, {size} bytes")
         return fits
 
+    def _is_word(self, state: State, region: Region, offset: Word, size: int) -> bool:
+        if size != 8:
+            raise Unmodelled(f"{size} bytes of a word of {region.map} at {state.pc}")
+        whole = bits.every(
+            [
+                bits.compare("le", offset, region.size - size, 64),
+                bits.compare("eq", bits.arithmetic("and", offset, size - 1, 64), 0, 64),
+            ]
+        )
+        self.machine.require(state, whole, f"{region.map} access to a whole word")
+        return whole is not False
+
     # Loads
 
     def load(self, state: State, pointer: Pointer, size: int) -> Value | None:
@@ -180,6 +208,8 @@ class Memories:
         if not self._within(state, pointer, size):
             return None
         offset, region = pointer.offset, self.regions[pointer.region]
+        if region.kind == "tallied":
+            return self._load_tallied(state, region, offset)
         assert isinstance(offset, int)
         match region.kind:
             case "context":
@@ -233,6 +263,27 @@ class Memories:
             return first
         return _joined([_part(cell.value, cell.index) for cell in cells])
 
+    @staticmethod
+    def _load_tallied(state: State, region: Region, offset: Word) -> Word:
+        """What the program last stored there, or what was there before."""
+        word: Word = _tallied(bits.term(region.key, 32), bits.term(offset, 64))
+        for entry in state.log:
+            if entry.kind != "store" or entry.args[0] != region.map:
+                continue
+            key, where, new = (_as_word(entry.args[place]) for place in (1, 2, 3))
+            same = bits.every(
+                [
+                    entry.guard,
+                    bits.compare("eq", key, region.key, 32),
+                    bits.compare("eq", where, offset, 64),
+                ]
+            )
+            if isinstance(same, bool):
+                word = new if same else word
+            else:
+                word = bits.choose(same, new, word, 64)
+        return word
+
     def load_bytes(self, state: State, pointer: Pointer, size: int) -> list[Word] | None:
         """`size` bytes one by one, for helpers."""
         found: list[Word] = []
@@ -268,6 +319,12 @@ class Memories:
         if not self._within(state, pointer, size):
             return False
         offset, region = pointer.offset, self.regions[pointer.region]
+        if region.kind == "tallied":
+            if not isinstance(value, (int, z3.BitVecRef)):
+                raise Unmodelled(f"{value} is stored to {region.map} at {state.pc}")
+            old = self._load_tallied(state, region, offset)
+            state.note("store", region.map, region.key, offset, value, old)
+            return True
         assert isinstance(offset, int)
         if isinstance(value, (int, z3.BitVecRef)):
             value = bits.low(value, 8 * size)
@@ -296,16 +353,12 @@ class Memories:
         region = self.regions[name]
         if not isinstance(value, (int, z3.BitVecRef)):
             raise Unmodelled(f"{value} is stored to {region.map} at {state.pc}")
-        old: Value = 0
         if region.kind == "private":
-            old = self._load_cells(state, name, offset, size)
             # Another element's region may be the same element under another key.
             for other in list(state.memory):
                 if other != name and self.regions[other].map == region.map:
                     state.writable(other).clear()
             self._put(state, name, offset, size, value)
-        if region.map == "COUNTERS":
-            state.note("store", region.map, region.key, offset, value, old)
 
     def store_bytes(self, state: State, pointer: Pointer, values: list[Word]) -> bool:
         assert isinstance(pointer.offset, int)
@@ -330,12 +383,12 @@ class Memories:
 
     def atomic(self, state: State, pointer: Pointer, size: int, i: Instruction) -> None:
         region = self.regions[pointer.region]
-        assert isinstance(pointer.offset, int)
         if region.kind not in ("private", "shared") or not self._within(state, pointer, size):
             raise Unmodelled(f"an atomic operation on {pointer.region} at {state.pc}")
         operand = state.registers[i.src]
         if not isinstance(operand, (int, z3.BitVecRef)):
             raise Unmodelled(f"an atomic operation with {operand} at {state.pc}")
+        assert isinstance(pointer.offset, int)
         operand = bits.low(operand, 8 * size)
         old: Value = self.machine.fresh(f"{region.map}+{pointer.offset}", 8 * size)
         if region.kind == "private":
@@ -364,6 +417,11 @@ class Memories:
         self._store_map(state, pointer.region, pointer.offset, size, new)
         if result is not None:
             state.registers[result] = bits.widen(old, 64)
+
+
+def _as_word(value: object) -> Word:
+    assert isinstance(value, (int, z3.BitVecRef))
+    return value
 
 
 def without_packet_pointers(value: Value) -> Value:
