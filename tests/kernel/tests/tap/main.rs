@@ -7,6 +7,7 @@
     reason = "helpers of tests"
 )]
 
+mod flood;
 mod frames;
 mod limits;
 mod offload;

@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use omerta_dataplane::{Guard, GuardError};
+use omerta_dataplane::{Guard, GuardConfig, GuardError};
 use omerta_kernel_tests::*;
 use omerta_test_support::{Capture, FrameSender, Namespace, StageError, Tap, Veth, mac_of};
 use omerta_verdict::{Direction, Mac, Mode, Reason};
@@ -26,6 +26,13 @@ impl Stage {
     }
 
     pub fn with_tap(mode: Mode, create: impl FnOnce() -> Result<Tap, StageError> + Send) -> Self {
+        Self::with_guard(&config(mode), create)
+    }
+
+    pub fn with_guard(
+        guard: &GuardConfig,
+        create: impl FnOnce() -> Result<Tap, StageError> + Send,
+    ) -> Self {
         let provider = Namespace::new("ot-prov").unwrap();
         let world = Namespace::new("ot-world").unwrap();
         for namespace in [&provider, &world] {
@@ -41,7 +48,7 @@ impl Stage {
             .unwrap();
         // Guarded before up: the guest has no unguarded instant.
         provider
-            .enter(|| Guard::attach("guest", &config(mode)).map(drop))
+            .enter(|| Guard::attach("guest", guard).map(drop))
             .unwrap()
             .unwrap();
         provider.enter(|| tap.up()).unwrap().unwrap();
