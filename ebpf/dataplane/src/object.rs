@@ -138,11 +138,7 @@ impl Programs {
     /// takes it out.
     pub fn set_flow(&mut self, flow: &Flow, seen_ns: Option<u64>) -> Result<(), GuardError> {
         let failed = |source| map_error("tests", "write", "FLOWS", source);
-        let map = self.ebpf.map_mut("FLOWS").ok_or(MapError::InvalidName {
-            name: "FLOWS".into(),
-        });
-        let mut flows: HashMap<_, Value<Flow>, u64> =
-            map.and_then(HashMap::try_from).map_err(failed)?;
+        let mut flows = self.flow_table().map_err(failed)?;
         match seen_ns {
             Some(seen) => flows.insert(Value(*flow), seen, 0).map_err(failed),
             None => match flows.remove(&Value(*flow)) {
@@ -157,15 +153,43 @@ impl Programs {
         }
     }
 
+    /// The table of flows: when the guest last sent on each, in nanoseconds.
+    pub fn flows(&mut self) -> Result<Vec<(Flow, u64)>, GuardError> {
+        let failed = |source| map_error("tests", "read", "FLOWS", source);
+        let flows = self.flow_table().map_err(failed)?;
+        flows
+            .iter()
+            .map(|flow| flow.map(|(Value(flow), seen)| (flow, seen)).map_err(failed))
+            .collect()
+    }
+
+    fn flow_table(&mut self) -> Result<HashMap<&mut MapData, Value<Flow>, u64>, MapError> {
+        let map = self.ebpf.map_mut("FLOWS").ok_or(MapError::InvalidName {
+            name: "FLOWS".into(),
+        });
+        map.and_then(HashMap::try_from)
+    }
+
     /// Writes word `index` of `map`, one of LEASE and METERS.
     pub fn set_word(&mut self, map: &'static str, index: u32, word: u64) -> Result<(), GuardError> {
-        let failed = |source| map_error("tests", "write", map, source);
+        self.words(map)
+            .and_then(|mut words| words.set(index, word, 0))
+            .map_err(|source| map_error("tests", "write", map, source))
+    }
+
+    /// Word `index` of `map`, one of LEASE and METERS.
+    pub fn word(&mut self, map: &'static str, index: u32) -> Result<u64, GuardError> {
+        self.words(map)
+            .and_then(|words| words.get(&index, 0))
+            .map_err(|source| map_error("tests", "read", map, source))
+    }
+
+    fn words(&mut self, map: &'static str) -> Result<Array<&mut MapData, u64>, MapError> {
         let found = self
             .ebpf
             .map_mut(map)
             .ok_or(MapError::InvalidName { name: map.into() });
-        let mut words: Array<_, u64> = found.and_then(Array::try_from).map_err(failed)?;
-        words.set(index, word, 0).map_err(failed)
+        found.and_then(Array::try_from)
     }
 
     /// The maps, by name.

@@ -2,6 +2,7 @@
 
 mod frame;
 mod generate;
+mod native;
 mod pair;
 mod stage;
 pub mod victim;

@@ -1,12 +1,14 @@
 //! One guard twice: in the kernel, by `BPF_PROG_TEST_RUN`, and natively.
 
 use aya::programs::{TestRun, TestRunOptions};
+use fastrand::Rng;
 use omerta_dataplane::{EventStream, GuardError, PolicyStore, Programs};
 use omerta_verdict::{
-    ANSWER_CAPACITY, Bucket, Direction, EVENT_FRAME_BYTES, FixedInputs, MemoryGuard, Mode, Policy,
+    ANSWER_CAPACITY, Bucket, Direction, EVENT_FRAME_BYTES, FixedInputs, Meter, Mode, Policy, Rate,
     Table, Verdict, egress, ingress,
 };
 
+use crate::native::NativeGuard;
 use crate::{allowlist, config};
 
 /// `TCX_NEXT`.
@@ -15,23 +17,29 @@ pub const NEXT: u32 = -1_i32 as u32;
 pub const SHOT: u32 = 2;
 const REDIRECT: u32 = 7;
 
+/// The time of both: later than any flow's timeout.
+const NOW: u64 = 10_000_000_000_000;
+/// Flows that are remembered before both forget all, well before the kernel's table evicts any.
+const MOST_FLOWS: usize = 512;
+/// Limits of [`Pair::limited`]: a second's frames and bytes. Half of it may come at once.
+const LIMITS: [(Meter, u64); 5] = [
+    (Meter::EgressPackets, 1000),
+    (Meter::EgressBytes, 100_000),
+    (Meter::IngressPackets, 1000),
+    (Meter::IngressBytes, 100_000),
+    (Meter::Probes, 10),
+];
+
 /// The guest's guard, in the kernel and in memory, with one policy.
 pub struct Pair {
     /// The kernel's programs, attached to nothing.
     pub programs: Programs,
     /// Their events.
     pub events: EventStream,
-    policy: Policy,
-    buckets: Vec<Bucket>,
+    native: NativeGuard,
+    limited: bool,
     out: Vec<u8>,
 }
-
-/// Clock and chance of both.
-const FIXED: FixedInputs = FixedInputs {
-    now_ns: 1,
-    random: 0,
-    padding: 0,
-};
 
 impl Pair {
     /// Both guards in `mode`, with the guest's allowlist.
@@ -39,12 +47,43 @@ impl Pair {
     /// # Errors
     /// Where the kernel does not take the programs, or without root.
     pub fn new(mode: Mode) -> Result<Self, GuardError> {
-        let mut programs = Programs::load_with("parity", mode, FIXED)?;
+        Self::with(mode, 0, false)
+    }
+
+    /// Both guards in sampled mode, for which chance says `random`.
+    ///
+    /// # Errors
+    /// As [`Pair::new`].
+    pub fn sampled(random: u32) -> Result<Self, GuardError> {
+        Self::with(Mode::Sampled, random, false)
+    }
+
+    /// Both guards in `mode`, with limits on all that can be limited but events.
+    ///
+    /// # Errors
+    /// As [`Pair::new`].
+    pub fn limited(mode: Mode) -> Result<Self, GuardError> {
+        Self::with(mode, 0, true)
+    }
+
+    fn with(mode: Mode, random: u32, limited: bool) -> Result<Self, GuardError> {
+        let inputs = FixedInputs {
+            now_ns: NOW,
+            random,
+            ..FixedInputs::NONE
+        };
+        let mut rates = [Rate::UNLIMITED; Meter::COUNT];
+        if limited {
+            for (meter, units) in LIMITS {
+                rates[meter as usize] = Rate::per_second(units, units / 2);
+            }
+        }
+        let mut programs = Programs::load_with("parity", mode, inputs)?;
         let policy = {
             let mut store = PolicyStore::of(&mut programs, "parity")?;
             store.commit(
                 Policy {
-                    rates: Default::default(),
+                    rates,
                     ..config(mode).policy("guest")?
                 },
                 &allowlist(),
@@ -63,23 +102,72 @@ impl Pair {
         Ok(Self {
             programs,
             events,
-            policy,
-            buckets,
-            out: vec![0; 1 << 16],
+            native: NativeGuard::new(policy, buckets, inputs),
+            limited,
+            out: vec![0; 4096],
         })
     }
 
-    /// The native verdict.
+    /// The native verdict, which may open a flow and use up limits.
     pub fn native(&self, direction: Direction, frame: &[u8]) -> Verdict {
-        let guard = MemoryGuard::new(&self.policy, &self.buckets);
         match direction {
-            Direction::Egress => egress(frame, &guard),
-            Direction::Ingress => ingress(frame, &guard),
+            Direction::Egress => egress(frame, &self.native),
+            Direction::Ingress => ingress(frame, &self.native),
         }
     }
 
-    /// How the kernel's verdict differs from the native one: outcome, reason, event, answer.
-    pub fn differs(&mut self, direction: Direction, frame: &[u8]) -> Option<String> {
+    /// Does to both guards what time does: buckets fill or empty, flows age and are forgotten,
+    /// the lease ends and is renewed.
+    ///
+    /// # Errors
+    /// Where a map cannot be written.
+    pub fn pass_time(&mut self, random: &mut Rng) -> Result<(), GuardError> {
+        let lease = match random.u8(..32) {
+            0 => NOW - random.u64(..2),
+            1..=15 => NOW + 1,
+            _ => 0,
+        };
+        self.programs.set_word("LEASE", 0, lease)?;
+        self.native.lease = lease;
+        if self.limited {
+            let (meter, _) = LIMITS[random.usize(..LIMITS.len())];
+            // From empty to somewhat more than full, as other CPUs' clocks may have it.
+            let word = NOW - 100_000_000 + random.u64(..700_000_000);
+            self.programs.set_word("METERS", meter as u32, word)?;
+            self.native.meters[meter as usize].set(word);
+        }
+        let flows = self.native.flows.get_mut();
+        let full = flows.len() >= MOST_FLOWS;
+        let aged: Vec<_> = flows
+            .keys()
+            .filter(|_| full || random.u8(..8) == 0)
+            .take(if full { usize::MAX } else { 4 })
+            .copied()
+            .collect();
+        for flow in aged {
+            let seen = match random.u8(..4) {
+                _ if full => None,
+                0 => None,
+                // Just still alive, just not, or seen by a CPU whose clock is ahead.
+                1 => Some(NOW - flow.timeout_ns() + 1),
+                2 => Some(NOW - flow.timeout_ns()),
+                _ => Some(NOW + 1),
+            };
+            self.programs.set_flow(&flow, seen)?;
+            match seen {
+                Some(seen) => flows.insert(flow, seen),
+                None => flows.remove(&flow),
+            };
+        }
+        Ok(())
+    }
+
+    /// The verdict of both, or how the kernel's differs from the native one: outcome, reason,
+    /// event, answer.
+    ///
+    /// # Errors
+    /// The difference, in words.
+    pub fn judge(&mut self, direction: Direction, frame: &[u8]) -> Result<Verdict, String> {
         let native = self.native(direction, frame);
         let options = TestRunOptions {
             data_in: Some(frame),
@@ -89,34 +177,74 @@ impl Pair {
         let program = self.programs.program(direction);
         let result = match program.map(|program| program.test_run(options)) {
             Ok(Ok(result)) => result,
-            Ok(Err(error)) => return Some(format!("TEST_RUN fails: {error:?}")),
-            Err(error) => return Some(format!("no program: {error:?}")),
+            Ok(Err(error)) => return Err(format!("TEST_RUN fails: {error:?}")),
+            Err(error) => return Err(format!("no program: {error:?}")),
         };
         let out = self
             .out
             .get(..result.data_size_out as usize)
             .unwrap_or_default();
-        match (native, result.return_value, self.events.next()) {
+        let same = match (native, result.return_value, self.events.next()) {
             (Verdict::Allow, NEXT, None) => {
-                (out != frame).then(|| "an allowed frame was changed".into())
+                if out == frame {
+                    Ok(())
+                } else {
+                    Err("an allowed frame was changed".into())
+                }
             }
             (Verdict::Drop(reason), SHOT, Some(event)) => {
                 let same = event.reason == reason
                     && event.direction == direction
                     && event.length as usize == frame.len()
                     && frame.get(..frame.len().min(EVENT_FRAME_BYTES)) == Some(&event.head);
-                (!same).then(|| format!("native drop {reason}, kernel {event:?}"))
+                if same {
+                    Ok(())
+                } else {
+                    Err(format!("native drop {reason}, kernel {event:?}"))
+                }
             }
             (Verdict::Answer(answer), REDIRECT, None) => {
                 let mut expected = [0; ANSWER_CAPACITY];
                 answer.compose(&mut expected);
-                (Some(out) != expected.get(..answer.length()))
-                    .then(|| format!("answers differ: {out:02x?}"))
+                if Some(out) == expected.get(..answer.length()) {
+                    Ok(())
+                } else {
+                    Err(format!("answers differ: {out:02x?}"))
+                }
             }
-            (native, code, event) => Some(format!(
+            (native, code, event) => Err(format!(
                 "native {native:?}, kernel returned {code} with {event:?}"
             )),
+        };
+        same.map(|()| native)
+    }
+
+    /// How what the kernel's guard remembers differs from what the native one does: how full its
+    /// buckets are, when each flow was seen.
+    ///
+    /// # Errors
+    /// The difference, in words.
+    pub fn compare_state(&mut self) -> Result<(), String> {
+        let failed = |error: GuardError| format!("a map cannot be read: {error:?}");
+        for (index, native) in self.native.meters.iter().enumerate() {
+            let kernel = self.programs.word("METERS", index as u32).map_err(failed)?;
+            if kernel != native.get() {
+                return Err(format!(
+                    "meter {index}: native {}, kernel {kernel}",
+                    native.get()
+                ));
+            }
         }
+        let kernel = self.programs.flows().map_err(failed)?;
+        let native = self.native.flows.get_mut();
+        let same = kernel.len() == native.len()
+            && kernel
+                .iter()
+                .all(|(flow, seen)| native.get(flow) == Some(seen));
+        if !same {
+            return Err(format!("flows: native {native:?}, kernel {kernel:?}"));
+        }
+        Ok(())
     }
 }
 

@@ -18,6 +18,12 @@ struct Arguments {
     /// Where parity's random frames start
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// End after this many frames of parity
+    #[arg(long)]
+    frames: Option<u64>,
+    /// End after this many controllers killed
+    #[arg(long)]
+    kills: Option<u64>,
     /// Only this part
     #[arg(long)]
     only: Option<Part>,
@@ -47,13 +53,13 @@ fn main() -> anyhow::Result<()> {
         .seconds
         .map(|seconds| Instant::now() + Duration::from_secs(seconds));
     // Parts take turns, so that each sees the whole time.
-    let mut turn = Turn::new(myself, arguments.seed)?;
+    let mut turn = Turn::new(myself, &arguments)?;
     loop {
         for part in [Part::Parity, Part::Flip, Part::Kill] {
             if arguments.only.is_none_or(|only| only == part) {
                 turn.take(part, Duration::from_secs(10))?;
             }
-            if end.is_some_and(|end| Instant::now() >= end) {
+            if turn.is_over() || end.is_some_and(|end| Instant::now() >= end) {
                 println!("soak: {}: no difference, no leak, no loss", turn.summary());
                 return Ok(());
             }
@@ -66,24 +72,42 @@ struct Turn {
     parity: parity::Parity,
     storm: Storm,
     controller: PathBuf,
+    frames: Option<u64>,
+    kills: Option<u64>,
 }
 
 impl Turn {
-    fn new(controller: PathBuf, seed: u64) -> anyhow::Result<Self> {
+    fn new(controller: PathBuf, arguments: &Arguments) -> anyhow::Result<Self> {
         Ok(Self {
-            parity: parity::Parity::new(seed)?,
+            parity: parity::Parity::new(arguments.seed)?,
             storm: Storm::new()?,
             controller,
+            frames: arguments.frames,
+            kills: arguments.kills,
         })
     }
 
     fn take(&mut self, part: Part, time: Duration) -> anyhow::Result<()> {
         let until = Instant::now() + time;
         match part {
-            Part::Parity => self.parity.run(until),
-            Part::Flip => self.storm.run(&self.controller, until, false),
-            Part::Kill => self.storm.run(&self.controller, until, true),
+            Part::Parity => self.parity.run(until, self.frames),
+            Part::Flip => self.storm.run(&self.controller, until),
+            Part::Kill => {
+                let left = self
+                    .kills
+                    .map_or(u64::MAX, |kills| kills.saturating_sub(self.storm.kills()));
+                self.storm.run_killing(&self.controller, until, left)
+            }
         }
+    }
+
+    /// Whether as much was done as was asked for.
+    fn is_over(&self) -> bool {
+        (self.frames.is_some() || self.kills.is_some())
+            && self
+                .frames
+                .is_none_or(|frames| self.parity.frames() >= frames)
+            && self.kills.is_none_or(|kills| self.storm.kills() >= kills)
     }
 
     fn summary(&self) -> String {

@@ -3,6 +3,9 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -44,7 +47,7 @@ pub fn flip_without_end() -> anyhow::Result<()> {
 
 /// A provider with one guarded tap and an uplink, and what has passed so far.
 pub struct Storm {
-    provider: Namespace,
+    provider: Arc<Namespace>,
     _world: Namespace,
     tap: Tap,
     arrivals: Capture,
@@ -88,7 +91,7 @@ impl Storm {
         }
         let arrivals = world.enter(|| Capture::open("inet"))??;
         Ok(Self {
-            provider,
+            provider: Arc::new(provider),
             _world: world,
             tap,
             arrivals,
@@ -102,52 +105,53 @@ impl Storm {
         })
     }
 
-    /// Traffic until then, under `controller --controller`; with `kill`, it is killed at random
-    /// instants, and the next takes over.
+    /// Traffic until then, under `controller --controller`.
     ///
     /// # Errors
     /// At the first frame that passes and must not, or does not and must.
-    pub fn run(&mut self, controller: &Path, until: Instant, kill: bool) -> anyhow::Result<()> {
+    pub fn run(&mut self, controller: &Path, until: Instant) -> anyhow::Result<()> {
         let mut child = Controller::start(&self.provider, controller)?;
-        let mut next_kill = self.random_instant();
         while Instant::now() < until {
-            if kill && Instant::now() >= next_kill {
-                drop(child);
-                self.kills += 1;
-                self.expect_one_of_two_policies()?;
-                child = Controller::start(&self.provider, controller)?;
-                next_kill = self.random_instant();
-            }
             self.batch()?;
             ensure!(child.runs()?, "the controller has ended by itself");
         }
         drop(child);
-        self.expect_one_of_two_policies()
+        self.epoch = expect_one_of_two_policies(&self.provider, self.epoch)?;
+        Ok(())
     }
 
-    fn random_instant(&mut self) -> Instant {
-        Instant::now() + Duration::from_micros(self.random.u64(..200_000))
-    }
-
-    fn expect_one_of_two_policies(&mut self) -> anyhow::Result<()> {
-        let guard = self.provider.enter(|| {
-            let guard = Guard::open(TAP)?;
-            guard.verify()?;
-            guard.status()
-        })??;
-        let right = guard.allow.len() == 2
-            && guard.allow.iter().any(|endpoint| endpoint == ALWAYS)
-            && guard
-                .allow
-                .iter()
-                .any(|endpoint| SOMETIMES.contains(&endpoint.as_str()));
-        ensure!(right, "a policy that nobody has made: {:?}", guard.allow);
-        ensure!(
-            guard.epoch >= self.epoch,
-            "the epoch went back to {}",
-            guard.epoch
-        );
-        self.epoch = guard.epoch;
+    /// As [`Storm::run`], but until `most` controllers were killed at the latest: each at a random
+    /// instant, in the middle of the traffic, which goes on without one until the next takes over.
+    ///
+    /// # Errors
+    /// As [`Storm::run`].
+    pub fn run_killing(
+        &mut self,
+        controller: &Path,
+        until: Instant,
+        most: u64,
+    ) -> anyhow::Result<()> {
+        let provider = Arc::clone(&self.provider);
+        let (done, epoch) = (AtomicBool::new(false), self.epoch);
+        let (kills, epoch) = thread::scope(|scope| {
+            let killer = scope.spawn(|| {
+                let killed = kill_until(&provider, controller, most, epoch, &done);
+                done.store(true, Ordering::Relaxed);
+                killed
+            });
+            while !done.load(Ordering::Relaxed) && Instant::now() < until {
+                if let Err(wrong) = self.batch() {
+                    done.store(true, Ordering::Relaxed);
+                    return Err(wrong);
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+            killer
+                .join()
+                .unwrap_or_else(|_| bail!("the killer panicked"))
+        })?;
+        self.kills += kills;
+        self.epoch = epoch;
         Ok(())
     }
 
@@ -258,6 +262,52 @@ impl Drop for Storm {
             .provider
             .enter(|| Guard::open(TAP).and_then(Guard::detach));
     }
+}
+
+/// Starts controllers and kills each at a random instant, until `done` or `most` are dead: how many
+/// were killed, and the epoch then.
+fn kill_until(
+    provider: &Namespace,
+    program: &Path,
+    most: u64,
+    mut epoch: u64,
+    done: &AtomicBool,
+) -> anyhow::Result<(u64, u64)> {
+    let mut random = fastrand::Rng::new();
+    let mut kills = 0;
+    while kills < most && !done.load(Ordering::Relaxed) {
+        let mut child = Controller::start(provider, program)?;
+        thread::sleep(Duration::from_micros(random.u64(..200_000)));
+        ensure!(child.runs()?, "the controller has ended by itself");
+        drop(child);
+        kills += 1;
+        epoch = expect_one_of_two_policies(provider, epoch)?;
+        thread::sleep(Duration::from_micros(random.u64(..20_000)));
+    }
+    Ok((kills, epoch))
+}
+
+/// What a controller that is gone has left: one of the two policies, whole, and no older one than
+/// that of epoch `before`. The epoch.
+fn expect_one_of_two_policies(provider: &Namespace, before: u64) -> anyhow::Result<u64> {
+    let guard = provider.enter(|| {
+        let guard = Guard::open(TAP)?;
+        guard.verify()?;
+        guard.status()
+    })??;
+    let right = guard.allow.len() == 2
+        && guard.allow.iter().any(|endpoint| endpoint == ALWAYS)
+        && guard
+            .allow
+            .iter()
+            .any(|endpoint| SOMETIMES.contains(&endpoint.as_str()));
+    ensure!(right, "a policy that nobody has made: {:?}", guard.allow);
+    ensure!(
+        guard.epoch >= before,
+        "the epoch went back to {}",
+        guard.epoch
+    );
+    Ok(guard.epoch)
 }
 
 /// A controller at work; killed when dropped.

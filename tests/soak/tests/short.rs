@@ -23,7 +23,8 @@ fn kernel_and_native_agree_for_a_moment() {
         return;
     }
     let mut parity = Parity::new(fastrand::u64(..)).unwrap();
-    parity.run(Instant::now() + Duration::from_secs(2)).unwrap();
+    let until = Instant::now() + Duration::from_secs(2);
+    parity.run(until, None).unwrap();
     assert!(parity.frames() > 1000);
     println!("{}", parity.summary());
 }
@@ -36,7 +37,7 @@ fn exactly_the_right_frames_pass_while_the_policy_flips() {
     let mut storm = Storm::new().unwrap();
     while !storm.has_flipped() {
         let until = Instant::now() + Duration::from_secs(2);
-        storm.run(Path::new(CONTROLLER), until, false).unwrap();
+        storm.run(Path::new(CONTROLLER), until).unwrap();
     }
     println!("{}", storm.summary());
 }
@@ -47,9 +48,11 @@ fn killed_controllers_leak_and_lose_nothing() {
         return;
     }
     let mut storm = Storm::new().unwrap();
+    let controller = Path::new(CONTROLLER);
     while storm.kills() < 20 {
-        let until = Instant::now() + Duration::from_secs(1);
-        storm.run(Path::new(CONTROLLER), until, true).unwrap();
+        let (until, left) = (Instant::now() + Duration::from_secs(10), 20 - storm.kills());
+        storm.run_killing(controller, until, left).unwrap();
     }
+    assert!(storm.has_flipped());
     println!("{}", storm.summary());
 }
