@@ -36,7 +36,7 @@ pub use error::LaunchError;
 pub use guest_name::{GuestName, GuestNameError};
 pub use image::{Image, ImageError};
 pub use lifecycle::{Control, Ended, Guarded, GuestEvent, Paused, Running};
-pub use lock_file::{LockError, LockFile};
+pub use lock_file::{LockError, LockFile, PathError};
 pub use process::{ExitStatus, ProcessError};
 pub use qmp::QmpError;
 pub use run_dir::RunDirError;

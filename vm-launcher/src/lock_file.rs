@@ -20,31 +20,34 @@ pub enum LockError {
         pid: Option<u32>,
     },
     /// The system refused.
-    #[error("cannot {action} {}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
-fn holder(pid: Option<u32>) -> String {
-    pid.map_or_else(|| "another process".to_owned(), |pid| format!("pid {pid}"))
+/// The system refused something on a path.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {}", path.display())]
+pub struct PathError {
+    action: &'static str,
+    path: PathBuf,
+    #[source]
+    source: io::Error,
 }
 
-impl LockError {
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+impl PathError {
+    /// The error of `action` on `path`, given what the system said.
+    pub fn of(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::Io {
+        move |source| Self {
             action,
             path,
             source,
         }
     }
+}
+
+fn holder(pid: Option<u32>) -> String {
+    pid.map_or_else(|| "another process".to_owned(), |pid| format!("pid {pid}"))
 }
 
 /// A lock that is ours until dropped, or until this process ends, however it ends. The file stays
@@ -70,7 +73,7 @@ impl LockFile {
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(path)
-                .map_err(LockError::io("open", path))?;
+                .map_err(PathError::of("open", path))?;
             let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
                 Err((mut file, Errno::EWOULDBLOCK)) => {
@@ -81,11 +84,11 @@ impl LockFile {
                         pid: read.ok().and_then(|_| pid.trim().parse().ok()),
                     });
                 }
-                Err((_, errno)) => return Err(LockError::io("lock", path)(errno.into())),
+                Err((_, errno)) => return Err(PathError::of("lock", path)(errno.into()).into()),
             };
             // Another may have removed the file between our opening and our locking it; the lock
             // would then be on a file that nobody else can see.
-            let ours = lock.metadata().map_err(LockError::io("look at", path))?;
+            let ours = lock.metadata().map_err(PathError::of("look at", path))?;
             match fs::metadata(path) {
                 Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => {}
                 _ => continue,
@@ -93,7 +96,7 @@ impl LockFile {
             lock.set_len(0)
                 .and_then(|()| lock.rewind())
                 .and_then(|()| writeln!(lock, "{}", std::process::id()))
-                .map_err(LockError::io("write", path))?;
+                .map_err(PathError::of("write", path))?;
             return Ok(Self {
                 path: path.to_owned(),
                 _lock: lock,

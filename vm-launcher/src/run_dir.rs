@@ -6,7 +6,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::{Ended, LockError, LockFile};
+use crate::{Ended, LockError, LockFile, PathError};
 
 /// The files within a run directory.
 #[derive(Clone, Debug)]
@@ -55,27 +55,8 @@ pub enum RunDirError {
     #[error("{} exists and is not a guest's run directory; move it away", .0.display())]
     Foreign(PathBuf),
     /// The system refused.
-    #[error("cannot {action} {}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl RunDirError {
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
-    }
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
 /// A run directory that is ours until it is dropped, which removes it.
@@ -98,7 +79,7 @@ impl RunDir {
                     return Err(RunDirError::Foreign(path.to_owned()));
                 }
             }
-            Err(error) => return Err(RunDirError::io("create", path)(error)),
+            Err(error) => return Err(PathError::of("create", path)(error).into()),
         }
         let lock = LockFile::acquire(&files.lock).map_err(|error| match error {
             LockError::Held { .. } => RunDirError::InUse(path.to_owned()),
@@ -118,7 +99,7 @@ impl RunDir {
             .mode(0o600)
             .open(config)
             .and_then(|mut file| file.write_all(guest_config.as_bytes()))
-            .map_err(RunDirError::io("write", config))?;
+            .map_err(PathError::of("write", config))?;
         Ok(run_dir)
     }
 
@@ -173,7 +154,7 @@ impl RunDir {
             match fs::remove_file(file) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(RunDirError::io("remove", file)(error)),
+                Err(error) => return Err(PathError::of("remove", file)(error).into()),
             }
         }
         Ok(())

@@ -2,13 +2,14 @@
 
 use std::fs::{DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::stat::{Mode, umask};
-use omerta_vm_launcher::{LockError, LockFile};
+use nix::unistd::geteuid;
+use omerta_vm_launcher::{LockError, LockFile, PathError};
 use thiserror::Error;
 
 /// The lock of a run directory; no guest's name has a dot.
@@ -32,24 +33,10 @@ pub(crate) enum InstanceError {
     Foreign(PathBuf),
     #[error("socket path {} is too long: unix sockets allow 107 bytes; give a shorter --socket", .0.display())]
     TooLong(PathBuf),
-    #[error("cannot {action} {}", path.display())]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl InstanceError {
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
-    }
+    #[error("{path} belongs to another user or others may write into it, who could then lead a guest's files elsewhere: `chown root {path}; chmod go-w {path}`, or give another --run-dir", path = .0.display())]
+    NotPrivate(PathBuf),
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
 /// The right to serve a socket and to make guests in a run directory, held until dropped, which
@@ -77,6 +64,11 @@ impl Instance {
             locks: Vec::new(),
         };
         instance.lock(Path::new(&lock_path), socket, "--socket")?;
+        if let Ok(found) = std::fs::metadata(run_dir)
+            && (found.uid() != geteuid().as_raw() || found.mode() & 0o022 != 0)
+        {
+            return Err(InstanceError::NotPrivate(run_dir.to_owned()));
+        }
         instance.lock(&run_dir.join(RUN_DIR_LOCK), run_dir, "--run-dir")?;
         Ok(instance)
     }
@@ -87,7 +79,7 @@ impl Instance {
                 .recursive(true)
                 .mode(0o700)
                 .create(directory)
-                .map_err(InstanceError::io("create", directory))?;
+                .map_err(PathError::of("create", directory))?;
         }
         let lock = LockFile::acquire(lock).map_err(|error| match error {
             LockError::Held { pid, .. } => InstanceError::Running {
@@ -111,21 +103,21 @@ impl Instance {
                 return Err(InstanceError::Foreign(self.socket.clone()));
             }
             Ok(_) => std::fs::remove_file(&self.socket)
-                .map_err(InstanceError::io("remove the stale socket", &self.socket))?,
+                .map_err(PathError::of("remove the stale socket", &self.socket))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(InstanceError::io("look at", &self.socket)(source)),
+            Err(error) => return Err(PathError::of("look at", &self.socket)(error).into()),
         }
         // The socket must never be open to others, not even before a chmod.
         let before = umask(Mode::from_bits_truncate(0o177));
         let bound = UnixListener::bind(&self.socket);
         umask(before);
-        let listener = bound.map_err(InstanceError::io("listen on", &self.socket))?;
+        let listener = bound.map_err(PathError::of("listen on", &self.socket))?;
         self.bound.store(true, Ordering::Relaxed);
         std::fs::set_permissions(&self.socket, Permissions::from_mode(0o600))
-            .map_err(InstanceError::io("restrict", &self.socket))?;
+            .map_err(PathError::of("restrict", &self.socket))?;
         listener
             .set_nonblocking(true)
-            .map_err(InstanceError::io("set up", &self.socket))?;
+            .map_err(PathError::of("set up", &self.socket))?;
         Ok(listener)
     }
 }
@@ -212,6 +204,28 @@ mod tests {
         instance.listen().unwrap_err();
         drop(instance);
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn run_directory_that_others_may_write_into_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("omertad.sock");
+        let run_dir = directory.path().join("run");
+        std::fs::create_dir(&run_dir).unwrap();
+        for mode in [0o777, 0o770] {
+            std::fs::set_permissions(&run_dir, Permissions::from_mode(mode)).unwrap();
+            let error = Instance::claim(&socket, &run_dir).unwrap_err();
+            assert!(matches!(error, InstanceError::NotPrivate(_)), "{error}");
+        }
+        std::fs::set_permissions(&run_dir, Permissions::from_mode(0o755)).unwrap();
+        std::os::unix::fs::chown(&run_dir, Some(65_534), None).unwrap();
+        let error = Instance::claim(&socket, &run_dir).unwrap_err().to_string();
+        assert!(
+            error.contains("chown root") && error.contains("--run-dir"),
+            "{error}"
+        );
+        std::os::unix::fs::chown(&run_dir, Some(0), None).unwrap();
+        Instance::claim(&socket, &run_dir).unwrap();
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod fleet;
 mod guest_task;
 mod instance;
 mod journal;
+mod log;
 mod lookups;
 mod metrics;
 mod order;
@@ -42,6 +43,7 @@ use crate::config::{Config, Settings};
 use crate::fleet::Fleet;
 use crate::instance::Instance;
 use crate::journal::Journal;
+use crate::log::Log;
 use crate::pool_claim::PoolClaim;
 
 /// How long open connections have to finish once the guests are gone.
@@ -54,15 +56,26 @@ const SPARE_THREADS: usize = 64;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("OMERTA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = match Log::begin() {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("omertad: cannot start the thread that writes the log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
+        .with_writer(log.clone())
         .init();
     match start(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            log.end(None);
+            ExitCode::SUCCESS
+        }
         Err(error) => {
-            eprintln!("omertad: {}", failure::report(error.as_ref()));
+            let complaint = format!("omertad: {}", failure::report(error.as_ref()));
+            log.end(Some(&complaint));
             ExitCode::from(exit_code(&error))
         }
     }

@@ -225,9 +225,11 @@ impl Guard {
 
     /// Everything that `omerta guard show` prints.
     pub fn status(&self) -> Result<GuardStatus, GuardError> {
-        let (policy, allow) = {
-            let (_lock, store) = self.locked_store()?;
-            (store.policy()?, store.endpoints()?)
+        let (standing, policy, allow) = {
+            let _lock = self.pins.lock()?;
+            let standing = self.standing()?;
+            let store = PolicyStore::open(&self.interface, &self.pins)?;
+            (standing, store.policy()?, store.endpoints()?)
         };
         let counters = self.counters()?;
         let present = |address: &&Address| !address.is_unspecified();
@@ -235,7 +237,7 @@ impl Guard {
             interface: self.interface.clone(),
             ifindex: self.ifindex,
             mode: Mode::from_number(policy.mode).map_or("none", Mode::word),
-            state: self.standing()?.word(),
+            state: standing.word(),
             owner: self.pins.owner()?.map(|owner| owner.to_string()),
             epoch: policy.epoch,
             mac: policy.mac.to_string(),

@@ -1,15 +1,20 @@
 //! File systems that do not answer: they hold up the guest that needs them and nothing else.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use omerta_test_support::IDLE;
+use nix::sys::signal::Signal;
+use omerta_test_support::{IDLE, Process, write_bare_guest};
 
-use crate::daemon::{Answer, Daemon};
+use crate::daemon::{Answer, Daemon, command, exchange, namespace};
 use crate::guests::{give_image, request, run, start};
 
 /// More than omertad has threads for its tasks.
@@ -116,4 +121,39 @@ fn run_directory_that_does_not_answer_holds_up_its_own_guest_alone() {
         let answer = ask.join().unwrap();
         assert!(matches!(answer.status, 201 | 500), "{answer:?}");
     }
+}
+
+#[test]
+fn log_that_nobody_reads_holds_nothing_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let namespace = namespace();
+    let (_unread, mut full) = std::io::pipe().unwrap();
+    fcntl(&full, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    full.write_all(&[b'.'; 4096]).unwrap();
+    let mut command = command(&namespace, directory.path());
+    command.args(["--metrics", "off"]).stderr(full);
+    write_bare_guest(&directory.path().join("state/images/bare"), IDLE).unwrap();
+    let mut process = Process::spawn(command).unwrap();
+    let socket = directory.path().join("omertad.sock");
+    let end = Instant::now() + Duration::from_secs(30);
+    let connect = || loop {
+        match UnixStream::connect(&socket) {
+            Ok(stream) => {
+                stream
+                    .set_read_timeout(Some(Duration::from_secs(30)))
+                    .unwrap();
+                return stream;
+            }
+            Err(error) => assert!(Instant::now() < end, "no omertad: {error}"),
+        }
+        thread::sleep(Duration::from_millis(10));
+    };
+    let request = request("alpha", "bare");
+    let guest = exchange(connect(), "POST", "/v1/guests", &request);
+    assert_eq!(guest.status, 201, "{guest:?}");
+    let ended = exchange(connect(), "POST", "/v1/guests/alpha/kill", "");
+    assert_eq!(ended.status, 200, "{ended:?}");
+    process.signal(Signal::SIGTERM).unwrap();
+    let status = process.wait(Duration::from_secs(20)).unwrap();
+    assert_eq!(status.and_then(|status| status.code()), Some(0));
 }
