@@ -126,13 +126,13 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
     sweep::sweep(&settings.run_dir);
     let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
     let fleet = Arc::new(Fleet::new(settings.clone(), Arc::new(Journal::new())));
+    fleet.warn_if_short();
     tracing::info!(
         socket = %settings.socket.display(),
         metrics = metrics_address(metrics_listener.as_ref()),
         "omertad {} is ready",
         env!("CARGO_PKG_VERSION"),
     );
-    fleet.warn_if_short();
     let probing = Arc::clone(&fleet);
     tokio::spawn(async move {
         probing.accel().await;

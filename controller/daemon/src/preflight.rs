@@ -31,7 +31,7 @@ pub(crate) fn check() -> Result<(), PreflightError> {
     Ok(())
 }
 
-/// Allows as many descriptors as the system does: a guest takes about a dozen, and one that cannot
+/// Allows as many descriptors as the system does: a guest takes up to two dozen, and one that cannot
 /// be looked after is ended.
 pub(crate) fn raise_descriptor_limit() -> Result<(), PreflightError> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(PreflightError::Descriptors)?;
