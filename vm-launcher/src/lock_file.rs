@@ -26,7 +26,7 @@ pub enum LockError {
 
 /// The system refused something on a path.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} {}", path.display())]
+#[error("cannot {action} {}; its directory must be there, have room and be writable", path.display())]
 pub struct PathError {
     action: &'static str,
     path: PathBuf,
@@ -93,14 +93,21 @@ impl LockFile {
                 Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => {}
                 _ => continue,
             }
-            lock.set_len(0)
+            let written = lock
+                .set_len(0)
                 .and_then(|()| lock.rewind())
-                .and_then(|()| writeln!(lock, "{}", std::process::id()))
-                .map_err(PathError::of("write", path))?;
-            return Ok(Self {
+                .and_then(|()| writeln!(lock, "{}", std::process::id()));
+            let ours = Self {
                 path: path.to_owned(),
                 _lock: lock,
-            });
+            };
+            return match written {
+                Ok(()) => Ok(ours),
+                Err(source) => {
+                    ours.remove();
+                    Err(PathError::of("write", path)(source).into())
+                }
+            };
         }
     }
 

@@ -81,9 +81,13 @@ impl RunDir {
             }
             Err(error) => return Err(PathError::of("create", path)(error).into()),
         }
-        let lock = LockFile::acquire(&files.lock).map_err(|error| match error {
-            LockError::Held { .. } => RunDirError::InUse(path.to_owned()),
-            error => RunDirError::Lock(error),
+        let lock = LockFile::acquire(&files.lock).map_err(|error| {
+            // Not ours, but nobody's if it is empty: one that is in use holds its lock.
+            let _ = fs::remove_dir(path);
+            match error {
+                LockError::Held { .. } => RunDirError::InUse(path.to_owned()),
+                error => RunDirError::Lock(error),
+            }
         })?;
         // From here on the directory is ours, and goes when `run_dir` does.
         let run_dir = Self {
@@ -111,7 +115,14 @@ impl RunDir {
     pub(crate) fn end_of_console(&self) -> Vec<u8> {
         let path = &self.files.console_log;
         let read = || {
-            let mut file = File::open(path)?;
+            // A QEMU that was taken over may have put anything in its place.
+            let mut file = File::options()
+                .read(true)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(path)?;
+            if !file.metadata()?.is_file() {
+                return Err(io::Error::other("it is no regular file"));
+            }
             let length = file.metadata()?.len();
             let skipped = length.saturating_sub(Ended::MAX_CONSOLE_BYTES);
             file.seek(SeekFrom::Start(skipped))?;
@@ -223,6 +234,57 @@ mod tests {
         let run_dir = RunDir::create(&path, "new").unwrap();
         assert_eq!(fs::read_to_string(&run_dir.files().config).unwrap(), "new");
         assert!(!run_dir.files().console_log.exists());
+    }
+
+    /// A file system of so many pages and so many inodes, seen by the calling thread alone.
+    fn tiny_file_system(at: &Path, pages: usize, inodes: usize) -> nix::Result<()> {
+        use nix::mount::{MsFlags, mount};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        let options = format!("size={},nr_inodes={inodes}", pages * 4096);
+        let flags = MsFlags::empty();
+        mount(
+            Some("tiny"),
+            at,
+            Some("tmpfs"),
+            flags,
+            Some(options.as_str()),
+        )
+    }
+
+    /// Room for the file system's root and for 0 to 2 more of directory, lock and configuration;
+    /// then for all three, but not for what is in the lock or in the configuration.
+    #[test]
+    fn a_full_file_system_is_left_as_it_was() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: to mount a file system takes root");
+            return;
+        }
+        for (pages, taken, inodes) in [(9, 0, 1), (9, 0, 2), (9, 0, 3), (1, 1, 9), (1, 0, 9)] {
+            let parent = tempfile::tempdir().unwrap();
+            let at = parent.path().to_owned();
+            let tried = std::thread::spawn(move || {
+                tiny_file_system(&at, pages, inodes).unwrap();
+                if taken > 0 {
+                    fs::write(at.join("taken"), vec![0; taken * 4096]).unwrap();
+                }
+                let error = RunDir::create(&at.join("web-1"), "hostname=web-1\n").unwrap_err();
+                let lock = LockFile::acquire(&at.join("daemon.lock")).map(LockFile::remove);
+                fs::remove_file(at.join("taken")).ok();
+                let left: Vec<_> = fs::read_dir(&at)
+                    .unwrap()
+                    .map(|e| e.unwrap().path())
+                    .collect();
+                (error, lock, left)
+            });
+            let (error, lock, left) = tried.join().unwrap();
+            let case = format!("{pages} pages, {taken} taken, {inodes} inodes: {error}");
+            assert!(left.is_empty(), "{case}: left {left:?}");
+            assert!(error.to_string().contains("room"), "{case}");
+            // The root alone, or no page for the pid: the lock cannot be had either.
+            assert_eq!(lock.is_err(), inodes == 1 || taken == 1, "{case}");
+        }
     }
 
     #[test]
