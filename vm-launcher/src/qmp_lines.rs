@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::io;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 /// The longest line of QMP, in bytes. The longest answer asked for is a few hundred.
@@ -24,6 +24,7 @@ where
 {
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
+    let mut greeted = false;
     loop {
         line.clear();
         let limit = MAX_LINE_BYTES as u64 + 1;
@@ -34,28 +35,27 @@ where
         if line.len() > MAX_LINE_BYTES {
             return Err(invalid("a line longer than any answer"));
         }
-        if let Some(passed) = judged(&line)? {
+        if let Some(passed) = judged(&line, &mut greeted)? {
             to.write_all(&passed).await?;
         }
     }
 }
 
 /// The line to pass on in place of `line`, or `None` for an event that nobody waits for.
-fn judged(line: &[u8]) -> io::Result<Option<Cow<'_, [u8]>>> {
-    let mut message: Value =
-        serde_json::from_slice(line).map_err(|_| invalid("what is not JSON"))?;
+fn judged<'a>(line: &'a [u8], greeted: &mut bool) -> io::Result<Option<Cow<'a, [u8]>>> {
+    let message: Value = serde_json::from_slice(line).map_err(|_| invalid("what is not JSON"))?;
     let object = message
-        .as_object_mut()
+        .as_object()
         .ok_or_else(|| invalid("JSON that is no object"))?;
     if let Some(event) = object.get("event") {
         let wanted = event.as_str().is_some_and(|name| EVENTS.contains(&name));
         return Ok(wanted.then_some(Cow::Borrowed(line)));
     }
-    if let Some(greeting) = object.get_mut("QMP") {
-        number_commands(greeting);
-        let mut line = serde_json::to_vec(&message)?;
-        line.push(b'\n');
-        return Ok(Some(Cow::Owned(line)));
+    if let Some(greeting) = object.get("QMP") {
+        if std::mem::replace(greeted, true) {
+            return Err(invalid("a second greeting"));
+        }
+        return Ok(Some(Cow::Owned(greeting_of(greeting)?)));
     }
     if object.contains_key("return") || object.contains_key("error") {
         return Ok(Some(Cow::Borrowed(line)));
@@ -65,13 +65,24 @@ fn judged(line: &[u8]) -> io::Result<Option<Cow<'_, [u8]>>> {
     ))
 }
 
-/// Makes the QMP library number its commands, so that a late answer can never pass for the answer
-/// to a later command. It does so where QEMU offers out-of-band execution, which every QEMU since
-/// 2.12 does; but qapi 0.15 takes only `null` for that offer.
-fn number_commands(greeting: &mut Value) {
-    if let Some(greeting) = greeting.as_object_mut() {
-        greeting.insert("capabilities".to_owned(), Value::Array(vec![Value::Null]));
-    }
+/// The greeting that the QMP library is given: QEMU's version, and an offer that makes the library
+/// number its commands, so that a late answer can never pass for the answer to a later command. It
+/// does so where QEMU offers out-of-band execution, which every QEMU since 2.12 does; but qapi 0.15
+/// takes only `null` for that offer.
+fn greeting_of(greeting: &Value) -> io::Result<Vec<u8>> {
+    let number = |part| {
+        let number = greeting.pointer(&format!("/version/qemu/{part}"));
+        number
+            .and_then(Value::as_u64)
+            .ok_or_else(|| invalid("a greeting without its version"))
+    };
+    let qemu =
+        json!({"major": number("major")?, "minor": number("minor")?, "micro": number("micro")?});
+    let greeting =
+        json!({"QMP": {"version": {"qemu": qemu, "package": ""}, "capabilities": [null]}});
+    let mut line = serde_json::to_vec(&greeting)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 fn invalid(what: &'static str) -> io::Error {
@@ -82,6 +93,19 @@ fn invalid(what: &'static str) -> io::Error {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// The most that the one greeting may grow: the text around its numbers.
+    const GREETING_GROWTH_BYTES: usize = 64;
+
+    /// Greetings as short as can be, with numbers that would be written out longer than they came.
+    const LINES: &[&str] = &[
+        "{\"QMP\":{\"version\":{\"qemu\":{\"major\":9,\"minor\":0,\"micro\":0}}}}\n",
+        "{\"QMP\":{\"a\":[1e15,1e15,1e15,1e15,1e15,1e15,1e15,1e15,1e15,1e15,1e15,1e15]}}\n",
+        "{\"QMP\":{}}\n",
+        "{\"return\":1e15}\n",
+        "{\"event\":\"STOP\"}\n",
+        "{\"event\":\"OTHER\"}\n",
+    ];
 
     async fn copied(input: &[u8]) -> (io::Result<()>, Vec<u8>) {
         let mut output = Vec::new();
@@ -113,7 +137,20 @@ mod tests {
         fn any_bytes_are_survived_and_output_does_not_grow(input in any::<Vec<u8>>()) {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let (_, output) = runtime.block_on(copied(&input));
-            prop_assert!(output.len() <= input.len() + 64);
+            prop_assert!(output.len() <= input.len() + GREETING_GROWTH_BYTES);
+        }
+
+        /// As above, of what gets further than random bytes do.
+        #[test]
+        fn output_does_not_grow_by_greetings(
+            lines in prop::collection::vec(prop::sample::select(LINES), 0..8),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let input = lines.concat();
+            let (result, output) = runtime.block_on(copied(input.as_bytes()));
+            prop_assert!(output.len() <= input.len() + GREETING_GROWTH_BYTES, "{output:?}");
+            let greetings = lines.iter().filter(|line| line.contains("QMP")).count();
+            prop_assert!(greetings < 2 || result.is_err());
         }
     }
 }
