@@ -2,18 +2,18 @@
 //! hang every guest, so the only proof is a guest that ran.
 
 use std::ffi::OsString;
-use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::io;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::Accel;
 use crate::command::{QEMU, SANDBOX};
+use crate::memory_file::MemoryFile;
 
 /// How long the probe guest may take; where KVM works it needs a few tenths of a second.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -75,12 +75,9 @@ enum Outcome {
 
 /// Boots the probe guest: SeaBIOS, QEMU's multiboot loader, then our few instructions.
 async fn run_probe(accel: Accel, deadline: Duration) -> io::Result<Outcome> {
-    let mut kernel = std::fs::File::from(memfd_create(c"omerta-probe", MFdFlags::MFD_CLOEXEC)?);
-    kernel.write_all(&probe_kernel())?;
-    // QEMU opens our memory file by our own /proc entry; it inherits nothing.
-    let path = format!("/proc/{}/fd/{}", std::process::id(), kernel.as_raw_fd());
+    let kernel = MemoryFile::copy_of(probe_kernel().as_slice(), c"omerta-probe")?;
     let child = Command::new(QEMU)
-        .args(arguments(accel, &path))
+        .args(arguments(accel, &kernel.path()))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -111,7 +108,7 @@ async fn run_probe(accel: Accel, deadline: Duration) -> io::Result<Outcome> {
     ))
 }
 
-fn arguments(accel: Accel, kernel: &str) -> Vec<OsString> {
+fn arguments(accel: Accel, kernel: &Path) -> Vec<OsString> {
     let cpu = match accel {
         Accel::Kvm => "host",
         Accel::Tcg => "max",
@@ -135,10 +132,10 @@ fn arguments(accel: Accel, kernel: &str) -> Vec<OsString> {
         "-device",
         "isa-debug-exit,iobase=0x501,iosize=4",
         "-kernel",
-        kernel,
     ]
     .into_iter()
     .map(OsString::from)
+    .chain([kernel.into()])
     .collect()
 }
 

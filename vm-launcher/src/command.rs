@@ -25,8 +25,24 @@ pub(crate) const CONFIG_FW_CFG: &str = "opt/omerta/config";
 pub(crate) const SANDBOX: &str =
     "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
+/// The most memory that TCG may take for translated code, in MiB. Without this QEMU takes up to
+/// 1 GiB for each guest, whatever the guest's own memory. When it is full, QEMU starts it anew.
+const TCG_CACHE_MIB: u32 = 32;
+
+/// What `-kernel` and `-initrd` name.
+#[derive(Clone, Copy)]
+pub(crate) struct Boot<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) initrd: &'a Path,
+}
+
 /// QEMU's arguments for `spec`, with the tap open at descriptor `tap` in the child.
-pub(crate) fn arguments(spec: &Spec, files: &RunFiles, tap: RawFd) -> Vec<OsString> {
+pub(crate) fn arguments(
+    spec: &Spec,
+    boot: Boot<'_>,
+    files: &RunFiles,
+    tap: RawFd,
+) -> Vec<OsString> {
     let mut args = Arguments::default();
     args.flag("-no-user-config").flag("-nodefaults");
     args.option(
@@ -39,7 +55,10 @@ pub(crate) fn arguments(spec: &Spec, files: &RunFiles, tap: RawFd) -> Vec<OsStri
     match spec.accel {
         Accel::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
         Accel::Tcg => args
-            .option("-accel", "tcg,thread=multi")
+            .option(
+                "-accel",
+                format!("tcg,thread=multi,tb-size={TCG_CACHE_MIB}"),
+            )
             .option("-cpu", "max"),
     };
     args.option("-smp", spec.cpus.to_string());
@@ -49,8 +68,8 @@ pub(crate) fn arguments(spec: &Spec, files: &RunFiles, tap: RawFd) -> Vec<OsStri
     args.flag("-S");
     args.option("-action", "panic=pause");
 
-    args.option("-kernel", &spec.image.kernel);
-    args.option("-initrd", &spec.image.initrd);
+    args.option("-kernel", boot.kernel);
+    args.option("-initrd", boot.initrd);
     args.option("-append", "console=ttyS0 quiet panic=1");
     args.path_option(
         "-fw_cfg",
@@ -143,7 +162,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn lines(spec: &Spec) -> Vec<String> {
-        arguments(spec, &RunFiles::within(&spec.run_dir), 9)
+        let boot = Boot {
+            kernel: Path::new("/boot/kernel"),
+            initrd: Path::new("/boot/initrd"),
+        };
+        arguments(spec, boot, &RunFiles::within(&spec.run_dir), 9)
             .into_iter()
             .map(|argument| argument.into_string().unwrap())
             .collect()
@@ -192,7 +215,10 @@ mod tests {
         assert_eq!(values(&lines(&with), "-accel"), ["kvm"]);
         assert_eq!(values(&lines(&with), "-cpu"), ["host"]);
         with.accel = Accel::Tcg;
-        assert_eq!(values(&lines(&with), "-accel"), ["tcg,thread=multi"]);
+        assert_eq!(
+            values(&lines(&with), "-accel"),
+            ["tcg,thread=multi,tb-size=32"]
+        );
         assert_eq!(values(&lines(&with), "-cpu"), ["max"]);
     }
 

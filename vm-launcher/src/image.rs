@@ -1,8 +1,13 @@
-//! A guest image on disk: a kernel and an initramfs.
+//! A guest image on disk, a kernel and an initramfs, and what of it a guest boots: copies in memory,
+//! so that nothing that happens to the files later reaches a guest that was checked.
 
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
+use std::ffi::CStr;
+use std::fs::{File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use crate::memory_file::MemoryFile;
 
 /// A guest image whose files were there and readable when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,9 +47,41 @@ pub enum ImageError {
         /// The file.
         path: PathBuf,
     },
+    /// A file of the image is longer than any kernel or initramfs.
+    #[error("guest image: {} is longer than {} MiB; rebuild the image with `make image IMAGE={}`", path.display(), Image::MAX_FILE_BYTES >> 20, directory(path).display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file of the image was written to while it was read.
+    #[error("guest image: {} changed while it was read; run the guest again when the image is whole", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// There is no memory for a copy of the image.
+    #[error("guest image: {} cannot be copied into memory; free some, then run the guest again", path.display())]
+    Copy {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What a guest boots: copies of an image's files that cannot change. QEMU opens them by their
+/// paths; once it greets, it has.
+#[derive(Debug)]
+pub(crate) struct BootFiles {
+    pub(crate) kernel: MemoryFile,
+    pub(crate) initrd: MemoryFile,
 }
 
 impl Image {
+    /// The longest kernel or initramfs, in bytes.
+    pub const MAX_FILE_BYTES: u64 = 512 << 20;
+
     /// Opens the image in `directory`, which holds `vmlinuz` and `initrd.img`.
     ///
     /// # Errors
@@ -54,39 +91,70 @@ impl Image {
             kernel: directory.join("vmlinuz"),
             initrd: directory.join("initrd.img"),
         };
-        image.check()?;
+        for path in [&image.kernel, &image.initrd] {
+            open(path)?;
+        }
         Ok(image)
     }
 
-    /// Checks again that both files are there: an image may have gone since it was opened.
-    ///
-    /// # Errors
-    /// As [`Image::open`].
-    pub fn check(&self) -> Result<(), ImageError> {
-        for path in [&self.kernel, &self.initrd] {
-            // To open a fifo would wait for a writer, and the daemon with it.
-            let is_file = std::fs::metadata(path).map(|found| found.is_file());
-            if matches!(is_file, Ok(false)) {
-                return Err(ImageError::NotAFile { path: path.clone() });
-            }
-            let metadata = File::options()
-                .read(true)
-                .custom_flags(libc::O_NONBLOCK)
-                .open(path)
-                .and_then(|file| file.metadata())
-                .map_err(|source| match source.kind() {
-                    std::io::ErrorKind::NotFound => ImageError::Missing { path: path.clone() },
-                    _ => ImageError::Unreadable {
-                        path: path.clone(),
-                        source,
-                    },
-                })?;
-            if !metadata.is_file() || metadata.len() == 0 {
-                return Err(ImageError::NotAFile { path: path.clone() });
-            }
-        }
-        Ok(())
+    /// Copies both files as they are now: an image may have changed or gone since it was opened.
+    /// Waits for the file system, for as long as that takes.
+    pub(crate) fn copy(&self) -> Result<BootFiles, ImageError> {
+        Ok(BootFiles {
+            kernel: copy(&self.kernel, c"omerta-kernel")?,
+            initrd: copy(&self.initrd, c"omerta-initrd")?,
+        })
     }
+}
+
+fn open(path: &Path) -> Result<(File, Metadata), ImageError> {
+    let path = || path.to_owned();
+    // To open a fifo would wait for a writer, and the daemon with it.
+    let is_file = std::fs::metadata(path()).map(|found| found.is_file());
+    if matches!(is_file, Ok(false)) {
+        return Err(ImageError::NotAFile { path: path() });
+    }
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path())
+        .and_then(|file| file.metadata().map(|metadata| (file, metadata)));
+    match opened {
+        Ok((_, metadata)) if !metadata.is_file() || metadata.len() == 0 => {
+            Err(ImageError::NotAFile { path: path() })
+        }
+        Ok((_, metadata)) if metadata.len() > Image::MAX_FILE_BYTES => {
+            Err(ImageError::TooLong { path: path() })
+        }
+        Ok(opened) => Ok(opened),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(ImageError::Missing { path: path() })
+        }
+        Err(source) => Err(ImageError::Unreadable {
+            path: path(),
+            source,
+        }),
+    }
+}
+
+fn copy(path: &Path, name: &CStr) -> Result<MemoryFile, ImageError> {
+    let (file, before) = open(path)?;
+    // No more than was there: what grows without end is not followed.
+    let copied = MemoryFile::copy_of((&file).take(before.len()), name);
+    let copied = copied.map_err(|source| ImageError::Copy {
+        path: path.to_owned(),
+        source,
+    })?;
+    let is_same = file.metadata().is_ok_and(|after| {
+        (after.len(), after.mtime(), after.mtime_nsec())
+            == (before.len(), before.mtime(), before.mtime_nsec())
+    });
+    if !is_same || copied.length() != before.len() {
+        return Err(ImageError::Changed {
+            path: path.to_owned(),
+        });
+    }
+    Ok(copied)
 }
 
 #[cfg(test)]
@@ -115,6 +183,34 @@ mod tests {
 
         std::fs::write(directory.path().join("initrd.img"), b"initrd").unwrap();
         Image::open(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn what_was_copied_is_what_is_booted_whatever_becomes_of_the_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let (kernel, initrd) = (
+            directory.path().join("vmlinuz"),
+            directory.path().join("initrd.img"),
+        );
+        std::fs::write(&kernel, b"kernel").unwrap();
+        std::fs::write(&initrd, b"initrd").unwrap();
+        let image = Image::open(directory.path()).unwrap();
+        let boot = image.copy().unwrap();
+        std::fs::write(&kernel, b"").unwrap();
+        std::fs::write(&initrd, b"another").unwrap();
+        assert_eq!(std::fs::read(boot.kernel.path()).unwrap(), b"kernel");
+        assert_eq!(std::fs::read(boot.initrd.path()).unwrap(), b"initrd");
+        let error = image.copy().unwrap_err();
+        assert!(matches!(error, ImageError::NotAFile { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_file_without_end_is_refused_before_it_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let kernel = File::create(directory.path().join("vmlinuz")).unwrap();
+        kernel.set_len(Image::MAX_FILE_BYTES + 1).unwrap();
+        let error = Image::open(directory.path()).unwrap_err();
+        assert!(matches!(error, ImageError::TooLong { .. }), "{error}");
     }
 
     #[test]

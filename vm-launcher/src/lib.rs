@@ -21,6 +21,7 @@ mod image;
 mod lifecycle;
 mod link_watch;
 mod lock_file;
+mod memory_file;
 mod process;
 mod qmp;
 mod qmp_lines;

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -53,8 +53,17 @@ pub enum ProcessError {
     /// QEMU could not be started.
     #[error("cannot start {QEMU}; it needs root, and to make a network namespace")]
     Spawn(#[source] io::Error),
+    /// The file for what QEMU prints cannot be made.
+    #[error("cannot write {}; its file system must have room and be writable", path.display())]
+    Log {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// QEMU ended before it was told to.
-    #[error("{QEMU} ended at once ({status}): {said}")]
+    #[error("{QEMU} ended at once ({status}): {said}; {}", remedy(*status))]
     EndedEarly {
         /// How it ended.
         status: ExitStatus,
@@ -76,6 +85,18 @@ pub enum ProcessError {
         /// Its pid.
         pid: u32,
     },
+}
+
+/// What to do about a QEMU that ended at once.
+fn remedy(status: ExitStatus) -> &'static str {
+    match status {
+        ExitStatus::Code(_) => {
+            "give it what it lacks: free memory, a sound image (`make image`), an accelerator that works (`omerta doctor`)"
+        }
+        ExitStatus::Signal(_) => {
+            "see `dmesg` for who killed it; where memory ran out, free some or give the guest less"
+        }
+    }
 }
 
 impl ProcessError {
@@ -107,7 +128,10 @@ impl QemuProcess {
             .append(true)
             .mode(0o600)
             .open(log)
-            .map_err(ProcessError::Spawn)?;
+            .map_err(|source| ProcessError::Log {
+                path: log.to_owned(),
+                source,
+            })?;
         let mut command = Command::new(QEMU);
         command
             .args(arguments)

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use qapi::futures::{QapiService, QmpStreamTokio};
-use qapi::qmp::{self, Event, RunState};
+use qapi::qmp::{self, Event, RunState, ShutdownCause};
 use tokio::io::DuplexStream;
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
@@ -26,10 +26,12 @@ pub(crate) const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// QEMU did not open its socket, or did not greet, in time.
-    #[error("QEMU did not answer on its QMP socket within {} s", .0.as_secs_f32())]
+    #[error("QEMU did not answer on its QMP socket within {} s; the host may be overloaded: see `uptime`, then run the guest again", .0.as_secs_f32())]
     NoGreeting(Duration),
     /// The socket broke, or what came from it is not QMP.
-    #[error("QMP failed at `{step}`")]
+    #[error(
+        "QEMU hung up or spoke nonsense at `{step}`; see `dmesg` for whether it was killed, then run the guest again"
+    )]
     Broken {
         /// What was being done.
         step: &'static str,
@@ -68,6 +70,7 @@ pub enum QmpError {
 pub(crate) enum MachineEvent {
     Stopped,
     Resumed,
+    /// The guest has turned its power off.
     Shutdown,
     Reset,
     Panicked,
@@ -242,7 +245,10 @@ async fn forward_events(
         let event = match event {
             Ok(Event::STOP { .. }) => MachineEvent::Stopped,
             Ok(Event::RESUME { .. }) => MachineEvent::Resumed,
-            Ok(Event::SHUTDOWN { .. }) => MachineEvent::Shutdown,
+            // QEMU also tells of its own signals and of `quit`, which say nothing of the guest.
+            Ok(Event::SHUTDOWN { data, .. }) if data.reason == ShutdownCause::guest_shutdown => {
+                MachineEvent::Shutdown
+            }
             Ok(Event::RESET { .. }) => MachineEvent::Reset,
             Ok(Event::GUEST_PANICKED { .. }) => MachineEvent::Panicked,
             Ok(_) => continue,

@@ -243,6 +243,42 @@ fn with_a_failing_qemu() {
             line.contains("cannot do this") && line.contains("exit code 3"),
             "{line}"
         );
+        assert!(line.contains("omerta doctor"), "what to do: {line}");
+    });
+    stage.assert_nothing_is_left();
+}
+
+/// Opens QMP's socket, takes a connection, hangs up, and dies a moment later.
+const HANGS_UP: &str = r#"exec /usr/bin/perl -MIO::Socket::UNIX -e '
+    my ($path) = map { /^socket,id=qmp,path=([^,]*)/ ? $1 : () } @ARGV;
+    my $socket = IO::Socket::UNIX->new(Local => $path, Listen => 1);
+    close $socket->accept;
+    print STDERR "out of everything\n";
+    select undef, undef, undef, 0.3;
+    exit 5' -- "$@""#;
+
+#[test]
+fn a_qemu_that_hangs_up_before_it_ends_is_quoted() {
+    if !Path::new("/usr/bin/perl").exists() {
+        println!("skipped: the fake QEMU is written in Perl, which is not installed");
+        return;
+    }
+    let fake = fake_qemu(HANGS_UP);
+    assert_passed(&in_a_process_with_path(
+        "with_a_qemu_that_hangs_up",
+        fake.path(),
+    ));
+}
+
+#[test]
+#[ignore = "run by a_qemu_that_hangs_up_before_it_ends_is_quoted, with a fake on PATH"]
+fn with_a_qemu_that_hangs_up() {
+    let stage = Stage::new(IDLE);
+    stage.run(|spec| async move {
+        let line = refusal(spec).await.report();
+        for part in ["out of everything", "exit code 5", "omerta doctor"] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
     });
     stage.assert_nothing_is_left();
 }

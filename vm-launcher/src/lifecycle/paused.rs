@@ -1,14 +1,18 @@
 //! A guest of which QEMU exists, and nothing has run.
 
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch, Limits};
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
-use tokio::task::block_in_place;
+use tokio::task::{block_in_place, spawn_blocking};
+use tokio::time::timeout;
 
+use crate::image::BootFiles;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::{Ended, Guarded};
@@ -16,7 +20,10 @@ use crate::process::{QemuProcess, last_words};
 use crate::qmp::{CONNECT_DEADLINE, MachineEvent, Qmp};
 use crate::run_dir::RunDir;
 use crate::tap::Tap;
-use crate::{LaunchError, ProcessError, Spec, canary, command};
+use crate::{ExitStatus, ImageError, LaunchError, ProcessError, QmpError, Spec, canary, command};
+
+/// How long a QEMU that has hung up may take to be gone, before it is said that it only hung up.
+const DYING: Duration = Duration::from_secs(2);
 
 /// QEMU is there in `prelaunch`, its tap is down and unguarded, no instruction of the guest has
 /// run. Can only be guarded, or dropped, which undoes everything.
@@ -47,9 +54,15 @@ impl Paused {
         if !nix::unistd::geteuid().is_root() {
             return Err(LaunchError::NotRoot);
         }
-        spec.image.check()?;
+        // The image may lie on a file system that hangs; this thread serves other guests too.
+        let image = spec.image.clone();
+        let copied = spawn_blocking(move || image.copy()).await;
+        let boot = copied.map_err(|error| ImageError::Copy {
+            path: spec.image.kernel.clone(),
+            source: std::io::Error::other(error),
+        })??;
         let mut machine = Machine::new(spec);
-        match Self::start(&mut machine).await {
+        match Self::start(&mut machine, boot).await {
             Ok((process, qmp, machine_events, control_port)) => Ok(Self {
                 machine,
                 process,
@@ -61,7 +74,7 @@ impl Paused {
         }
     }
 
-    async fn start(machine: &mut Machine) -> Result<Started, LaunchError> {
+    async fn start(machine: &mut Machine, boot: BootFiles) -> Result<Started, LaunchError> {
         let spec = &machine.spec;
         let guest_config = spec.guest_config();
 
@@ -70,7 +83,12 @@ impl Paused {
         machine.run_dir = Some(run_dir);
 
         let tap = Tap::create(&spec.tap, spec.gateway_mac()).await?;
-        let arguments = command::arguments(spec, &files, tap.descriptor());
+        let (kernel, initrd) = (boot.kernel.path(), boot.initrd.path());
+        let paths = command::Boot {
+            kernel: &kernel,
+            initrd: &initrd,
+        };
+        let arguments = command::arguments(spec, paths, &files, tap.descriptor());
         let tap = machine.tap.insert(tap);
         let process = Arc::new(QemuProcess::spawn(
             &arguments,
@@ -89,6 +107,8 @@ impl Paused {
         };
         let (qmp, machine_events, control_port) =
             unless_it_ends(&process, &files.qemu_log, speaking).await?;
+        // QEMU has read the kernel and maps the initramfs: neither needs a path any more.
+        drop(boot);
         Ok((process, qmp, machine_events, control_port))
     }
 
@@ -159,19 +179,32 @@ impl Paused {
     }
 }
 
-/// Runs `work`, but fails with what QEMU said as soon as QEMU ends.
+/// Runs `work`, but fails with what QEMU said as soon as QEMU ends. A QEMU that dies hangs up a
+/// little before it can be reaped.
 async fn unless_it_ends<T>(
     process: &QemuProcess,
-    log: &std::path::Path,
+    log: &Path,
     work: impl Future<Output = Result<T, LaunchError>>,
 ) -> Result<T, LaunchError> {
-    tokio::select! {
+    let broken = tokio::select! {
         biased;
-        status = process.wait() => {
-            Err(ProcessError::EndedEarly { status: status?, said: last_words(log) }.into())
-        }
-        done = work => done,
+        status = process.wait() => return ended_early(status?, log),
+        done = work => match done {
+            Err(error @ (LaunchError::Qmp(QmpError::Broken { .. }) | LaunchError::ControlPort(_))) => {
+                error
+            }
+            done => return done,
+        },
+    };
+    match timeout(DYING, process.wait()).await {
+        Ok(status) => ended_early(status?, log),
+        Err(_) => Err(broken),
     }
+}
+
+fn ended_early<T>(status: ExitStatus, log: &Path) -> Result<T, LaunchError> {
+    let said = last_words(log);
+    Err(ProcessError::EndedEarly { status, said }.into())
 }
 
 /// Runs `work`, which keeps the processor for some tenths of a second (the kernel verifies the
