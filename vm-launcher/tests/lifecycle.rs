@@ -218,7 +218,8 @@ fn a_paused_guest_stays_paused_until_resumed() {
         control.resume().await.unwrap();
         event(&mut running, |e| *e == GuestEvent::Resumed).await;
         control.quit().await.unwrap();
-        let exited = event(&mut running, |e| matches!(e, GuestEvent::Exited { .. })).await;
+        let over = |e: &GuestEvent| matches!(e, GuestEvent::Exited { .. } | GuestEvent::Shutdown);
+        let exited = event(&mut running, over).await;
         assert_eq!(
             exited,
             GuestEvent::Exited {
@@ -355,7 +356,9 @@ fn qemu_killed_from_outside_is_noticed() {
         assert_eq!(pids, [running.pid()]);
         let pid = nix::unistd::Pid::from_raw(running.pid() as i32);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-        let exited = event(&mut running, |e| matches!(e, GuestEvent::Exited { .. })).await;
+        // Nothing but the guest's own power button is told as its shutdown.
+        let over = |e: &GuestEvent| matches!(e, GuestEvent::Exited { .. } | GuestEvent::Shutdown);
+        let exited = event(&mut running, over).await;
         assert_eq!(
             exited,
             GuestEvent::Exited {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use omerta_api::{ApiError, ErrorKind};
 use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, RogueFrame};
 use omerta_vm_launcher::{
-    Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
+    ExitStatus, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
 };
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -58,6 +58,8 @@ pub(crate) struct GuestTask {
     commands: mpsc::UnboundedReceiver<Command>,
     stage: Stage,
     stop_deadline: Option<Instant>,
+    /// The guest has turned its power off; its process is about to end.
+    powered_down: bool,
 }
 
 impl GuestTask {
@@ -74,6 +76,7 @@ impl GuestTask {
             commands,
             stage: Stage::Absent,
             stop_deadline: None,
+            powered_down: false,
         }
     }
 
@@ -305,7 +308,8 @@ impl GuestTask {
                     Err(error) => return lost(&error),
                 },
                 event = running.next_event() => {
-                    if let Some(event) = translate(event) {
+                    self.powered_down |= event == LauncherEvent::Shutdown;
+                    if let Some(event) = translate(event, self.powered_down) {
                         return event;
                     }
                 }
@@ -342,7 +346,18 @@ fn lost(error: &WatchError) -> GuestEvent {
     }
 }
 
-fn translate(event: LauncherEvent) -> Option<GuestEvent> {
+/// What to say of a process that ended, where the guest's own power button was not the cause.
+fn unless_powered_down(status: Option<ExitStatus>, powered_down: bool) -> Option<String> {
+    match status {
+        Some(ExitStatus::Code(0)) if powered_down => None,
+        Some(status) => Some(format!(
+            "QEMU ended ({status}) and the guest had not powered down: see `dmesg`"
+        )),
+        None => Some("QEMU ended, and how cannot be found out: see omertad's log".to_owned()),
+    }
+}
+
+fn translate(event: LauncherEvent, powered_down: bool) -> Option<GuestEvent> {
     match event {
         LauncherEvent::PublicKeyReported(key) => {
             Some(GuestEvent::PublicKeyReported(key.to_string()))
@@ -351,7 +366,9 @@ fn translate(event: LauncherEvent) -> Option<GuestEvent> {
         LauncherEvent::Reset => Some(GuestEvent::Reset),
         LauncherEvent::Panicked => Some(GuestEvent::Panicked),
         LauncherEvent::GuardLost { why } => Some(GuestEvent::GuardLost { message: why }),
-        LauncherEvent::Exited { .. } => Some(GuestEvent::Exited),
+        LauncherEvent::Exited { status } => Some(GuestEvent::Exited {
+            message: unless_powered_down(status, powered_down),
+        }),
         // The exit follows; pauses and resumptions are this task's own doing.
         LauncherEvent::Shutdown | LauncherEvent::Paused | LauncherEvent::Resumed => None,
     }

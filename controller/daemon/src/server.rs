@@ -147,7 +147,11 @@ async fn log(
         .lookups()
         .look(&log, move || read_end(path.as_ref()))
         .await?
-        .map_err(|error| not_found(format!("the log of guest `{name}` cannot be read: {error}")))?;
+        .map_err(|error| {
+            not_found(format!(
+                "the log of guest `{name}` is gone or cannot be read ({error}), its run directory was removed or changed by another program: end it with `omerta vm kill {name}`, and read its console by `omerta vm console {name}`"
+            ))
+        })?;
     Ok((kind, text).into_response())
 }
 

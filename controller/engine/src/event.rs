@@ -74,7 +74,10 @@ pub enum GuestEvent {
     /// Someone asked for its end: [`Cause::Killed`] or [`Cause::Shutdown`].
     EndRequested(Cause),
     /// Its process exited by itself.
-    Exited,
+    Exited {
+        /// How, where the guest did not power itself down.
+        message: Option<String>,
+    },
     /// Its process is reaped.
     Reaped {
         /// Since when.

@@ -36,7 +36,7 @@ impl Guest {
                 }
             }
             GuestEvent::EndRequested(cause) => self.end(now, cause, None, out),
-            GuestEvent::Exited => self.exited(now, out),
+            GuestEvent::Exited { message } => self.exited(now, message, out),
             GuestEvent::Reaped { at } => {
                 if let (GuestState::Ending, Some(incident)) = (self.state, &mut self.incident) {
                     incident.ended_at.get_or_insert(at);
@@ -248,12 +248,13 @@ impl Guest {
         }
     }
 
-    fn exited(&mut self, now: Monotonic, out: &mut Vec<Action>) {
-        let cause = match self.state {
-            GuestState::Stopping => Cause::Stopped,
+    fn exited(&mut self, now: Monotonic, message: Option<String>, out: &mut Vec<Action>) {
+        // A process that died meanwhile is no guest that powered down.
+        let cause = match (self.state, &message) {
+            (GuestState::Stopping, None) => Cause::Stopped,
             _ => Cause::Exited,
         };
-        self.end(now, cause, None, out);
+        self.end(now, cause, message, out);
     }
 
     /// Ends the guest, now if nothing is under way, else after the step that is.

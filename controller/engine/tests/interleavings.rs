@@ -48,7 +48,7 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         1 => (1u32..600).prop_map(|seconds| GuestEvent::StopRequested { deadline_seconds: seconds }),
         1 => Just(GuestEvent::StopDeadlinePassed),
         1 => Just(GuestEvent::EndRequested(Cause::Killed)),
-        1 => Just(GuestEvent::Exited),
+        1 => Just(GuestEvent::Exited { message: None }),
         1 => at().prop_map(|at| GuestEvent::Reaped { at }),
         2 => at().prop_map(|at| GuestEvent::Undone { tap_removed_at: Some(at), leftovers: Vec::new() }),
     ]
@@ -302,7 +302,7 @@ fn guest_inputs() -> impl Strategy<Value = GuestEvent> {
         1 => Just(GuestEvent::Panicked),
         1 => Just(GuestEvent::StopRequested { deadline_seconds: 5 }),
         1 => Just(GuestEvent::EndRequested(Cause::Killed)),
-        1 => Just(GuestEvent::Exited),
+        1 => Just(GuestEvent::Exited { message: None }),
     ]
 }
 
@@ -342,7 +342,7 @@ impl Run {
             (Action::Pause(_), true) => vec![GuestEvent::PauseFailed { message: message() }],
             (Action::Pause(_), false) => vec![GuestEvent::Paused { at }],
             (Action::PowerDown { .. }, true) => vec![GuestEvent::StopDeadlinePassed],
-            (Action::PowerDown { .. }, false) => vec![GuestEvent::Exited],
+            (Action::PowerDown { .. }, false) => vec![GuestEvent::Exited { message: None }],
             (Action::Kill(_), _) => {
                 vec![
                     GuestEvent::Reaped { at },

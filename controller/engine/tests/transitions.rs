@@ -154,7 +154,12 @@ fn table_of_transitions_under_terminate() {
         (Running, rogue(), Condemned, &["pause", "rogue"]),
         (Running, stop(), Stopping, &["power down", "stopping"]),
         (Running, kill(), Ending, &["kill"]),
-        (Running, GuestEvent::Exited, Ending, &["kill"]),
+        (
+            Running,
+            GuestEvent::Exited { message: None },
+            Ending,
+            &["kill"],
+        ),
         (Running, guard_lost(), Ending, &["kill"]),
         (Running, GuestEvent::Panicked, Suspended, &["panicked"]),
         (Running, GuestEvent::Reset, Running, &["reset"]),
@@ -181,21 +186,31 @@ fn table_of_transitions_under_terminate() {
         (Condemned, kill(), Ending, &["kill"]),
         (Condemned, stop(), Condemned, &[]),
         (Condemned, GuestEvent::Resumed, Condemned, &[]),
-        (Condemned, GuestEvent::Exited, Ending, &["kill"]),
+        (
+            Condemned,
+            GuestEvent::Exited { message: None },
+            Ending,
+            &["kill"],
+        ),
         (Suspended, rogue(), Condemned, &["pause", "rogue"]),
         (Suspended, stop(), Ending, &["kill"]),
         (Suspended, kill(), Ending, &["kill"]),
         (Suspended, GuestEvent::Resumed, Suspended, &[]),
         (Stopping, rogue(), Condemned, &["pause", "rogue"]),
         (Stopping, GuestEvent::StopDeadlinePassed, Ending, &["kill"]),
-        (Stopping, GuestEvent::Exited, Ending, &["kill"]),
+        (
+            Stopping,
+            GuestEvent::Exited { message: None },
+            Ending,
+            &["kill"],
+        ),
         (Stopping, stop(), Stopping, &[]),
         (Stopping, kill(), Ending, &["kill"]),
         (Ending, removed(), Ended, &["ended"]),
         (Ending, kill(), Ending, &[]),
         (Ending, rogue(), Ending, &[]),
         (Ending, paused(), Ending, &[]),
-        (Ending, GuestEvent::Exited, Ending, &[]),
+        (Ending, GuestEvent::Exited { message: None }, Ending, &[]),
         (Ended, removed(), Ended, &[]),
         (Ended, kill(), Ended, &[]),
         (Ended, rogue(), Ended, &[]),
@@ -207,6 +222,29 @@ fn table_of_transitions_under_terminate() {
         let actions = tell(&mut engine, event);
         assert_eq!(words(&actions), expected, "{label}");
         assert_eq!(engine.find("alpha").unwrap().state(), after, "{label}");
+    }
+}
+
+#[test]
+fn a_process_that_dies_while_it_is_to_stop_is_not_a_guest_that_powered_down() {
+    for (message, cause) in [
+        (None, Cause::Stopped),
+        (Some("signal 9".to_owned()), Cause::Exited),
+    ] {
+        let mut engine = engine_in(GuestState::Stopping, OnViolation::Alert);
+        tell(
+            &mut engine,
+            GuestEvent::Exited {
+                message: message.clone(),
+            },
+        );
+        let gone = GuestEvent::Undone {
+            tap_removed_at: None,
+            leftovers: Vec::new(),
+        };
+        tell(&mut engine, gone);
+        let ending = engine.find("alpha").unwrap().ending().unwrap();
+        assert_eq!((ending.cause, &ending.message), (cause, &message));
     }
 }
 

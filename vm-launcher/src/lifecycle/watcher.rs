@@ -25,7 +25,7 @@ pub enum GuestEvent {
     PublicKeyReported(WgPublicKey),
     /// The guest says that it has seen a handshake with its consumer.
     HandshakeReported,
-    /// The guest has shut itself down; QEMU is about to end.
+    /// The guest has turned its power off, as QEMU tells it; QEMU is about to end.
     Shutdown,
     /// The guest was reset, and its guard has been verified since.
     Reset,
@@ -60,6 +60,8 @@ pub(super) struct Watcher {
 
 /// How long QEMU may take to confirm that the guest stands still, before it is killed.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
+/// How long after QEMU's end its last messages may take to be read.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
 /// How often the guard is looked at when nothing gives cause to. A look takes some 40 µs, so
 /// that a hundred guests take less than half a percent of a processor.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -82,6 +84,7 @@ impl Watcher {
                     if let Err(error) = ended {
                         tracing::error!(%error, "cannot watch QEMU");
                     }
+                    self.hear_last_words().await;
                     return;
                 }
                 changed = self.links.changed(), if guarded => {
@@ -138,6 +141,19 @@ impl Watcher {
                 },
             }
         }
+    }
+
+    /// Tells whether the guest has turned its power off, which QEMU says just before it ends.
+    async fn hear_last_words(&mut self) {
+        let last = async {
+            while let Some(event) = self.machine_events.recv().await {
+                if event == MachineEvent::Shutdown {
+                    tell(&self.events, GuestEvent::Shutdown);
+                }
+            }
+        };
+        // The connection closed when QEMU ended; only its reader is still to get to that.
+        let _ = timeout(LAST_WORDS_DEADLINE, last).await;
     }
 
     /// Whether the guard is still what was proven; if not, what has become of it.

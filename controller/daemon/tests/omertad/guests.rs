@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use omerta_dataplane::Guard;
-use omerta_test_support::{CHATTER, Grip, IDLE, ip, write_bare_guest};
+use omerta_test_support::{CHATTER, Grip, IDLE, POWER_OFF, ip, write_bare_guest};
 use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
@@ -63,6 +63,54 @@ fn end_of_the_console_log_is_kept_with_the_record() {
     let log = daemon.get("/v1/guests/alpha/log");
     assert_eq!(log.status, 200, "{log:?}");
     assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
+#[test]
+fn guest_whose_process_is_killed_while_it_stops_has_not_powered_down() {
+    let daemon = start(IDLE);
+    let guest = run(&daemon, "alpha");
+    let pid = nix::unistd::Pid::from_raw(guest["pid"].as_i64().unwrap() as i32);
+    let answer = std::thread::scope(|threads| {
+        let stop = threads.spawn(|| {
+            let body = json!({ "deadline_seconds": 60 });
+            daemon.post("/v1/guests/alpha/stop", &body.to_string())
+        });
+        within_a_minute("the guest is stopping", || {
+            daemon.get("/v1/guests/alpha").json()["state"] == "stopping"
+        });
+        nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+        stop.join().unwrap()
+    });
+    let ended = answer.json()["ended"].clone();
+    assert_eq!(ended["cause"], "exited", "{ended}");
+    assert!(
+        ended["message"].as_str().unwrap().contains("signal 9"),
+        "{ended}"
+    );
+}
+
+#[test]
+fn guest_that_turns_itself_off_has_exited_without_a_fault() {
+    let daemon = start(POWER_OFF);
+    run(&daemon, "alpha");
+    within_a_minute("the guest is gone", || {
+        daemon.get("/v1/guests/alpha").json()["state"] == "ended"
+    });
+    let ended = daemon.get("/v1/guests/alpha").json()["ended"].clone();
+    assert_eq!(
+        (&ended["cause"], &ended["message"]),
+        (&json!("exited"), &Value::Null)
+    );
+}
+
+#[test]
+fn log_that_was_removed_is_told_with_the_remedy() {
+    let daemon = start(IDLE);
+    let guest = run(&daemon, "alpha");
+    std::fs::remove_file(guest["log"].as_str().unwrap()).unwrap();
+    let answer = daemon.get("/v1/guests/alpha/log");
+    assert_eq!(answer.status, 404, "{answer:?}");
+    assert!(answer.body.contains("omerta vm kill alpha"), "{answer:?}");
 }
 
 #[test]
