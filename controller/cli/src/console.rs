@@ -3,13 +3,14 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::termios::{self, SetArg, Termios};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::net::unix::OwnedWriteHalf;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::args::vm::GuestName;
 use crate::guest_text::TerminalFilter;
@@ -20,6 +21,13 @@ const DETACH: u8 = 0x1d;
 /// How many reads of the keyboard may wait for the guest to take them.
 const TYPED_AHEAD: usize = 16;
 
+/// How much may wait for a guest that takes nothing, in bytes. Up to there Ctrl-] is still seen;
+/// there a pipe's session ends.
+const MAX_UNSENT: usize = 64 << 10;
+
+/// How long what was typed before Ctrl-] may take to be sent.
+const FAREWELL: Duration = Duration::from_millis(500);
+
 /// Why the session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
@@ -29,14 +37,23 @@ enum Ending {
     Closed,
     /// A signal asked this process to end.
     Signalled,
+    /// Standard input has ended, or is not taken, and the time after that is over; so many bytes
+    /// of it were not taken.
+    InputEnded { unsent: usize },
 }
 
 /// Connects standard input and output to the console at `socket` until Ctrl-] is typed, the
-/// console closes, or a signal asks this process to end. The terminal is given back as it was.
+/// console closes, a signal asks this process to end, or `linger` after standard input has ended.
+/// The terminal is given back as it was.
 ///
 /// # Errors
-/// Where the console cannot be reached, breaks, or standard output cannot be written.
-pub async fn attach(guest: &GuestName, socket: &Path) -> Result<(), ConsoleError> {
+/// Where the console cannot be reached, breaks, takes no input, or standard output cannot be
+/// written.
+pub async fn attach(
+    guest: &GuestName,
+    socket: &Path,
+    linger: Duration,
+) -> Result<(), ConsoleError> {
     let stream = UnixStream::connect(socket)
         .await
         .map_err(|source| ConsoleError::Connect {
@@ -50,10 +67,18 @@ pub async fn attach(guest: &GuestName, socket: &Path) -> Result<(), ConsoleError
     if raw.is_some() {
         note(format_args!("connected to {guest}; Ctrl-] detaches"));
     }
-    let ending = relay(stream, raw.is_some(), &mut endings).await;
+    let ending = relay(stream, raw.is_some(), linger, &mut endings).await;
     drop(raw);
     match ending {
-        Ok(Ending::Detached | Ending::Signalled) => note(format_args!("detached from {guest}")),
+        Ok(Ending::InputEnded { unsent: left @ 1.. }) => {
+            return Err(ConsoleError::Untaken {
+                guest: guest.clone(),
+                left,
+            });
+        }
+        Ok(Ending::Detached | Ending::Signalled | Ending::InputEnded { .. }) => {
+            note(format_args!("detached from {guest}"))
+        }
         Ok(Ending::Closed) => note(format_args!("{guest} closed its console")),
         // Whoever read our output, or the guest, went away while being written to.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
@@ -70,26 +95,48 @@ pub async fn attach(guest: &GuestName, socket: &Path) -> Result<(), ConsoleError
 async fn relay(
     stream: UnixStream,
     detachable: bool,
+    linger: Duration,
     endings: &mut EndingSignals,
 ) -> io::Result<Ending> {
     let (mut guest, mut to_guest) = stream.into_split();
     let mut keyboard = keyboard();
     let mut screen = Screen::new();
     let mut typing = true;
+    let mut leave_at = Instant::now();
+    let mut unsent = Vec::new();
     let mut buffer = vec![0; 16 * 1024];
+    // A guest that takes no input must hold up neither its output nor the way out of here.
     loop {
+        let stuck = !detachable && unsent.len() >= MAX_UNSENT;
         tokio::select! {
             read = guest.read(&mut buffer) => match read? {
                 0 => return Ok(Ending::Closed),
                 length => screen.show(&buffer[..length])?,
             },
-            typed = keyboard.recv(), if typing => match typed {
-                Some(typed) => if send(&mut to_guest, &typed?, detachable).await? {
-                    return Ok(Ending::Detached);
-                },
-                // Input ended; what the guest still prints is shown until it closes.
-                None => typing = false,
+            typed = keyboard.recv(), if typing && unsent.len() < MAX_UNSENT => match typed {
+                Some(typed) => {
+                    let typed = typed?;
+                    leave_at = Instant::now() + linger;
+                    let detach = typed.iter().position(|&key| detachable && key == DETACH);
+                    unsent.extend_from_slice(&typed[..detach.unwrap_or(typed.len())]);
+                    if detach.is_some() {
+                        let _ = timeout(FAREWELL, to_guest.write_all(&unsent)).await;
+                        return Ok(Ending::Detached);
+                    }
+                }
+                None => {
+                    typing = false;
+                    leave_at = Instant::now() + linger;
+                }
             },
+            sent = to_guest.write(&unsent), if !unsent.is_empty() => {
+                unsent.drain(..sent?);
+                // The guest's answer to the last of it gets the whole time.
+                leave_at = Instant::now() + linger;
+            }
+            () = sleep_until(leave_at), if !typing || stuck => {
+                return Ok(Ending::InputEnded { unsent: unsent.len() });
+            }
             () = endings.next() => return Ok(Ending::Signalled),
         }
     }
@@ -118,15 +165,6 @@ impl EndingSignals {
             _ = quit.recv() => {}
         }
     }
-}
-
-/// Sends what was typed up to Ctrl-], and tells whether that was there.
-async fn send(to_guest: &mut OwnedWriteHalf, typed: &[u8], detachable: bool) -> io::Result<bool> {
-    let detach = typed.iter().position(|&key| detachable && key == DETACH);
-    to_guest
-        .write_all(&typed[..detach.unwrap_or(typed.len())])
-        .await?;
-    Ok(detach.is_some())
 }
 
 /// Standard input, read by a thread of its own: a terminal cannot be read without blocking unless
@@ -253,6 +291,16 @@ pub enum ConsoleError {
         /// The kernel's answer.
         #[source]
         source: io::Error,
+    },
+    /// Standard input was not taken to its end.
+    #[error(
+        "guest {guest} takes no input: {left} bytes or more were not typed; see what it does with `omerta vm logs {guest}`"
+    )]
+    Untaken {
+        /// The guest.
+        guest: GuestName,
+        /// How much is known not to have been taken.
+        left: usize,
     },
     /// The session broke.
     #[error("the console session with guest {guest} broke: attach again")]

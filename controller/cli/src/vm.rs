@@ -49,7 +49,7 @@ pub async fn run(client: &Client, command: VmCommand, out: &mut Output) -> Resul
             let guest = client.post(&path, &serde_json::json!({})).await?;
             ended(client, guest, shown.format, out).await
         }
-        VmCommand::Console { name } => {
+        VmCommand::Console { name, linger } => {
             let guest: Guest = client
                 .get(&route::of_guest(route::GUEST, name.as_str()))
                 .await?;
@@ -59,7 +59,8 @@ pub async fn run(client: &Client, command: VmCommand, out: &mut Output) -> Resul
                     state: guest.state,
                 });
             };
-            Ok(console::attach(&name, socket.as_ref()).await?)
+            let linger = Duration::from_secs(linger.into());
+            Ok(console::attach(&name, socket.as_ref(), linger).await?)
         }
         VmCommand::Logs { name, shown } => logs(client, &name, shown.format, out).await,
     }

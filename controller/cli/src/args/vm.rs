@@ -62,9 +62,18 @@ pub enum VmCommand {
     /// On a terminal, what the guest prints is filtered: text, colours and cursor movement pass;
     /// sequences that reach beyond the screen (title, clipboard, reports, modes) are removed.
     /// Where standard output is no terminal, bytes pass unchanged.
+    ///
+    /// Standard input may be a pipe or a file, as in `echo 'wg show' | omerta vm console NAME`: it is
+    /// typed to the guest, and the command ends a moment after it (--linger). A console serves one
+    /// session at a time; a second waits until the first has ended.
     Console {
         /// The guest
         name: GuestName,
+
+        /// How long to go on showing what the guest prints once standard input has ended, 0 to
+        /// 86400 seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=86_400))]
+        linger: u32,
     },
 
     /// Print what a guest wrote to its console, control characters spelled out; of an ended guest

@@ -242,6 +242,103 @@ fn pipes_carry_bytes_as_they_are() {
     assert_eq!(output.stderr, b"");
 }
 
+/// Runs a session whose input is `input`, against a console that `talk` serves and that stays
+/// open; the session must end by itself.
+fn piped(
+    input: &'static [u8],
+    talk: impl FnOnce(&mut UnixStream) + Send + 'static,
+    signal: Option<Signal>,
+) -> std::process::Output {
+    let guest = Guest::new();
+    let listener = guest.console.try_clone().unwrap();
+    let (talked, has_talked) = channel();
+    let console = thread::spawn(move || {
+        let (mut console, _) = listener.accept().unwrap();
+        talk(&mut console);
+        talked.send(console).unwrap();
+    });
+    let mut child = command(&format!("{} --linger 1", guest.arguments()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let typist = thread::spawn(move || {
+        // A session that ends early takes no more.
+        let _ = stdin.write_all(input);
+    });
+    let console_stays_open = has_talked.recv_timeout(PATIENCE).unwrap();
+    if let Some(signal) = signal {
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() >= deadline {
+            child.kill().unwrap();
+            panic!("the session does not end: {:?}", child.wait_with_output());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    drop(console_stays_open);
+    console.join().unwrap();
+    typist.join().unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_piped_command_is_answered_and_the_session_ends() {
+    let answer = |console: &mut UnixStream| {
+        let mut asked = [0; 3];
+        console.read_exact(&mut asked).unwrap();
+        assert_eq!(&asked, b"ls\n");
+        console.write_all(b"bin\r\n").unwrap();
+    };
+    let output = piped(b"ls\n", answer, None);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(output.stdout, b"bin\r\n");
+    assert_eq!(output.stderr, b"");
+}
+
+#[test]
+fn a_session_without_input_shows_what_comes_and_ends() {
+    let speak = |console: &mut UnixStream| console.write_all(b"hello").unwrap();
+    let output = piped(b"", speak, None);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(output.stdout, b"hello");
+}
+
+/// More than the socket, the pipe and the session together hold.
+static MUCH: [u8; 4 << 20] = [b'x'; 4 << 20];
+
+#[test]
+fn a_guest_that_takes_no_input_cannot_keep_a_signal_out() {
+    let begin = |console: &mut UnixStream| console.read_exact(&mut [0]).unwrap();
+    let output = piped(&MUCH, begin, Some(Signal::SIGTERM));
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+}
+
+#[test]
+fn a_guest_that_takes_no_input_still_shows_what_it_prints() {
+    let speak = |console: &mut UnixStream| {
+        console.read_exact(&mut [0]).unwrap();
+        console.write_all(b"hello").unwrap();
+    };
+    let output = piped(&MUCH, speak, None);
+    assert_eq!(output.stdout, b"hello", "{output:?}");
+}
+
+#[test]
+fn input_that_is_not_taken_is_a_failure() {
+    let output = piped(&MUCH, |_| {}, None);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        line.contains("takes no input") && line.contains("vm logs alpha"),
+        "{line}"
+    );
+}
+
 #[test]
 fn console_that_is_gone_is_named() {
     let guest = Guest::new();
