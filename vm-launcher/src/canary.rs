@@ -146,6 +146,7 @@ mod tests {
                     allow: vec!["udp:192.0.2.10:51820".parse().unwrap()],
                     egress: Limits::default(),
                     ingress: Limits::default(),
+                    lease: None,
                     owner: None,
                 };
                 let guard = Guard::attach("omcanary", &config).unwrap();

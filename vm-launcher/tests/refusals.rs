@@ -132,6 +132,7 @@ fn a_tap_that_someone_guarded_first_is_refused() {
             allow: Vec::new(),
             egress: Limits::default(),
             ingress: Limits::default(),
+            lease: None,
             owner: None,
         };
         let tap = spec.tap.clone();

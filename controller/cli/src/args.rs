@@ -4,6 +4,7 @@
 //! `check` functions of [`guard`] and [`vm`], before anything is touched.
 
 pub mod guard;
+pub mod limit;
 pub mod vm;
 
 use std::path::PathBuf;

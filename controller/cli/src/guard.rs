@@ -10,8 +10,11 @@ use serde::Serialize;
 
 use crate::allowlist::{self, AllowlistError};
 use crate::args::Format;
-use crate::args::guard::{AttachArgs, AttachError, GuardCommand, InterfaceName, ReasonsFormat};
-use crate::exit::Exit;
+use crate::args::guard::{
+    AttachArgs, AttachError, GuardCommand, InterfaceName, ReasonsFormat, check_limits,
+};
+use crate::args::limit;
+use crate::exit::{Exit, one_line};
 use crate::output::{Cell, Output, Side, Style, Table, bytes};
 
 /// Carries out one command in the network namespace of the calling thread.
@@ -38,7 +41,22 @@ pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandEr
             let epoch = open(&interface)?.set_mode(mode)?;
             in_force(&interface, epoch, out)
         }
-        GuardCommand::Show { interface, shown } => show(&open(&interface)?, shown.format, out),
+        GuardCommand::Limit { interface, limits } => {
+            check_limits(&limits)?;
+            let epoch = open(&interface)?.limit(|before| limit::put(&limits, before))?;
+            in_force(&interface, epoch, out)
+        }
+        GuardCommand::Lease { interface, lease } => {
+            open(&interface)?.set_lease(lease.0)?;
+            Ok(match lease.0 {
+                Some(time) => out.line(format_args!(
+                    "{interface}: drops everything in {} s unless it is renewed",
+                    time.as_secs()
+                ))?,
+                None => out.line(format_args!("{interface}: no lease, in force for ever"))?,
+            })
+        }
+        GuardCommand::Show { interface, shown } => show(&interface, shown.format, out),
         GuardCommand::List(shown) => list(shown.format, out),
         GuardCommand::Detach { interface } => detach(&interface, out),
         GuardCommand::Reasons { format } => reasons(format, out),
@@ -52,7 +70,11 @@ fn open(interface: &InterfaceName) -> Result<Guard, GuardError> {
 fn attach(args: AttachArgs, out: &mut Output) -> Result<(), GuardCommandError> {
     let attachment = args.check()?;
     let interface = attachment.interface.as_str();
-    let guard = Guard::attach(interface, &attachment.config)?;
+    let guard = Guard::attach(interface, &attachment.config).inspect_err(|error| {
+        if attachment.verbose {
+            last_words(error);
+        }
+    })?;
     let status = guard.status()?;
     let endpoints = match status.allow.len() {
         1 => "1 endpoint".to_owned(),
@@ -91,16 +113,31 @@ fn detach(interface: &InterfaceName, out: &mut Output) -> Result<(), GuardComman
     }
 }
 
-fn show(guard: &Guard, format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
-    let status = guard.status()?;
-    if format == Format::Json {
-        out.json(&status)?;
-        return Ok(guard.verify()?);
+/// Lines of the verifier's that are worth a look: it tells the reason last.
+const LAST_WORDS: usize = 40;
+
+fn last_words(error: &GuardError) {
+    let lines: Vec<_> = error.verifier_log().unwrap_or_default().lines().collect();
+    for line in &lines[lines.len().saturating_sub(LAST_WORDS)..] {
+        // Where stderr is closed the exit code has to do.
+        let _ = writeln!(io::stderr(), "verifier: {}", one_line(line));
     }
-    out.table(&policy(&status))?;
-    out.line("")?;
-    out.table(&traffic(&guard.counters()?))?;
-    Ok(guard.verify()?)
+}
+
+fn show(
+    interface: &InterfaceName,
+    format: Format,
+    out: &mut Output,
+) -> Result<(), GuardCommandError> {
+    let seen = Guard::inspect(interface.as_str())?;
+    if format == Format::Json {
+        out.json(&seen.status)?;
+    } else {
+        out.table(&policy(&seen.status))?;
+        out.line("")?;
+        out.table(&traffic(&seen.counters))?;
+    }
+    Ok(seen.judge()?)
 }
 
 fn policy(status: &GuardStatus) -> Table {
@@ -112,7 +149,7 @@ fn policy(status: &GuardStatus) -> Table {
             status.interface, status.ifindex
         )),
     );
-    let style = if status.state == Standing::InForce.word() {
+    let style = if status.standing == Standing::InForce {
         Style::Good
     } else {
         Style::Bad
@@ -132,6 +169,23 @@ fn policy(status: &GuardStatus) -> Table {
     }
     for (index, endpoint) in status.allow.iter().enumerate() {
         table.pair(if index == 0 { "allow" } else { "" }, Cell::new(endpoint));
+    }
+    for (index, limit) in limit::shown(status.limits).iter().enumerate() {
+        table.pair(if index == 0 { "limit" } else { "" }, Cell::new(limit));
+    }
+    match status.lease {
+        Some(lease) if lease.expired => table.pair(
+            "lease",
+            Cell::styled(
+                Style::Bad,
+                "has ended: everything is dropped until it is renewed",
+            ),
+        ),
+        Some(lease) => table.pair(
+            "lease",
+            Cell::new(format_args!("ends in {} s", lease.remaining_seconds)),
+        ),
+        None => {}
     }
     if status.events_lost > 0 {
         table.pair("events lost", Cell::styled(Style::Bad, status.events_lost));

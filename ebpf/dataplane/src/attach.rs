@@ -15,7 +15,7 @@ use crate::pins::Pins;
 use crate::rules::refuse_unreachable;
 use crate::standing::look;
 use crate::store::PolicyStore;
-use crate::{Guard, GuardConfig, GuardError, interface};
+use crate::{Guard, GuardConfig, GuardError, interface, lease};
 
 impl Guard {
     /// Guards `interface`, which may be down and should be: attach before the guest can send. The
@@ -29,6 +29,7 @@ impl Guard {
         refuse_unreachable(interface, &policy, &config.allow)?;
         let mut programs = Programs::load(interface, config.mode)?;
         PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
+        programs.set_word(lease::LEASE, 0, lease::word(interface, config.lease)?)?;
 
         let lock = Lock::of(interface)?;
         recover(&lock)?;

@@ -2,8 +2,10 @@
 
 use std::net::IpAddr;
 use std::num::NonZero;
+use std::time::Duration;
 
-use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Meter, Mode, Policy, Rate};
+use omerta_verdict::{Address, Direction, Endpoint, MAX_ADDRESSES, Mac, Meter, Mode, Policy, Rate};
+use serde::Serialize;
 
 use crate::{GuardError, Owner, interface};
 
@@ -22,7 +24,7 @@ const BURST_FRAMES: u64 = 32;
 const LONGEST_FRAME: u64 = 65_549;
 
 /// How much may travel in one direction; `None` is without limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Limits {
     /// Frames a second. What the host is to cut counts as what it becomes.
     pub packets_per_second: Option<NonZero<u64>>,
@@ -31,16 +33,30 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The rates of frames and of bytes.
-    fn rates(&self) -> [Rate; 2] {
-        let packets = self.packets_per_second.map_or(0, NonZero::get);
-        let bytes = self
-            .bits_per_second
-            .map_or(0, |bits| bits.get().div_ceil(8));
-        [
-            Rate::per_second(packets, (packets / BURST_PARTS).max(BURST_FRAMES)),
-            Rate::per_second(bytes, (bytes / BURST_PARTS).max(2 * LONGEST_FRAME)),
-        ]
+    /// Limits `direction` in `policy`.
+    pub(crate) fn put(self, direction: Direction, policy: &mut Policy) {
+        let number = |limit: Option<NonZero<u64>>| limit.map_or(0, NonZero::get);
+        let packets = number(self.packets_per_second);
+        let bits = number(self.bits_per_second);
+        let bytes = bits.div_ceil(8);
+        policy.limits[direction as usize] = [packets, bits];
+        let [of_packets, of_bytes] = match direction {
+            Direction::Egress => [Meter::EgressPackets, Meter::EgressBytes],
+            Direction::Ingress => [Meter::IngressPackets, Meter::IngressBytes],
+        };
+        policy.rates[of_packets as usize] =
+            Rate::per_second(packets, (packets / BURST_PARTS).max(BURST_FRAMES));
+        policy.rates[of_bytes as usize] =
+            Rate::per_second(bytes, (bytes / BURST_PARTS).max(2 * LONGEST_FRAME));
+    }
+
+    /// The limits of `direction` in `policy`.
+    pub(crate) fn of(direction: Direction, policy: &Policy) -> Self {
+        let [packets, bits] = policy.limits[direction as usize];
+        Self {
+            packets_per_second: NonZero::new(packets),
+            bits_per_second: NonZero::new(bits),
+        }
     }
 }
 
@@ -63,6 +79,8 @@ pub struct GuardConfig {
     pub egress: Limits,
     /// What the guest may be sent.
     pub ingress: Limits,
+    /// How long the guard lets anything pass unless the lease is renewed; `None` is for ever.
+    pub lease: Option<Duration>,
     /// Who alone may change and remove the guard; `None` for everybody.
     pub owner: Option<Owner>,
 }
@@ -97,9 +115,12 @@ impl GuardConfig {
             sample_every: SAMPLE_EVERY,
             mac: self.mac,
             gateway_mac,
-            rates: self.rates(),
             ..Policy::EMPTY
         };
+        policy.rates[Meter::Probes as usize] = PROBES;
+        policy.rates[Meter::Events as usize] = EVENTS;
+        self.egress.put(Direction::Egress, &mut policy);
+        self.ingress.put(Direction::Ingress, &mut policy);
         for (index, address) in self.addresses.iter().enumerate() {
             let owned = Address::from(*address);
             let mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
@@ -130,21 +151,5 @@ impl GuardConfig {
             policy.gateways[place] = address;
         }
         Ok(policy)
-    }
-
-    fn rates(&self) -> [Rate; Meter::COUNT] {
-        let mut rates = [Rate::UNLIMITED; Meter::COUNT];
-        let [egress, ingress] = [self.egress.rates(), self.ingress.rates()];
-        for (meter, rate) in [
-            (Meter::EgressPackets, egress[0]),
-            (Meter::EgressBytes, egress[1]),
-            (Meter::IngressPackets, ingress[0]),
-            (Meter::IngressBytes, ingress[1]),
-            (Meter::Probes, PROBES),
-            (Meter::Events, EVENTS),
-        ] {
-            rates[meter as usize] = rate;
-        }
-        rates
     }
 }

@@ -89,8 +89,8 @@ pub enum GuardError {
         /// What it is.
         path: PathBuf,
     },
-    /// Something of a guard judges, but not all of it.
-    #[error("the guard of {interface} is {word}: {why}; `omerta guard detach {interface}` removes it, and attach guards anew", word = standing.word(), why = standing.why())]
+    /// A guard judges, but not as it should: not first, not all of it, or elsewhere.
+    #[error("the guard of {interface} is {word}: {why}; {remedy}", word = standing.word(), why = standing.why(), remedy = remedy(*standing, interface))]
     Broken {
         /// The interface's name.
         interface: String,
@@ -219,6 +219,21 @@ pub enum GuardError {
         #[source]
         source: Box<ProgramError>,
     },
+    /// The verifier refused a program, with reasons that fill pages.
+    #[error(
+        "the kernel's verifier did not accept the guard's {program} on {interface}: `--verbose` prints its last words; report them, and use a kernel that this release supports"
+    )]
+    Verifier {
+        /// The program's name.
+        program: &'static str,
+        /// The interface's name.
+        interface: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+        /// What the verifier wrote.
+        log: String,
+    },
     /// A link could not be read or made.
     #[error("cannot {action} the guard's link on {interface}")]
     Link {
@@ -257,6 +272,35 @@ pub enum GuardError {
 }
 
 impl GuardError {
+    /// The kernel's refusal of `program`, with the verifier's words apart from the message.
+    pub(crate) fn of_program(program: &'static str, interface: &str, error: ProgramError) -> Self {
+        let interface = interface.to_owned();
+        match error {
+            ProgramError::LoadError {
+                io_error: source,
+                verifier_log,
+            } => Self::Verifier {
+                program,
+                interface,
+                source,
+                log: verifier_log.to_string(),
+            },
+            source => Self::Program {
+                program,
+                interface,
+                source: Box::new(source),
+            },
+        }
+    }
+
+    /// What the kernel's verifier wrote, where it refused a program.
+    pub fn verifier_log(&self) -> Option<&str> {
+        match self {
+            Self::Verifier { log, .. } => Some(log),
+            _ => None,
+        }
+    }
+
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -277,5 +321,50 @@ impl GuardError {
             | Self::AllowlistFull { .. } => ErrorKind::Refused,
             _ => ErrorKind::Failed,
         }
+    }
+}
+
+/// What to do about a guard of `interface` that stands so.
+fn remedy(standing: Standing, interface: &str) -> String {
+    match standing {
+        Standing::Elsewhere => {
+            "bring the interface back to this network namespace to reach it".to_owned()
+        }
+        Standing::Preceded => format!(
+            "remove that program (`bpftool net show dev {interface}` names it), or `omerta guard detach {interface}` and attach the guard anew, which puts it first"
+        ),
+        _ => format!(
+            "`omerta guard detach {interface}` removes what is left of it, and attach guards anew"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    #[test]
+    fn the_verifiers_words_are_kept_and_not_in_the_message() {
+        let log = (0..100).map(|line| format!("{line}: (bf) r1 = r0\n"));
+        let refused = io::Error::from_raw_os_error(libc::EINVAL);
+        let error = GuardError::Verifier {
+            program: "guest_egress",
+            interface: "tap0".into(),
+            source: refused,
+            log: log.collect(),
+        };
+        let mut shown = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            shown += &error.to_string();
+            cause = error.source();
+        }
+        assert!(
+            !shown.contains("r1 = r0") && !shown.contains('\n'),
+            "{shown}"
+        );
+        assert!(error.verifier_log().unwrap().contains("99: (bf) r1 = r0"));
     }
 }

@@ -1,11 +1,12 @@
 //! A guard: the programs, maps and links that enforce one interface's policy.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use aya::maps::{MapData, PerCpuArray};
-use omerta_verdict::{Address, Direction, Endpoint, Mode};
+use aya::maps::MapData;
+use omerta_verdict::{Direction, Endpoint, Mode};
 
-use crate::counters::{self, Counters};
+use crate::counters::Counters;
 use crate::events::EventStream;
 use crate::lock::Lock;
 use crate::object::has_room_for_flows;
@@ -13,11 +14,34 @@ use crate::pinned::{find, recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
 use crate::rules::refuse_unreachable;
 use crate::standing::look;
-use crate::status::{DirectionStatus, GuardStatus};
-use crate::store::{PolicyStore, map_error};
-use crate::{GuardError, Owner, Standing, interface};
+use crate::status::{DirectionLimits, GuardStatus, read_counters};
+use crate::store::PolicyStore;
+use crate::{GuardError, Owner, Standing, interface, lease};
 
 const NOT_PINNED: &str = "a link is not pinned";
+
+/// What is known of a guard, whole or not.
+#[derive(Clone, Debug)]
+pub struct Inspection {
+    /// Its policy and standing.
+    pub status: GuardStatus,
+    /// Its counters, with bytes.
+    pub counters: Counters,
+}
+
+impl Inspection {
+    /// Fails where the guard does not stand as it should, with what to do.
+    pub fn judge(&self) -> Result<(), GuardError> {
+        let interface = self.status.interface.clone();
+        match self.status.standing {
+            Standing::InForce => Ok(()),
+            standing => Err(GuardError::Broken {
+                interface,
+                standing,
+            }),
+        }
+    }
+}
 
 /// A handle on the guard of one interface. Dropping it leaves the guard in force.
 #[derive(Debug)]
@@ -77,6 +101,43 @@ impl Guard {
         }
         guard.standing()?;
         Ok(guard)
+    }
+
+    /// What is known of the guard of `interface`, also where it is not whole.
+    ///
+    /// # Errors
+    /// Where nothing of a guard of `interface` judges anywhere.
+    pub fn inspect(interface: &str) -> Result<Inspection, GuardError> {
+        let error = match Self::open(interface) {
+            Ok(guard) => {
+                let (status, counters) = guard.read()?;
+                return Ok(Inspection { status, counters });
+            }
+            Err(
+                error @ (GuardError::NotInForce { .. }
+                | GuardError::NoInterface { .. }
+                | GuardError::Elsewhere { .. }),
+            ) => error,
+            Err(error) => return Err(error),
+        };
+        let ifindex = interface::index(interface).unwrap_or(0);
+        let found = find(interface, ifindex)?.map(|(pins, _)| pins);
+        let aside = Pins::aside()?.into_iter();
+        let aside = aside.filter_map(|(name, pins)| (name == interface).then_some(pins));
+        for pins in found.into_iter().chain(aside) {
+            let _lock = pins.lock()?;
+            let found = look(&pins)?;
+            let here = found.interface.as_deref();
+            if found.standing == Standing::Gone || here.is_some_and(|name| name != interface) {
+                continue;
+            }
+            // Where not even the maps are left, the error says more.
+            let read = GuardStatus::read(interface, found.ifindex, &pins, found.standing);
+            if let Ok((status, counters)) = read {
+                return Ok(Inspection { status, counters });
+            }
+        }
+        Err(error)
     }
 
     /// The guard that `owner` attached to `interface`, to be changed and detached by it. Fails for
@@ -198,6 +259,33 @@ impl Guard {
         store.commit(policy, &endpoints)
     }
 
+    /// Limits the frames and bits of each direction as `edit` changes them. Returns the epoch in
+    /// force.
+    pub fn limit(&self, edit: impl FnOnce(&mut DirectionLimits)) -> Result<u64, GuardError> {
+        let (_lock, mut store) = self.locked_store()?;
+        self.authorise()?;
+        let mut policy = store.policy()?;
+        let before = DirectionLimits::of(&policy);
+        let mut after = before;
+        edit(&mut after);
+        if after == before {
+            return Ok(policy.epoch);
+        }
+        after.put(&mut policy);
+        let endpoints = store.endpoints()?;
+        store.commit(policy, &endpoints)
+    }
+
+    /// Has the guard drop everything when `lease` has passed from now on, unless it is renewed by
+    /// then; `None` is for ever.
+    pub fn set_lease(&self, lease: Option<Duration>) -> Result<(), GuardError> {
+        let _lock = self.pins.lock()?;
+        self.standing()?;
+        self.authorise()?;
+        let word = lease::word(&self.interface, lease)?;
+        lease::write(&self.interface, &self.pins, word)
+    }
+
     fn change(
         &self,
         edit: impl FnOnce(&mut BTreeSet<Endpoint>) -> Result<(), GuardError>,
@@ -223,58 +311,20 @@ impl Guard {
         Ok((lock, PolicyStore::open(&self.interface, &self.pins)?))
     }
 
-    /// Everything that `omerta guard show` prints.
+    /// What `omerta guard show` prints of a guard whose two programs both judge.
     pub fn status(&self) -> Result<GuardStatus, GuardError> {
-        let (standing, policy, allow) = {
-            let _lock = self.pins.lock()?;
-            let standing = self.standing()?;
-            let store = PolicyStore::open(&self.interface, &self.pins)?;
-            (standing, store.policy()?, store.endpoints()?)
-        };
-        let counters = self.counters()?;
-        let present = |address: &&Address| !address.is_unspecified();
-        Ok(GuardStatus {
-            interface: self.interface.clone(),
-            ifindex: self.ifindex,
-            mode: Mode::from_number(policy.mode).map_or("none", Mode::word),
-            state: standing.word(),
-            owner: self.pins.owner()?.map(|owner| owner.to_string()),
-            epoch: policy.epoch,
-            mac: policy.mac.to_string(),
-            addresses: policy
-                .addresses
-                .iter()
-                .filter(present)
-                .map(ToString::to_string)
-                .collect(),
-            gateways: policy
-                .gateways
-                .iter()
-                .filter(present)
-                .map(ToString::to_string)
-                .collect(),
-            gateway_mac: policy.gateway_mac.to_string(),
-            allow: allow.iter().map(ToString::to_string).collect(),
-            egress: DirectionStatus::from(&counters.egress),
-            ingress: DirectionStatus::from(&counters.ingress),
-            events_lost: counters.events_lost.packets,
-            events_limited: counters.events_limited.packets,
-        })
+        Ok(self.read()?.0)
+    }
+
+    fn read(&self) -> Result<(GuardStatus, Counters), GuardError> {
+        let _lock = self.pins.lock()?;
+        let standing = self.standing()?;
+        GuardStatus::read(&self.interface, self.ifindex, &self.pins, standing)
     }
 
     /// The counters since the guard was attached.
     pub fn counters(&self) -> Result<Counters, GuardError> {
-        let counters = self.per_cpu("COUNTERS")?;
-        counters::read(&self.interface, &counters, &self.per_cpu("LOST")?)
-    }
-
-    fn per_cpu<T: aya::Pod>(
-        &self,
-        name: &'static str,
-    ) -> Result<PerCpuArray<MapData, T>, GuardError> {
-        MapData::from_pin(self.pins.path(name))
-            .and_then(|data| aya::maps::Map::PerCpuArray(data).try_into())
-            .map_err(|source| map_error(&self.interface, "open", name, source))
+        read_counters(&self.interface, &self.pins)
     }
 
     /// The guard's events. Two streams of one guard would each see a part: keep one.

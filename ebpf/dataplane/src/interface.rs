@@ -22,7 +22,8 @@ pub fn index(interface: &str) -> Result<u32, GuardError> {
     })
 }
 
-/// The MAC of `interface`.
+/// The MAC of `interface`, which must be an Ethernet one: other kinds may have addresses of six bytes
+/// too, and put other headers before their packets.
 pub fn mac(interface: &str) -> Result<Mac, GuardError> {
     // Not /sys/class/net: its mount may belong to another network namespace.
     let addresses = getifaddrs().map_err(|errno| GuardError::System {
@@ -32,7 +33,12 @@ pub fn mac(interface: &str) -> Result<Mac, GuardError> {
     })?;
     addresses
         .filter(|entry| entry.interface_name == interface)
-        .find_map(|entry| entry.address?.as_link_addr()?.addr().map(Mac))
+        .find_map(|entry| {
+            let link = *entry.address?.as_link_addr()?;
+            (link.hatype() == libc::ARPHRD_ETHER)
+                .then(|| link.addr().map(Mac))
+                .flatten()
+        })
         .filter(|mac| mac.is_unicast())
         .ok_or_else(|| GuardError::Config {
             problem: format!(

@@ -102,10 +102,8 @@ impl Programs {
         };
         for direction in Direction::ALL {
             let program = programs.program(direction)?;
-            program.load().map_err(|source| GuardError::Program {
-                program: program_name(direction),
-                interface: interface.to_owned(),
-                source: Box::new(source),
+            program.load().map_err(|error| {
+                GuardError::of_program(program_name(direction), interface, error)
             })?;
         }
         Ok(programs)

@@ -2,9 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use aya::maps::{Map, MapData, PerCpuArray};
+use omerta_verdict::{Address, Direction, Mode, Policy};
+use serde::{Serialize, Serializer};
 
-use crate::counters::DirectionCounters;
+use crate::counters::{self, Counters, DirectionCounters};
+use crate::lease::{self, Lease};
+use crate::pins::Pins;
+use crate::store::{PolicyStore, map_error};
+use crate::{GuardError, Limits, Standing};
 
 /// One direction's frames.
 #[derive(Clone, Debug, Serialize)]
@@ -37,6 +43,33 @@ impl From<&DirectionCounters> for DirectionStatus {
     }
 }
 
+/// How much may travel in each direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DirectionLimits {
+    /// From the guest.
+    pub egress: Limits,
+    /// To the guest.
+    pub ingress: Limits,
+}
+
+impl DirectionLimits {
+    pub(crate) fn of(policy: &Policy) -> Self {
+        Self {
+            egress: Limits::of(Direction::Egress, policy),
+            ingress: Limits::of(Direction::Ingress, policy),
+        }
+    }
+
+    pub(crate) fn put(self, policy: &mut Policy) {
+        self.egress.put(Direction::Egress, policy);
+        self.ingress.put(Direction::Ingress, policy);
+    }
+}
+
+fn word_of<S: Serializer>(standing: &Standing, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(standing.word())
+}
+
 /// A guard's policy and counters.
 #[derive(Clone, Debug, Serialize)]
 pub struct GuardStatus {
@@ -44,8 +77,11 @@ pub struct GuardStatus {
     pub interface: String,
     /// The interface's index.
     pub ifindex: u32,
-    /// The word of a [`Standing`](crate::Standing).
+    /// The word of a [`Standing`].
     pub state: &'static str,
+    /// The same.
+    #[serde(serialize_with = "word_of")]
+    pub standing: Standing,
     /// The mode's word.
     pub mode: &'static str,
     /// Who alone changes and removes the guard.
@@ -62,6 +98,10 @@ pub struct GuardStatus {
     pub gateway_mac: String,
     /// The allowlist, sorted.
     pub allow: Vec<String>,
+    /// How much may travel.
+    pub limits: DirectionLimits,
+    /// Until when anything passes; `None` is for ever.
+    pub lease: Option<Lease>,
     /// From the guest.
     pub egress: DirectionStatus,
     /// To the guest.
@@ -70,4 +110,62 @@ pub struct GuardStatus {
     pub events_lost: u64,
     /// Those of them that exceeded the guard's rate of events; the others did not fit the ring.
     pub events_limited: u64,
+}
+
+impl GuardStatus {
+    /// What the maps of `pins` hold. Callers hold the lock of the guard.
+    pub(crate) fn read(
+        interface: &str,
+        ifindex: u32,
+        pins: &Pins,
+        standing: Standing,
+    ) -> Result<(Self, Counters), GuardError> {
+        let store = PolicyStore::open(interface, pins)?;
+        let (policy, allow) = (store.policy()?, store.endpoints()?);
+        let counters = read_counters(interface, pins)?;
+        let present = |addresses: &[Address]| {
+            let present = addresses.iter().filter(|address| !address.is_unspecified());
+            present.map(ToString::to_string).collect()
+        };
+        let status = Self {
+            interface: interface.to_owned(),
+            ifindex,
+            state: standing.word(),
+            standing,
+            mode: Mode::from_number(policy.mode).map_or("none", Mode::word),
+            owner: pins.owner()?.map(|owner| owner.to_string()),
+            epoch: policy.epoch,
+            mac: policy.mac.to_string(),
+            addresses: present(&policy.addresses),
+            gateways: present(&policy.gateways),
+            gateway_mac: policy.gateway_mac.to_string(),
+            allow: allow.iter().map(ToString::to_string).collect(),
+            limits: DirectionLimits::of(&policy),
+            lease: lease::read(interface, pins)?,
+            egress: DirectionStatus::from(&counters.egress),
+            ingress: DirectionStatus::from(&counters.ingress),
+            events_lost: counters.events_lost.packets,
+            events_limited: counters.events_limited.packets,
+        };
+        Ok((status, counters))
+    }
+}
+
+/// The counters since the guard of `pins` was attached.
+pub fn read_counters(interface: &str, pins: &Pins) -> Result<Counters, GuardError> {
+    counters::read(
+        interface,
+        &per_cpu(interface, pins, "COUNTERS")?,
+        &per_cpu(interface, pins, "LOST")?,
+    )
+}
+
+fn per_cpu<T: aya::Pod>(
+    interface: &str,
+    pins: &Pins,
+    name: &'static str,
+) -> Result<PerCpuArray<MapData, T>, GuardError> {
+    MapData::from_pin(pins.path(name))
+        .and_then(|data| Map::PerCpuArray(data).try_into())
+        .map_err(|source| map_error(interface, "open", name, source))
 }

@@ -19,14 +19,16 @@ pub(crate) const SOLICITATION: u8 = 135;
 pub(crate) const ADVERTISEMENT: u8 = 136;
 /// Type, code, checksum, flags, target.
 const DISCOVERY_LENGTH: u32 = 24;
-/// Of every option that a solicitation may have; their own length field counts in this unit.
+/// Options are multiples of this; their own length field counts in this unit.
 const OPTION_LENGTH: u32 = 8;
+/// How long a solicitation's options may be together, in that unit.
 const MAX_OPTIONS: u32 = 4;
-/// Type and length, as the other options' below.
+/// The types of the two options that say whose MAC is whose.
+const SOURCE_LINK: u8 = 1;
+const TARGET_LINK: u8 = 2;
+/// Type and length, as the other option's below.
 const SOURCE_LINK_OPTION: u64 = 0x0101;
 const TARGET_LINK_OPTION: u64 = 0x0201;
-/// RFC 3971, 5.3.2; sent with probes by RFC 7527.
-const NONCE_OPTION: u64 = 0x0e01;
 const ALL_NODES: Address = Address::from_words(0xff02 << 48, 1);
 const FLAG_ROUTER: u8 = 0x80;
 const FLAGS_SOLICITED_OVERRIDE: u8 = 0x60;
@@ -360,16 +362,24 @@ fn solicited<F: Frame + ?Sized>(
         Some(mac) => link_option(SOURCE_LINK_OPTION, mac),
         None => 0,
     };
+    let count = options / OPTION_LENGTH;
+    let mut next = 0;
     let mut index = 0;
     while index < MAX_OPTIONS {
-        if index * OPTION_LENGTH < options {
+        if index == next && index < count {
             let option = option(frame, packet, index)?;
-            if option == expected && expected != 0 {
+            let length = (option >> 48) as u8 as u32;
+            match (option >> 56) as u8 {
                 // Once is enough.
-                expected = 0;
-            } else if option >> 48 != NONCE_OPTION {
+                SOURCE_LINK if option == expected && expected != 0 => expected = 0,
+                SOURCE_LINK | TARGET_LINK => return Err(Reason::Neighbour),
+                // What a receiver does not know, it ignores (RFC 4861, 4.6); nonces are such.
+                _ => {}
+            }
+            if length == 0 || length > count - index {
                 return Err(Reason::Neighbour);
             }
+            next = index + length;
         }
         index += 1;
     }
@@ -423,7 +433,7 @@ fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<Address, R
     ]))
 }
 
-/// The option at `index` as a number, type first. Each before it has the same length.
+/// The eight bytes at `index`, in units of as many, as a number: type first, then the length.
 #[inline(always)]
 fn option<F: Frame + ?Sized>(frame: &F, packet: &Packet, index: u32) -> Result<u64, Reason> {
     let offset = DISCOVERY_LENGTH + index * OPTION_LENGTH;

@@ -106,6 +106,10 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
         let answer = answer::neighbour_for_gateway(frame, guard, policy, &packet, discovery)?;
         return consume(frame, guard, policy, answer);
     }
+    // What an extension header hides may be discovery, which goes to groups and not to the gateway.
+    if matches!(packet.shape(), Err(Reason::ExtensionHeader)) {
+        return Err(Reason::ExtensionHeader);
+    }
     if !ethernet.destination.equals(policy.gateway_mac) {
         return Err(Reason::DestinationMac);
     }

@@ -84,6 +84,9 @@ pub struct Policy {
     pub gateways: [Address; MAX_GATEWAYS],
     /// How much of what each [`Meter`] counts is let through, by its index.
     pub rates: [Rate; Meter::COUNT],
+    /// What the rates were made of, to be shown: for each direction frames and bits a second; 0 is
+    /// without limit. No program reads it.
+    pub limits: [[u64; 2]; 2],
     /// The guest's MAC.
     pub mac: Mac,
     /// Where the guest's IP frames must go, and who answers for the gateway.
@@ -104,6 +107,7 @@ impl Policy {
         addresses: [Address::UNSPECIFIED; MAX_ADDRESSES],
         gateways: [Address::UNSPECIFIED; MAX_GATEWAYS],
         rates: [Rate::UNLIMITED; Meter::COUNT],
+        limits: [[0; 2]; 2],
         mac: Mac([0; 6]),
         gateway_mac: Mac([0; 6]),
         padding: [0; 4],

@@ -67,6 +67,7 @@ pub fn config(mode: Mode) -> GuardConfig {
         allow: allowlist(),
         egress: Limits::default(),
         ingress: Limits::default(),
+        lease: None,
         owner: None,
     }
 }

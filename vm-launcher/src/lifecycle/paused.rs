@@ -146,6 +146,7 @@ impl Paused {
             allow: vec![spec.consumer.allowed_endpoint()],
             egress: Limits::default(),
             ingress: Limits::default(),
+            lease: None,
             owner: spec.guard_owner.clone(),
         };
         // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.

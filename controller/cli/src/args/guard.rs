@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
-use omerta_dataplane::{GuardConfig, Limits};
+use omerta_dataplane::{DirectionLimits, GuardConfig};
 use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Mode};
 
 use super::Shown;
+use super::limit::{self, LeaseTime, Limit};
 
 /// The verbs of `omerta guard`.
 #[derive(Debug, Subcommand)]
@@ -41,6 +42,28 @@ pub enum GuardCommand {
 
         /// filtered, sampled or direct; conntrack too where the guard was attached in that mode
         mode: Mode,
+    },
+
+    /// Limit how much may pass; what is not named stays as it is
+    Limit {
+        /// The guarded interface
+        interface: InterfaceName,
+
+        /// egress-packets=N, egress-bits=N, ingress-packets=N or ingress-bits=N, with N for each
+        /// second (500, 20k, 100M, 10G), or `none`
+        #[arg(required = true, value_name = "WHAT=N")]
+        limits: Vec<Limit>,
+    },
+
+    /// Have a guard drop everything when some time has passed, unless it is renewed by then
+    #[command(after_help = "Each call begins a new lease, so it also renews one that has ended.")]
+    Lease {
+        /// The guarded interface
+        interface: InterfaceName,
+
+        /// How long the lease lasts from now on: 90s, 15m, 12h, 7d; `off` for ever
+        #[arg(value_name = "TIME")]
+        lease: LeaseTime,
     },
 
     /// Show an interface's policy and counters
@@ -127,6 +150,20 @@ pub struct AttachArgs {
     /// How frames are judged: filtered, conntrack, sampled or direct
     #[arg(long, default_value = "filtered")]
     mode: Mode,
+
+    /// How much may pass: egress-packets=N, egress-bits=N, ingress-packets=N or ingress-bits=N, with
+    /// N for each second, such as 500, 20k, 100M, 10G (repeatable)
+    #[arg(long = "limit", value_name = "WHAT=N")]
+    limits: Vec<Limit>,
+
+    /// Drop everything when this time has passed, unless `omerta guard lease` renews it: 90s, 15m,
+    /// 12h, 7d [default: off]
+    #[arg(long, value_name = "TIME")]
+    lease: Option<LeaseTime>,
+
+    /// Where the kernel's verifier refuses the programs, print its last words too
+    #[arg(long)]
+    verbose: bool,
 }
 
 /// Arguments of `guard attach`, checked.
@@ -136,6 +173,8 @@ pub struct Attachment {
     pub interface: InterfaceName,
     /// What to enforce on it.
     pub config: GuardConfig,
+    /// Whether the verifier's last words are wanted.
+    pub verbose: bool,
 }
 
 impl AttachArgs {
@@ -180,7 +219,11 @@ impl AttachArgs {
                 return Err(AttachError::EndpointWithoutAddress(endpoint));
             }
         }
+        check_limits(&self.limits)?;
+        let mut limits = DirectionLimits::default();
+        limit::put(&self.limits, &mut limits);
         Ok(Attachment {
+            verbose: self.verbose,
             interface: self.interface,
             config: GuardConfig {
                 mac: self.mac,
@@ -189,8 +232,9 @@ impl AttachArgs {
                 gateway_mac: self.gateway_mac,
                 mode: self.mode,
                 allow: self.allow,
-                egress: Limits::default(),
-                ingress: Limits::default(),
+                egress: limits.egress,
+                ingress: limits.ingress,
+                lease: self.lease.and_then(|lease| lease.0),
                 owner: None,
             },
         })
@@ -205,6 +249,17 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
         _ => text
             .parse()
             .map_err(|_| "this is no IPv4 or IPv6 address".to_owned()),
+    }
+}
+
+/// Fails where one thing is limited twice.
+///
+/// # Errors
+/// [`AttachError::LimitedTwice`].
+pub fn check_limits(limits: &[Limit]) -> Result<(), AttachError> {
+    match limit::limited_twice(limits) {
+        Some(what) => Err(AttachError::LimitedTwice(what)),
+        None => Ok(()),
     }
 }
 
@@ -288,6 +343,9 @@ pub enum AttachError {
         "--allow {0} can never be reached without an --ip of its family: add one, or leave the endpoint out"
     )]
     EndpointWithoutAddress(Endpoint),
+    /// Two limits of one thing.
+    #[error("{0} is limited twice: give each limit once")]
+    LimitedTwice(&'static str),
     /// The guest has no address to speak to this gateway from.
     #[error("--gateway {0} has no --ip of its family: add --ip with an {family} address, or leave the gateway out", family = family(.0))]
     GatewayWithoutAddress(IpAddr),

@@ -272,3 +272,152 @@ fn mode_changes_with_the_next_frame() {
     stage.guard("mode", "open").failed(2, &["open", "filtered"]);
     assert_eq!(stage.shown()["epoch"], 3);
 }
+
+#[test]
+fn limits_and_lease_are_set_shown_and_lifted() {
+    let Some(stage) = Stage::set() else { return };
+    let options = "--limit egress-packets=20k --limit ingress-bits=100M/s --lease 12h";
+    stage.guard("attach", &format!("{GUEST} {options}")).done();
+    let shown = stage.shown();
+    let none = json!({ "packets_per_second": null, "bits_per_second": null });
+    let [mut egress, mut ingress] = [none.clone(), none];
+    egress["packets_per_second"] = json!(20_000);
+    ingress["bits_per_second"] = json!(100_000_000);
+    assert_eq!(
+        shown["limits"],
+        json!({ "egress": egress, "ingress": ingress })
+    );
+    assert_eq!(shown["standing"], "in_force");
+    assert_eq!(shown["lease"]["expired"], false);
+    let left = shown["lease"]["remaining_seconds"].as_u64().unwrap();
+    assert!((43_000..=43_200).contains(&left), "{left}");
+    let text = stage.guard("show", "").done().stdout;
+    let limits = "limit      egress-packets=20k/s\n           ingress-bits=100M/s\n";
+    assert!(text.contains(limits), "{text}");
+    assert!(text.contains("\nlease      ends in 4"), "{text}");
+
+    let ran = stage
+        .guard("limit", "egress-packets=none egress-bits=1001")
+        .done();
+    assert_eq!(ran.stdout, "omt0: epoch 2 in force\n");
+    egress["packets_per_second"] = Value::Null;
+    egress["bits_per_second"] = json!(1001);
+    assert_eq!(
+        stage.shown()["limits"],
+        json!({ "egress": egress, "ingress": ingress })
+    );
+    // What is so already keeps the epoch.
+    let ran = stage.guard("limit", "egress-bits=1001").done();
+    assert_eq!(ran.stdout, "omt0: epoch 2 in force\n");
+    let ran = stage.guard("lease", "off").done();
+    assert_eq!(ran.stdout, "omt0: no lease, in force for ever\n");
+    assert_eq!(stage.shown()["lease"], Value::Null);
+}
+
+#[test]
+fn limit_lets_its_burst_through_and_no_more() {
+    let Some(stage) = Stage::set() else { return };
+    let options = "--allow udp:192.0.2.10:51820 --limit egress-packets=1";
+    stage.guard("attach", &format!("{GUEST} {options}")).done();
+    for _ in 0..500 {
+        stage.tap.send(&datagram([192, 0, 2, 10])).unwrap();
+    }
+    let egress = stage.shown()["egress"].clone();
+    let count = |value: &Value| value.as_u64().unwrap();
+    assert_eq!(count(&egress["rx"]), 500);
+    assert!(count(&egress["allowed"]) >= 32, "{egress}");
+    assert!(count(&egress["dropped"]["policed"]) > 400, "{egress}");
+}
+
+#[test]
+fn lease_that_ran_out_denies_all_until_it_is_renewed() {
+    let Some(stage) = Stage::set() else { return };
+    let options = "--allow udp:192.0.2.10:51820 --lease 1s";
+    stage.guard("attach", &format!("{GUEST} {options}")).done();
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while stage.shown()["lease"]["expired"] != true {
+        assert!(std::time::Instant::now() < deadline, "it ends some time");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // The programs' clock is that of the last tick.
+    std::thread::sleep(Duration::from_millis(50));
+    let before = stage.shown()["egress"]["allowed"].clone();
+    stage.tap.send(&datagram([192, 0, 2, 10])).unwrap();
+    let shown = stage.shown();
+    assert_eq!(shown["egress"]["allowed"], before);
+    assert_eq!(shown["egress"]["dropped"]["lease_expired"], 1);
+    assert_eq!(shown["standing"], "in_force");
+    let text = stage.guard("show", "").done().stdout;
+    assert!(text.contains("lease      has ended"), "{text}");
+
+    let ran = stage.guard("lease", "15m").done();
+    assert_eq!(
+        ran.stdout,
+        "omt0: drops everything in 900 s unless it is renewed\n"
+    );
+    stage.tap.send(&datagram([192, 0, 2, 10])).unwrap();
+    let shown = stage.shown();
+    assert_eq!(shown["egress"]["dropped"]["lease_expired"], 1);
+    assert_ne!(shown["egress"]["allowed"], before);
+    assert_eq!(shown["epoch"], 1, "a lease is no policy");
+}
+
+/// The run showed what it could and failed, in one line that holds every one of `words`.
+#[track_caller]
+fn shown_and_failed(ran: &Ran, words: &[&str]) {
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert_eq!(ran.stderr.matches('\n').count(), 1, "{ran:?}");
+    for word in words {
+        assert!(ran.stderr.contains(word), "{word:?} is missing in {ran:?}");
+    }
+}
+
+#[test]
+fn guard_that_is_not_whole_is_shown_with_what_to_do() {
+    let Some(stage) = Stage::set() else { return };
+    let options = "--allow udp:192.0.2.10:51820 --limit egress-bits=1M";
+    stage.guard("attach", &format!("{GUEST} {options}")).done();
+    stage.tap.send(&datagram([198, 51, 100, 1])).unwrap();
+    let inode = stage.namespace().inode().unwrap();
+    std::fs::remove_file(format!("/sys/fs/bpf/omerta/{inode}/omt0/link_ingress")).unwrap();
+    let ran = stage.guard("show", "-o json");
+    shown_and_failed(&ran, &["omt0", "partial", "omerta guard detach omt0"]);
+    let shown: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(shown["standing"], "partial");
+    assert_eq!(shown["allow"], json!(["udp:192.0.2.10:51820"]));
+    assert_eq!(shown["egress"]["dropped"]["endpoint"], 1);
+    let ran = stage.guard("show", "");
+    shown_and_failed(&ran, &["partial"]);
+    for line in [
+        "state      partial",
+        "limit      egress-bits=1M/s",
+        "dropped: endpoint",
+    ] {
+        assert!(ran.stdout.contains(line), "{ran:?}");
+    }
+    stage.guard("detach", "").done();
+    assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn guard_of_an_interface_that_moved_away_is_shown() {
+    let Some(stage) = Stage::set() else { return };
+    let away = Namespace::new("omcli-away").unwrap();
+    stage
+        .namespace()
+        .ip("link add omv0 type veth peer name omv1")
+        .unwrap();
+    stage.omerta(&format!("guard attach omv0 {GUEST}")).done();
+    let move_to = |from: &Namespace, to: &Namespace| {
+        from.ip(&format!("link set omv0 netns {}", to.name()))
+            .unwrap();
+    };
+    move_to(stage.namespace(), &away);
+    let ran = stage.omerta("guard show omv0 -o json");
+    shown_and_failed(&ran, &["omv0", "elsewhere", "bring the interface back"]);
+    let shown: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(shown["standing"], "elsewhere");
+    move_to(&away, stage.namespace());
+    stage.omerta("guard show omv0").done();
+    stage.omerta("guard detach omv0").done();
+}

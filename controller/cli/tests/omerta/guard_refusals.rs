@@ -123,6 +123,14 @@ fn interface_that_is_no_ethernet_is_refused() {
     stage
         .omerta(&format!("guard attach lo {GUEST}"))
         .failed(2, &["lo", "Ethernet"]);
+    // An address of six bytes does not make it one.
+    stage
+        .namespace()
+        .ip("link set lo address 52:54:00:00:00:0a")
+        .unwrap();
+    stage
+        .omerta(&format!("guard attach lo {GUEST}"))
+        .failed(2, &["lo", "Ethernet"]);
     assert_eq!(stage.pins(), [""; 0]);
 }
 
@@ -245,6 +253,7 @@ fn owned_guard_is_shown_and_not_changed() {
         allow: vec!["udp:192.0.2.1:1".parse().unwrap()],
         egress: Limits::default(),
         ingress: Limits::default(),
+        lease: None,
         owner: Some("omertad".parse().unwrap()),
     };
     let guard = stage
@@ -260,6 +269,8 @@ fn owned_guard_is_shown_and_not_changed() {
         ("allow", "udp:192.0.2.2:2"),
         ("revoke", "udp:192.0.2.1:1"),
         ("replace", "--file /dev/null"),
+        ("limit", "egress-bits=1M"),
+        ("lease", "1s"),
         ("detach", ""),
     ] {
         stage
@@ -314,4 +325,45 @@ fn foreign_pins_are_named_with_their_real_path() {
     fs::remove_dir(&foreign).unwrap();
     below("guard detach omt0").done();
     assert_eq!(stage.pins(), [""; 0]);
+}
+
+#[test]
+fn bad_limits_and_leases_change_nothing() {
+    let Some(stage) = Stage::set() else { return };
+    for (options, words) in [
+        ("--limit egress-packets", &["egress-packets=N"][..]),
+        ("--limit egress=5", &["egress=5", "ingress-bits=N"]),
+        ("--limit egress-packets=fast", &["fast", "20k"]),
+        ("--limit egress-bits=0", &["none"]),
+        (
+            "--limit egress-bits=1 --limit egress-bits=2",
+            &["egress-bits", "twice"],
+        ),
+        ("--lease 90", &["90", "15m"]),
+        ("--lease 0s", &["0s", "off"]),
+        ("--lease 9999d", &["9999d", "3650d"]),
+    ] {
+        stage
+            .guard("attach", &format!("{GUEST} {options}"))
+            .failed(2, words);
+    }
+    assert_eq!(stage.pins(), [""; 0]);
+    for (verb, options, words) in [
+        ("limit", "egress-bits=1M", "no guard"),
+        ("lease", "1h", "no guard"),
+    ] {
+        stage.guard(verb, options).failed(3, &["omt0", words]);
+    }
+    stage.guard("attach", GUEST).done();
+    let before = stage.shown();
+    for (verb, options, words) in [
+        ("limit", "", "WHAT=N"),
+        ("limit", "egress-bits=1 egress-packets", "egress-packets"),
+        ("limit", "egress-bits=1 egress-bits=none", "twice"),
+        ("lease", "", "TIME"),
+        ("lease", "soon", "15m"),
+    ] {
+        stage.guard(verb, options).failed(2, &[words]);
+    }
+    assert_eq!(stage.shown(), before);
 }

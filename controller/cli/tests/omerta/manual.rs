@@ -23,6 +23,8 @@ fn every_command_gets_a_page() {
     for (page, words) in [
         ("omerta.1", "OMERTA_SOCKET"),
         ("omerta-guard-attach.1", "gateway"),
+        ("omerta-guard-limit.1", "egress"),
+        ("omerta-guard-lease.1", "renew"),
         ("omerta-vm-run.1", "consumer"),
         ("omerta-vm-console.1", "detaches"),
         ("omerta-events.1", "follow"),
