@@ -7,7 +7,7 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use omerta_verdict::Direction;
 
-use crate::bpffs::failed;
+use crate::bpffs::{anchor, failed};
 use crate::lock::Lock;
 use crate::object::{Programs, program_name};
 use crate::pinned::{recover, refuse_elsewhere, remove_aside};
@@ -33,6 +33,10 @@ impl Guard {
 
         let lock = Lock::of(interface)?;
         recover(&lock)?;
+        // An owner that watches its guards holds them besides (and may not be able to mount).
+        if config.owner.is_none() {
+            anchor()?;
+        }
         // Whatever name the interface had when it was guarded.
         for pins in Pins::all()?.into_iter().chain(Pins::aside()?) {
             let (_, pins) = pins;

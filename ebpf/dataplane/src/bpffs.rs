@@ -10,14 +10,17 @@ use std::os::fd::IntoRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::GuardError;
 
 const MOUNT_POINT: &str = "/sys/fs/bpf";
+/// A second mount of the same bpffs. What is pinned lives as long as one of them, so whoever unmounts
+/// the first does not open every tap.
+const ANCHOR: &str = "/run/omerta-bpf";
 
 /// What is pinned for this thread's network namespace is below it. It need not exist.
 pub fn namespace_directory() -> Result<PathBuf, GuardError> {
@@ -28,11 +31,13 @@ pub fn namespace_directory() -> Result<PathBuf, GuardError> {
 
 /// Omerta's directory on bpffs, made if need be and never removed.
 pub fn root() -> Result<PathBuf, GuardError> {
-    static ROOT: OnceLock<PathBuf> = OnceLock::new();
-    if let Some(root) = ROOT.get() {
+    static ROOT: Mutex<Option<PathBuf>> = Mutex::new(None);
+    let mut known = ROOT.lock().unwrap_or_else(PoisonError::into_inner);
+    // bpffs may have been unmounted since.
+    if let Some(root) = known.as_ref().filter(|root| root.is_dir()) {
         return Ok(root.clone());
     }
-    let mounted = outer_mount_point()?;
+    let mounted = Mounts::outermost().mounted()?;
     let root = mounted.join("omerta");
     match fs::DirBuilder::new().mode(0o700).create(&root) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -50,51 +55,147 @@ pub fn root() -> Result<PathBuf, GuardError> {
             return Err(GuardError::Untrusted { path: shown(path) });
         }
     }
-    Ok(ROOT.get_or_init(|| root).clone())
+    Ok(known.insert(root).clone())
 }
 
-/// bpffs as the outermost mount namespace within reach has it, mounted if need be.
-fn outer_mount_point() -> Result<PathBuf, GuardError> {
-    let own = Path::new(MOUNT_POINT);
-    let outer = outer_process();
-    // Held while mounting: two processes that both mount would hide each other's pins.
-    let covered = File::open(own).map_err(failed("open", own))?;
-    covered.lock().map_err(failed("lock", own))?;
-    let Some(outer) = outer else {
-        if !is_bpffs(own)? {
-            mount(
-                Some("bpf"),
-                own,
-                Some("bpf"),
-                MsFlags::empty(),
-                Some("mode=0700"),
-            )
-            .map_err(|errno| failed("mount bpffs at", own)(errno.into()))?;
+/// Mounts bpffs a second time, so that what is pinned outlives an unmounting of the first. Callers
+/// hold a lock in the namespace's directory.
+pub fn anchor() -> Result<(), GuardError> {
+    root()?;
+    let mounts = Mounts::outermost();
+    let _turn = mounts.turn()?;
+    if mounts.is_anchored()? {
+        return Ok(());
+    }
+    let anchor = mounts.path(ANCHOR);
+    fs::create_dir_all(&anchor).map_err(failed("create", &anchor))?;
+    mounts.mount_again(MOUNT_POINT, ANCHOR)
+}
+
+/// Takes the second mount away where nothing is pinned any more.
+pub fn remove_anchor() -> Result<(), GuardError> {
+    let root = root()?;
+    let mounts = Mounts::outermost();
+    let _turn = mounts.turn()?;
+    let is_empty = |mut entries: fs::ReadDir| entries.next().is_none();
+    if fs::read_dir(&root).is_ok_and(is_empty) && mounts.is_anchored()? {
+        mounts.unmount(ANCHOR)?;
+        let anchor = mounts.path(ANCHOR);
+        fs::remove_dir(&anchor).map_err(failed("remove", &anchor))?;
+    }
+    Ok(())
+}
+
+/// The mounts of the outermost mount namespace within reach.
+struct Mounts {
+    /// A process in it, where this one is not.
+    outer: Option<u32>,
+}
+
+impl Mounts {
+    fn outermost() -> Self {
+        Self {
+            outer: outer_process(),
         }
-        return Ok(own.to_owned());
-    };
-    let path = PathBuf::from(format!("/proc/{outer}/root{MOUNT_POINT}"));
-    if !is_bpffs(&path)? {
-        // Joining a mount namespace is refused to a process with threads; nsenter has none.
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        match self.outer {
+            Some(outer) => format!("/proc/{outer}/root{path}").into(),
+            None => path.into(),
+        }
+    }
+
+    /// Held while mounting: two processes that both mount would hide each other's pins.
+    fn turn(&self) -> Result<File, GuardError> {
+        let path = self.path(MOUNT_POINT);
+        let file = File::open(&path).map_err(failed("open", &path))?;
+        file.lock().map_err(failed("lock", &path))?;
+        Ok(file)
+    }
+
+    fn is_anchored(&self) -> Result<bool, GuardError> {
+        let anchor = self.path(ANCHOR);
+        match fs::exists(&anchor) {
+            Ok(true) => is_bpffs(&anchor),
+            Ok(false) => Ok(false),
+            Err(error) => Err(failed("look at", &anchor)(error)),
+        }
+    }
+
+    /// bpffs, mounted if need be: the one of which there is a second mount, where there is one.
+    fn mounted(&self) -> Result<PathBuf, GuardError> {
+        let _turn = self.turn()?;
+        let (mut place, anchor) = (self.path(MOUNT_POINT), self.path(ANCHOR));
+        let is_anchored = self.is_anchored()?;
+        if !is_bpffs(&place)? {
+            if is_anchored {
+                self.mount_again(ANCHOR, MOUNT_POINT)?;
+            } else {
+                self.mount_new(MOUNT_POINT)?;
+            }
+        }
+        let device = |path: &Path| Ok(fs::metadata(path).map_err(failed("look at", path))?.dev());
+        // Another bpffs was mounted in the place of the one that was unmounted.
+        if is_anchored && device(&anchor)? != device(&place)? {
+            place = anchor;
+        }
+        if self.outer.is_none() {
+            return Ok(place);
+        }
+        // The other process may end; an open directory stays.
+        let directory = File::open(&place).map_err(failed("open", &place))?;
+        Ok(PathBuf::from(format!(
+            "/proc/self/fd/{}",
+            directory.into_raw_fd()
+        )))
+    }
+
+    fn mount_new(&self, at: &str) -> Result<(), GuardError> {
+        match self.outer {
+            Some(_) => self.within("mount", &["-t", "bpf", "-o", "mode=0700", "bpf", at]),
+            None => {
+                let none = MsFlags::empty();
+                mount(Some("bpf"), at, Some("bpf"), none, Some("mode=0700")).map_err(Into::into)
+            }
+        }
+        .map_err(failed("mount bpffs at", Path::new(at)))
+    }
+
+    fn mount_again(&self, from: &str, at: &str) -> Result<(), GuardError> {
+        match self.outer {
+            Some(_) => self.within("mount", &["--bind", from, at]),
+            None => {
+                let (kind, data) = (None::<&str>, None::<&str>);
+                mount(Some(from), at, kind, MsFlags::MS_BIND, data).map_err(Into::into)
+            }
+        }
+        .map_err(failed("mount bpffs at", Path::new(at)))
+    }
+
+    fn unmount(&self, at: &str) -> Result<(), GuardError> {
+        match self.outer {
+            Some(_) => self.within("umount", &["-l", at]),
+            None => umount2(at, MntFlags::MNT_DETACH).map_err(Into::into),
+        }
+        .map_err(failed("unmount", Path::new(at)))
+    }
+
+    /// Runs `program` in the outermost mount namespace. Joining one is refused to a process with
+    /// threads; nsenter has none.
+    fn within(&self, program: &str, arguments: &[&str]) -> io::Result<()> {
+        let outer = self.outer.unwrap_or(1);
         let status = Command::new("nsenter")
             .arg(format!("--mount=/proc/{outer}/ns/mnt"))
-            .args(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", MOUNT_POINT])
-            .status();
-        status
-            .and_then(|status| {
-                status
-                    .success()
-                    .then_some(())
-                    .ok_or_else(|| io::Error::other(status.to_string()))
-            })
-            .map_err(failed("mount bpffs at", &path))?;
+            .arg(program)
+            .args(arguments)
+            .status()?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(io::Error::other(format!("{program}: {status}")))
+        }
     }
-    // The other process may end; an open directory stays.
-    let directory = File::open(&path).map_err(failed("open", &path))?;
-    Ok(PathBuf::from(format!(
-        "/proc/self/fd/{}",
-        directory.into_raw_fd()
-    )))
 }
 
 /// The outermost process within reach whose mount namespace is not this one's: init, or where

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::GuardError;
-use crate::bpffs::{failed, namespace_directory, shown};
+use crate::bpffs::{failed, namespace_directory, remove_anchor, shown};
 use crate::pins::{LOCK, encode};
 
 /// How long a command waits for another that changes the same guard: filling the largest
@@ -99,9 +99,11 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // What stays is empty and locks nobody out.
         let _ = fs::remove_dir(&self.directory);
-        // The namespace's directory goes with its last guard.
-        if let Some(parent) = self.directory.parent() {
-            let _ = fs::remove_dir(parent);
+        // The namespace's directory goes with its last guard, and so does the second mount of bpffs.
+        if let Some(parent) = self.directory.parent()
+            && fs::remove_dir(parent).is_ok()
+        {
+            let _ = remove_anchor();
         }
     }
 }
