@@ -17,7 +17,7 @@ use crate::store::{Value, map_error};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
-/// Flows that conntrack mode remembers for one guest.
+/// Flows that one guest may have open in conntrack mode; a power of two.
 const FLOWS: u32 = 4096;
 
 /// The name of the program that judges `direction`, as the kernel shows it.
@@ -83,8 +83,12 @@ impl Programs {
             .override_global("SKB", &layout, true)
             .override_global("FIXED", &inputs, true)
             .override_global("MARK", &mark, true);
+        let mask = FLOWS - 1;
         if mode == Mode::Conntrack {
-            loader.map_max_entries("FLOWS", FLOWS);
+            loader
+                .map_max_entries("FLOWS", FLOWS)
+                .map_max_entries("FLOW_PLACES", FLOWS)
+                .override_global("FLOW_MASK", &mask, true);
         }
         let ebpf = loader.load(OBJECT).map_err(|source| {
             if is_permission(&source) {

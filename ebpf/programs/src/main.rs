@@ -8,6 +8,7 @@
 mod accounting;
 mod answer;
 mod buffer;
+mod flows;
 mod state;
 
 use aya_ebpf::{bindings::__sk_buff, macros::classifier, programs::TcContext};

@@ -8,11 +8,13 @@ use aya_ebpf::{
     btf_maps::{self, ArrayOfMaps},
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
     macros::{btf_map, map},
-    maps::{Array, LruHashMap},
+    maps::Array,
 };
 use omerta_verdict::{
     Address, Bucket, FixedInputs, Flow, Guard, Meter, Policy, Protocol, Rate, table_holds,
 };
+
+use crate::flows;
 
 /// The generation of the policy: its lowest bit names the slot in force. Written last in a
 /// commit, one aligned word, so that a program sees the old policy or the new one, never a mix.
@@ -31,12 +33,6 @@ static RULES: ArrayOfMaps<btf_maps::Array<Bucket, 1, BANK_FLAGS>, 2> = ArrayOfMa
 /// A bank is mapped by userspace, so it starts at a page and each bucket is one cache line; and
 /// its size is its own, not the pattern's.
 const BANK_FLAGS: usize = (BPF_F_MMAPABLE | BPF_F_INNER_MAP) as usize;
-
-/// Conntrack mode: when each flow was last seen, nanoseconds of `CLOCK_MONOTONIC`. The least
-/// recently used gives way, so one guest's flood evicts its own flows only. Userspace sets the
-/// size at load.
-#[map]
-static FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(1, 0);
 
 /// When the guard's lease ends, nanoseconds of `CLOCK_MONOTONIC`; 0 where it has none. Renewed by
 /// writing this one aligned word, which no commit touches.
@@ -137,13 +133,12 @@ impl Guard for KernelGuard {
 
     #[inline(always)]
     fn open_flow(&self, flow: &Flow) -> bool {
-        FLOWS.insert(flow, now(), 0).is_ok()
+        flows::open(flow)
     }
 
     #[inline(always)]
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
-        // SAFETY: the value is one aligned word that other CPUs replace whole.
-        unsafe { FLOWS.get(flow) }.copied()
+        flows::seen(flow)
     }
 }
 
@@ -232,7 +227,7 @@ fn fixed() -> FixedInputs {
 }
 
 #[inline(always)]
-fn now() -> u64 {
+pub fn now() -> u64 {
     let fixed = fixed();
     if fixed.now_ns != 0 {
         return fixed.now_ns;

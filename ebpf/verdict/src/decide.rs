@@ -237,8 +237,7 @@ fn police<F: Frame + ?Sized, G: Guard + ?Sized>(
 #[inline(always)]
 fn is_live<G: Guard + ?Sized>(guard: &G, flow: &Flow) -> bool {
     match guard.flow_seen(flow) {
-        // Another CPU may have written a time that is later than this one's.
-        Some(seen) => guard.now().saturating_sub(seen) < flow.timeout_ns(),
+        Some(seen) => flow.is_live(seen, guard.now()),
         None => false,
     }
 }

@@ -36,6 +36,13 @@ impl Flow {
         }
     }
 
+    /// Whether the flow lives at `now` (ns), when the guest last sent on it at `seen`.
+    #[inline(always)]
+    pub const fn is_live(&self, seen: u64, now: u64) -> bool {
+        // Another CPU may have written a time that is later than this one's.
+        now.saturating_sub(seen) < self.timeout_ns()
+    }
+
     /// How long the flow lives on after the guest has sent on it, in nanoseconds.
     #[inline(always)]
     pub const fn timeout_ns(&self) -> u64 {

@@ -123,7 +123,7 @@ reasons! {
     Endpoint = "endpoint",
     /// Conntrack mode: the guest opened no such flow, or it has timed out.
     NoFlow = "no_flow",
-    /// Conntrack mode: the flow table could not take one more flow.
+    /// Conntrack mode: the guest has as many flows open as it may have.
     FlowQuota = "flow_quota",
     /// More frames or bytes than the guest's rate allows.
     Policed = "policed",
