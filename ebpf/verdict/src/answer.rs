@@ -30,6 +30,7 @@ const TARGET_LINK: u8 = 2;
 const SOURCE_LINK_OPTION: u64 = 0x0101;
 const TARGET_LINK_OPTION: u64 = 0x0201;
 const ALL_NODES: Address = Address::from_words(0xff02 << 48, 1);
+const NO_V4: Address = Address::v4([0; 4]);
 const FLAG_ROUTER: u8 = 0x80;
 const FLAGS_SOLICITED_OVERRIDE: u8 = 0x60;
 const FLAG_OVERRIDE: u8 = 0x20;
@@ -125,8 +126,13 @@ impl Arp {
         if [b[0], b[1], b[2], b[3], b[4], b[5]] != [0, 1, 8, 0, 6, 4] {
             return Err(Reason::ArpMalformed);
         }
+        let operation = u16::from_be_bytes([b[6], b[7]]);
+        // Others are of reverse and inverse ARP, and of other media.
+        if operation != REQUEST && operation != REPLY {
+            return Err(Reason::ArpMalformed);
+        }
         Ok(Self {
-            operation: u16::from_be_bytes([b[6], b[7]]),
+            operation,
             sender_mac: Mac([b[8], b[9], b[10], b[11], b[12], b[13]]),
             sender: Address::v4([b[14], b[15], b[16], b[17]]),
             target_mac: Mac([b[18], b[19], b[20], b[21], b[22], b[23]]),
@@ -161,7 +167,7 @@ pub(crate) fn arp_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::ArpSender);
     }
     if !guard.owns(policy, arp.sender) {
-        let probe = arp.sender.equals(Address::v4([0; 4])) && guard.owns(policy, arp.target);
+        let probe = arp.sender.equals(NO_V4) && guard.owns(policy, arp.target);
         return Err(if probe {
             tolerated(guard, policy)
         } else {
@@ -197,7 +203,11 @@ pub(crate) fn arp_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     let for_guest = ethernet.destination.equals(policy.mac);
     match arp.operation {
-        REQUEST if guard.owns(policy, arp.sender) || arp.sender_mac.equals(policy.mac) => {
+        // Who probes has no address yet; nobody else asks without one, or in the guest's name.
+        REQUEST
+            if guard.owns(policy, arp.sender)
+                || !(arp.sender.is_unicast() || arp.sender.equals(NO_V4)) =>
+        {
             Err(Reason::ArpSender)
         }
         REQUEST if for_guest || ethernet.destination.equals(Mac::BROADCAST) => {
@@ -243,7 +253,8 @@ pub(crate) fn discovery_kind<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> u
     }
 }
 
-/// Discovery from the guest: a solicitation of the gateway, and nothing else. Where it asks without
+/// Discovery from the guest: a solicitation of the gateway, from an address of the guest's or of its
+/// link, and nothing else. Where it asks without
 /// an address whether its own, or one of the link alone, is taken (RFC 4862, 5.4), nobody has it,
 /// and silence says so.
 #[inline(always)]
@@ -251,6 +262,7 @@ pub(crate) fn neighbour_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
     policy: &Policy,
+    ethernet: &Ethernet,
     packet: &Packet,
     kind: u8,
 ) -> Result<Answer, Reason> {
@@ -259,15 +271,14 @@ pub(crate) fn neighbour_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
     }
     let probe = packet.source.is_unspecified();
     let target = solicited(frame, packet, if probe { None } else { Some(policy.mac) })?;
-    if probe {
-        return Err(if target.is_link_local() || guard.owns(policy, target) {
-            tolerated(guard, policy)
-        } else {
-            Reason::Neighbour
-        });
-    }
-    if !policy.is_gateway(target) {
+    let gateway = policy.is_gateway(target);
+    let own = guard.owns(policy, target) || (target.is_link_local() && !gateway);
+    if !(if probe { own } else { gateway }) {
         return Err(Reason::Neighbour);
+    }
+    is_sent_to(ethernet, packet, policy.gateway_mac)?;
+    if probe {
+        return Err(tolerated(guard, policy));
     }
     Ok(Answer {
         kind: Kind::Router,
@@ -281,16 +292,11 @@ pub(crate) fn neighbour_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
 /// The reason for which a probe of the guest's is dropped, as long as there are few.
 #[inline(always)]
 fn tolerated<G: Guard + ?Sized>(guard: &G, policy: &Policy) -> Reason {
-    if may_probe(guard, policy) {
+    if guard.take(Meter::Probes, policy.rates[Meter::Probes as usize], 1) {
         Reason::AddressProbe
     } else {
         Reason::Policed
     }
-}
-
-#[inline(always)]
-fn may_probe<G: Guard + ?Sized>(guard: &G, policy: &Policy) -> bool {
-    guard.take(Meter::Probes, policy.rates[Meter::Probes as usize], 1)
 }
 
 /// Discovery to the guest: solicitations of it are answered on its behalf; the only advertisement
@@ -309,7 +315,8 @@ pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
             ethernet.source.equals(policy.gateway_mac) && policy.is_gateway(packet.source);
         return if from_gateway
             && ethernet.destination.equals(policy.mac)
-            && guard.owns(policy, packet.destination)
+            // The guest may have asked from an address of its link.
+            && (guard.owns(policy, packet.destination) || packet.destination.is_link_local())
             && is_advertisement_of(frame, packet, packet.source, policy.gateway_mac)
         {
             Ok(Verdict::Allow)
@@ -321,14 +328,15 @@ pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::Neighbour);
     }
     let probe = packet.source.is_unspecified();
+    if !probe && !packet.source.is_unicast() {
+        return Err(Reason::Neighbour);
+    }
     let sender = if probe { None } else { Some(ethernet.source) };
     let target = solicited(frame, packet, sender)?;
     if !guard.owns(policy, target) {
         return Err(Reason::Neighbour);
     }
-    if probe && !may_probe(guard, policy) {
-        return Err(Reason::Policed);
-    }
+    is_sent_to(ethernet, packet, policy.mac)?;
     // Who probes has no address yet, so all nodes are told that this one is taken (RFC 4861, 7.2.4),
     // of which the frame goes to the one that asked (RFC 6085).
     let (kind, asker) = if probe {
@@ -343,6 +351,21 @@ pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
         claimed: target,
         asker,
     }))
+}
+
+/// A solicitation goes to its group's MAC (RFC 2464, 7) or to whom it asks.
+#[inline(always)]
+fn is_sent_to(ethernet: &Ethernet, packet: &Packet, asked: Mac) -> Result<(), Reason> {
+    let expected = if packet.destination.is_multicast() {
+        0x3333_0000_0000 | (packet.destination.words().1 & 0xffff_ffff)
+    } else {
+        asked.number()
+    };
+    if ethernet.destination.number() == expected {
+        Ok(())
+    } else {
+        Err(Reason::DestinationMac)
+    }
 }
 
 /// The target of a well-formed solicitation (RFC 4861, 7.1.1). Its link-layer option, which may
@@ -392,7 +415,39 @@ fn solicited<F: Frame + ?Sized>(
     if !direct && !packet.destination.equals(solicited_node) {
         return Err(Reason::Neighbour);
     }
+    if !is_summed_right(frame, packet) {
+        return Err(Reason::Neighbour);
+    }
     Ok(target)
+}
+
+/// Whether the checksum of a solicitation is right, whose length is a multiple of eight. One's
+/// complement sums are the same in numbers of any size (RFC 1071, 2).
+#[inline(always)]
+fn is_summed_right<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> bool {
+    let (a, b) = packet.source.words();
+    let (c, d) = packet.destination.words();
+    let mut sum = packet.payload_length as u64 + ICMPV6 as u64;
+    sum += halves(a) + halves(b) + halves(c) + halves(d);
+    let mut at = 0;
+    while at < DISCOVERY_LENGTH + MAX_OPTIONS * OPTION_LENGTH {
+        if at < packet.payload_length {
+            match frame.bytes::<8>(packet.payload_offset + at as usize) {
+                Some(bytes) => sum += halves(u64::from_be_bytes(*bytes)),
+                None => return false,
+            }
+        }
+        at += 8;
+    }
+    sum = (sum & 0xffff_ffff) + (sum >> 32);
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum == 0xffff
+}
+
+#[inline(always)]
+const fn halves(number: u64) -> u64 {
+    (number >> 32) + (number & 0xffff_ffff)
 }
 
 /// Whether an advertisement says that `address` is at `mac`, as [`Answer`] makes it.

@@ -85,35 +85,42 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     let packet = match ethernet.payload(frame)? {
         Payload::Arp => {
             let answer = answer::arp_for_gateway(frame, guard, policy, &ethernet)?;
+            unchanged(frame)?;
             return consume(frame, guard, policy, answer);
         }
         Payload::Ip(packet) => packet,
     };
-    if packet.is_membership(frame) {
-        return Err(Reason::MulticastListener);
-    }
     let discovery = answer::discovery_kind(frame, &packet);
-    if discovery == answer::ROUTER_SOLICITATION {
-        return Err(Reason::RouterSolicitation);
+    let owned = guard.owns(policy, packet.source);
+    // A guest's stack names no address of the network where it speaks to its link by itself.
+    if owned || packet.source.is_of_link_alone() {
+        if packet.is_membership(frame) {
+            return Err(Reason::MulticastListener);
+        }
+        if discovery == answer::ROUTER_SOLICITATION
+            && packet.destination.is_multicast()
+            && packet.shape().is_ok()
+        {
+            return Err(Reason::RouterSolicitation);
+        }
     }
-    // Who probes whether its address is taken has none yet.
-    let probe = discovery == answer::SOLICITATION && packet.source.is_unspecified();
-    if !probe && !guard.owns(policy, packet.source) {
+    // So it does to find its gateway, and to probe whether its own address is taken.
+    let solicits = discovery == answer::SOLICITATION && packet.source.is_of_link_alone();
+    if !owned && !solicits {
         return Err(Reason::SourceAddress);
     }
+    // What extension headers and fragments hide may be discovery, which goes to groups: the shape
+    // is judged before the MAC.
+    packet.shape()?;
     if discovery != 0 {
-        packet.shape()?;
-        let answer = answer::neighbour_for_gateway(frame, guard, policy, &packet, discovery)?;
+        unchanged(frame)?;
+        let answer =
+            answer::neighbour_for_gateway(frame, guard, policy, &ethernet, &packet, discovery)?;
         return consume(frame, guard, policy, answer);
-    }
-    // What an extension header hides may be discovery, which goes to groups and not to the gateway.
-    if matches!(packet.shape(), Err(Reason::ExtensionHeader)) {
-        return Err(Reason::ExtensionHeader);
     }
     if !ethernet.destination.equals(policy.gateway_mac) {
         return Err(Reason::DestinationMac);
     }
-    packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Egress)?;
     let count = segment.offload(frame, &packet)?;
     let flow = segment.flow();
@@ -132,7 +139,8 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
 ) -> Result<Verdict, Reason> {
     let (policy, mode) = in_force(guard)?;
     let ethernet = Ethernet::read(frame)?;
-    if !ethernet.source.is_unicast() {
+    // Nobody else has the guest's MAC.
+    if !ethernet.source.is_unicast() || ethernet.source.equals(policy.mac) {
         return Err(Reason::SourceMac);
     }
     if ethernet.destination.is_bridge_control() {
@@ -141,6 +149,7 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     let packet = match ethernet.payload(frame)? {
         Payload::Arp => {
             let verdict = answer::arp_to_guest(frame, guard, policy, &ethernet)?;
+            unchanged(frame)?;
             return finish(frame, guard, policy, verdict);
         }
         Payload::Ip(packet) => packet,
@@ -148,9 +157,10 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     if packet.is_membership(frame) {
         return Err(Reason::MulticastListener);
     }
+    packet.shape()?;
     let discovery = answer::discovery_kind(frame, &packet);
     if discovery != 0 {
-        packet.shape()?;
+        unchanged(frame)?;
         let verdict =
             answer::neighbour_to_guest(frame, guard, policy, &ethernet, &packet, discovery)?;
         return finish(frame, guard, policy, verdict);
@@ -161,8 +171,11 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     if !guard.owns(policy, packet.destination) {
         return Err(Reason::DestinationAddress);
     }
-    packet.shape()?;
     let segment = Segment::read(frame, &packet, Direction::Ingress)?;
+    // A guest does not report to itself.
+    if segment.is_error && guard.owns(policy, packet.source) {
+        return Err(Reason::PeerAddress);
+    }
     let count = segment.offload(frame, &packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
@@ -181,7 +194,6 @@ fn consume<F: Frame + ?Sized, G: Guard + ?Sized>(
     policy: &Policy,
     answer: Answer,
 ) -> Result<Verdict, Reason> {
-    unchanged(frame)?;
     police(frame, guard, policy, Direction::Egress, 1)?;
     Ok(Verdict::Answer(answer))
 }
@@ -194,7 +206,6 @@ fn finish<F: Frame + ?Sized, G: Guard + ?Sized>(
     policy: &Policy,
     verdict: Verdict,
 ) -> Result<Verdict, Reason> {
-    unchanged(frame)?;
     police(frame, guard, policy, Direction::Ingress, 1)?;
     Ok(verdict)
 }
@@ -263,18 +274,18 @@ fn admit<G: Guard + ?Sized>(
         },
         Mode::Direct => false,
     };
-    if !listed {
-        // Nobody needs the network to talk to itself; what claims to comes from somebody else.
-        return if guard.owns(policy, flow.peer) {
-            Err(Reason::PeerAddress)
-        } else {
-            Ok(())
-        };
+    // A guest's own address is never on its allowlist.
+    if listed && guard.lists(policy, segment.protocol, flow.peer, segment.peer_port) {
+        return Ok(());
     }
-    if guard.lists(policy, segment.protocol, flow.peer, segment.peer_port) {
-        Ok(())
-    } else {
+    // Nobody needs the network to talk to itself; what claims to comes from somebody else.
+    if guard.owns(policy, flow.peer) {
+        return Err(Reason::PeerAddress);
+    }
+    if listed {
         Err(Reason::Endpoint)
+    } else {
+        Ok(())
     }
 }
 

@@ -2,13 +2,15 @@
 
 use crate::network::{Packet, Quote};
 use crate::reason::{Direction, Reason};
-use crate::transport::{ICMPV6, Segment, header, is_egress};
+use crate::transport::{ICMPV6, MINIMUM_MTU, Segment, header, is_egress};
 use crate::{Address, Frame, Protocol};
 
 /// Type, code, checksum, and four bytes that each type uses in its own way.
 const HEADER: u32 = 8;
 /// What an error quotes of the transport header at least (RFC 792).
 const QUOTED_TRANSPORT: u32 = 8;
+/// RFC 8200, 5.
+const MINIMUM_MTU_V6: u32 = 1280;
 
 /// The numbers of one family's messages.
 struct Numbers {
@@ -64,9 +66,24 @@ pub(crate) fn segment<F: Frame + ?Sized>(
         return Ok(icmp(Protocol::Icmp, guest, peer, [identifier, 0]));
     }
     match highest_code(v4, kind) {
-        Some(highest) if !is_egress(direction) && code <= highest => quoted(frame, packet, v4),
-        _ => Err(Reason::IcmpType),
+        Some(highest) if !is_egress(direction) && code <= highest => {}
+        _ => return Err(Reason::IcmpType),
     }
+    // No path carries less than its family's minimum, so who reports less means harm (RFC 8201, 4).
+    let reported = u32::from_be_bytes([message[4], message[5], message[6], message[7]]);
+    let too_small = match (v4, kind, code) {
+        (true, 3, 4) => reported & 0xffff < MINIMUM_MTU,
+        (false, 2, _) => reported < MINIMUM_MTU_V6,
+        _ => false,
+    };
+    if too_small {
+        return Err(Reason::IcmpQuote);
+    }
+    let segment = quoted(frame, packet, v4)?;
+    Ok(Segment {
+        is_error: true,
+        ..segment
+    })
 }
 
 /// The flow that an error is about. Whoever sends the error, what it quotes must be a packet that
@@ -83,7 +100,7 @@ fn quoted<F: Frame + ?Sized>(frame: &F, packet: &Packet, v4: bool) -> Result<Seg
         return Err(Reason::IcmpQuote);
     }
     // Routers may report from an address of their link.
-    if !packet.source.is_unicast() || packet.source.equals(packet.destination) {
+    if !packet.source.is_unicast() || packet.source.stands_for_v4() {
         return Err(Reason::PeerAddress);
     }
     let t = frame.bytes::<8>(quote.transport).ok_or(Reason::IcmpQuote)?;
@@ -114,5 +131,6 @@ fn icmp(protocol: Protocol, guest: Address, peer: Address, ports: [u16; 2]) -> S
         peer_port: ports[1],
         checksum_field: 2,
         header_length: HEADER,
+        is_error: false,
     }
 }

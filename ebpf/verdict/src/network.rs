@@ -16,7 +16,7 @@ const MAPPED_PREFIX: u64 = 0xffff_0000_0000;
 
 /// An IPv4 or IPv6 address as two words, so that the kernel compares it in two instructions.
 /// IPv4 is held in its mapped form (RFC 4291, 2.5.5.2); a real IPv6 address of that form is never
-/// accepted from the wire, so the two cannot be confused.
+/// taken from the wire, so the two cannot be confused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct Address {
@@ -42,6 +42,18 @@ impl Address {
         Self {
             high: (number >> 64) as u64,
             low: number as u64,
+        }
+    }
+
+    /// An address of an IPv6 header. A mapped one, which would pass for the IPv4 address that it
+    /// holds, is read as the loopback address: neither owned by a guest nor a peer.
+    #[inline(always)]
+    const fn v6_on_wire(bytes: [u8; 16]) -> Self {
+        let address = Self::v6(bytes);
+        if address.is_v4() {
+            Self { high: 0, low: 1 }
+        } else {
+            address
         }
     }
 
@@ -89,6 +101,22 @@ impl Address {
         }
         // ::/96 and ::ffff:0:0/96 hold loopback, compatible and mapped addresses.
         self.high | (self.low >> 48) != 0 && self.high >> 56 != 0xff
+    }
+
+    /// Whether this names a group (RFC 5771, RFC 4291).
+    #[inline(always)]
+    pub(crate) const fn is_multicast(self) -> bool {
+        if self.is_v4() {
+            (self.low >> 28) as u8 & 0xf == 0xe
+        } else {
+            self.high >> 56 == 0xff
+        }
+    }
+
+    /// Whether a station that has no address of the network may speak from this one.
+    #[inline(always)]
+    pub(crate) const fn is_of_link_alone(self) -> bool {
+        self.is_unspecified() || self.equals(Self::v4([0; 4])) || self.is_link_local()
     }
 
     /// Whether this is of 169.254.0.0/16, where hosts serve metadata, or fe80::/10.
@@ -166,15 +194,21 @@ impl Packet {
         self.shape
     }
 
-    /// Whether this is a report or query of multicast membership: IGMP (RFC 3376), or MLD behind
-    /// the hop-by-hop header that it must have (RFC 3810, 5).
+    /// Whether this is a whole report or query of multicast membership, to a group: IGMP
+    /// (RFC 3376), which may have options, or MLD behind the hop-by-hop header that it must have
+    /// (RFC 3810, 5).
     #[inline(always)]
     pub(crate) fn is_membership<F: Frame + ?Sized>(&self, frame: &F) -> bool {
         const IGMP: u8 = 2;
-        if self.source.is_v4() {
-            return self.protocol == IGMP;
+        if !self.destination.is_multicast() {
+            return false;
         }
-        if self.protocol != 0 {
+        if self.source.is_v4() {
+            return self.protocol == IGMP
+                && matches!(self.shape, Ok(()) | Err(Reason::IpOptions))
+                && !is_fragment(frame);
+        }
+        if self.protocol != 0 || !matches!(self.shape, Err(Reason::ExtensionHeader)) {
             return false;
         }
         match frame.bytes::<9>(self.payload_offset) {
@@ -206,7 +240,6 @@ impl Packet {
     #[inline(always)]
     fn shape_v4(header: &[u8; IPV4_HEADER], total: u32, frame: u32) -> Result<(), Reason> {
         const RESERVED_FLAG: u16 = 0x8000;
-        const MORE_FRAGMENTS_AND_OFFSET: u16 = 0x3fff;
         match header[0] & 0x0f {
             5 => {}
             0..5 => return Err(Reason::IpHeader),
@@ -234,11 +267,8 @@ impl Packet {
             return Err(Reason::IpHeader);
         }
         let payload_length = u16::from_be_bytes([header[4], header[5]]) as u32;
-        let source = Address::v6(address_at(header, 8));
-        let destination = Address::v6(address_at(header, 24));
-        let mapped = source.is_v4() || destination.is_v4();
         let shape = match header[6] {
-            _ if mapped || header[7] == 0 => Err(Reason::IpHeader),
+            _ if header[7] == 0 => Err(Reason::IpHeader),
             44 => Err(Reason::Fragment),
             // Hop-by-hop, routing, ESP, AH, no next header, destination options, mobility, HIP,
             // shim6, experiments (IANA "IPv6 Extension Header Types").
@@ -248,8 +278,8 @@ impl Packet {
             _ => length_fits(payload_length + IPV6_HEADER as u32, frame.length()),
         };
         Ok(Self {
-            source,
-            destination,
+            source: Address::v6_on_wire(address_at(header, 8)),
+            destination: Address::v6_on_wire(address_at(header, 24)),
             protocol: header[6],
             hop_limit: header[7],
             payload_offset: ETHERNET_HEADER + IPV6_HEADER,
@@ -301,14 +331,9 @@ impl Quote {
         if header[0] >> 4 != 6 {
             return None;
         }
-        let destination = Address::v6(address_at(header, 24));
-        // A mapped address would pass for the IPv4 address that it holds.
-        if destination.is_v4() {
-            return None;
-        }
         Some(Self {
-            source: Address::v6(address_at(header, 8)),
-            destination,
+            source: Address::v6_on_wire(address_at(header, 8)),
+            destination: Address::v6_on_wire(address_at(header, 24)),
             protocol: header[6],
             transport: offset + IPV6_HEADER,
         })
@@ -322,6 +347,17 @@ impl Quote {
         } else {
             IPV6_HEADER as u32
         }
+    }
+}
+
+const MORE_FRAGMENTS_AND_OFFSET: u16 = 0x3fff;
+
+/// Whether an IPv4 header says that the packet is a part of another.
+#[inline(always)]
+fn is_fragment<F: Frame + ?Sized>(frame: &F) -> bool {
+    match frame.bytes::<2>(ETHERNET_HEADER + 6) {
+        Some(field) => u16::from_be_bytes(*field) & MORE_FRAGMENTS_AND_OFFSET != 0,
+        None => true,
     }
 }
 

@@ -84,7 +84,7 @@ pub enum Meter {
     IngressPackets = 2,
     /// Bytes of the frames to the guest.
     IngressBytes = 3,
-    /// Duplicate-address probes, of either side.
+    /// The guest's duplicate-address probes.
     Probes = 4,
     /// Events.
     Events = 5,

@@ -88,7 +88,7 @@ reasons! {
     SourceAddress = "source_address",
     /// The destination address is not the guest's.
     DestinationAddress = "destination_address",
-    /// The IP version does not match the EtherType, or the header length is wrong.
+    /// The IP version does not match the EtherType, the header length is wrong, TTL or hop limit is 0, or IPv4's reserved flag is set.
     IpHeader = "ip_header",
     /// IPv4 options.
     IpOptions = "ip_options",
@@ -106,7 +106,7 @@ reasons! {
     ChecksumOffload = "checksum_offload",
     /// An ICMP message other than echo, or in the wrong direction.
     IcmpType = "icmp_type",
-    /// An ICMP error that quotes no packet that the guest could have sent.
+    /// An ICMP error that quotes no packet that the guest could have sent, or reports a smaller MTU than its IP version allows.
     IcmpQuote = "icmp_quote",
     /// A multicast membership report or query (IGMP, MLD), which leads nowhere here.
     MulticastListener = "multicast_listener",

@@ -6,7 +6,7 @@ use crate::{Address, Flow, Frame, Protocol, Segments, icmp};
 
 pub(crate) const ICMPV6: u8 = 58;
 /// Every interface carries as much (RFC 791, 3.2; `ETH_MIN_MTU` in include/uapi/linux/if_ether.h).
-const MINIMUM_MTU: u32 = 68;
+pub(crate) const MINIMUM_MTU: u32 = 68;
 
 /// What the allowlist needs of a transport header.
 pub(crate) struct Segment {
@@ -19,6 +19,8 @@ pub(crate) struct Segment {
     pub(crate) checksum_field: u32,
     /// Length of the transport header in bytes.
     pub(crate) header_length: u32,
+    /// Whether this is an ICMP error, and the flow that of what it quotes.
+    pub(crate) is_error: bool,
 }
 
 impl Segment {
@@ -93,6 +95,7 @@ impl Segment {
                 peer_port: destination,
                 checksum_field,
                 header_length,
+                is_error: false,
             }
         } else {
             Self {
@@ -103,6 +106,7 @@ impl Segment {
                 peer_port: source,
                 checksum_field,
                 header_length,
+                is_error: false,
             }
         }
     }

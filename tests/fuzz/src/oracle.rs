@@ -128,7 +128,8 @@ impl Owner {
             Direction::Ingress => {
                 frame.get(..6) == Some(&self.mac.0)
                     && frame.get(6).is_some_and(|first| first & 1 == 0)
-                    && frame.get(6..12) != Some(&[0; 6])
+                    && ![Some(&[0; 6]), Some(&self.mac.0)]
+                        .contains(&frame.get(6..12).and_then(<[u8]>::first_chunk))
             }
         }
     }
@@ -162,7 +163,10 @@ impl Owner {
                     let target = v6(message, 8)? == source && self.gateways.contains(&source);
                     let option =
                         message.get(24..32)? == [&[2, 1][..], &self.gateway_mac.0].concat();
-                    Some(head && target && option && self.addresses.contains(&destination))
+                    // fe80::/10: the guest may have asked from an address of its link.
+                    let asker = self.addresses.contains(&destination)
+                        || matches!(destination, IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80);
+                    Some(head && target && option && asker)
                 })
             }
             _ => None,
@@ -172,9 +176,12 @@ impl Owner {
 
     /// An ICMP error (RFC 792, RFC 4443) that quotes what the guest may have sent.
     fn is_error(&self, frame: &[u8], listed: bool) -> bool {
-        let Some((_, destination, number, message)) = segment(frame) else {
+        let Some((reporter, destination, number, message)) = segment(frame) else {
             return false;
         };
+        if self.addresses.contains(&reporter) {
+            return false;
+        }
         let kinds: &[u8] = match number {
             1 => &[3, 11, 12],
             58 => &[1, 2, 3, 4],

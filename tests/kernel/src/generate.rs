@@ -219,7 +219,13 @@ impl Generator {
             message.extend([self.pick(1, &[2, 14]), self.pick(1, &[0, 2])]);
             message.extend(self.pick(from_mac, &[STRANGER_MAC]).0);
         }
-        let mut header = Ipv6::new(from, self.pick(group, &[target, CONSUMER6]), 58);
+        let to = self.pick(group, &[target, CONSUMER6]);
+        let to_mac = if to == group {
+            Mac([0x33, 0x33, 0xff, low[13], low[14], low[15]])
+        } else {
+            to_mac
+        };
+        let mut header = Ipv6::new(from, to, 58);
         header.hops = self.pick(255, &[64, 254]);
         ethernet(
             from_mac,
