@@ -22,7 +22,16 @@ pub struct NativeGuard {
     pub meters: [Cell<u64>; Meter::COUNT],
     /// As FLOWS.
     pub flows: RefCell<Flows>,
+    /// As FLOW_PLACES.
+    places: RefCell<Vec<Option<Flow>>>,
+    /// As FLOW_HAND.
+    hand: Cell<usize>,
 }
+
+/// Flows that one guest may have open.
+const PLACES: usize = 4096;
+/// Places that one new flow looks at.
+const LOOKS: usize = 4;
 
 impl NativeGuard {
     /// A guard that has seen no frame yet.
@@ -34,6 +43,8 @@ impl NativeGuard {
             lease: 0,
             meters: Default::default(),
             flows: RefCell::default(),
+            places: RefCell::new(vec![None; PLACES]),
+            hand: Cell::new(0),
         }
     }
 }
@@ -74,8 +85,28 @@ impl Guard for NativeGuard {
     }
 
     fn open_flow(&self, flow: &Flow) -> bool {
-        self.flows.borrow_mut().insert(*flow, self.now());
-        true
+        let mut flows = self.flows.borrow_mut();
+        if let Some(seen) = flows.get_mut(flow) {
+            *seen = self.now();
+            return true;
+        }
+        for _ in 0..LOOKS {
+            let place = &mut self.places.borrow_mut()[self.hand.get() % PLACES];
+            self.hand.set(self.hand.get() + 1);
+            if let Some(old) = place {
+                if flows
+                    .get(old)
+                    .is_some_and(|seen| old.is_live(*seen, self.now()))
+                {
+                    continue;
+                }
+                flows.remove(old);
+            }
+            *place = Some(*flow);
+            flows.insert(*flow, self.now());
+            return true;
+        }
+        false
     }
 
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {

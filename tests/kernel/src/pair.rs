@@ -19,8 +19,6 @@ const REDIRECT: u32 = 7;
 
 /// The time of both: later than any flow's timeout.
 const NOW: u64 = 10_000_000_000_000;
-/// Flows that are remembered before both forget all, well before the kernel's table evicts any.
-const MOST_FLOWS: usize = 512;
 /// Limits of [`Pair::limited`]: a second's frames and bytes. Half of it may come at once.
 const LIMITS: [(Meter, u64); 5] = [
     (Meter::EgressPackets, 1000),
@@ -116,8 +114,8 @@ impl Pair {
         }
     }
 
-    /// Does to both guards what time does: buckets fill or empty, flows age and are forgotten,
-    /// the lease ends and is renewed.
+    /// Does to both guards what time does: buckets fill or empty, flows age, the lease ends and is
+    /// renewed.
     ///
     /// # Errors
     /// Where a map cannot be written.
@@ -137,27 +135,19 @@ impl Pair {
             self.native.meters[meter as usize].set(word);
         }
         let flows = self.native.flows.get_mut();
-        let full = flows.len() >= MOST_FLOWS;
         let aged: Vec<_> = flows
-            .keys()
-            .filter(|_| full || random.u8(..8) == 0)
-            .take(if full { usize::MAX } else { 4 })
-            .copied()
+            .iter_mut()
+            .filter(|_| random.u8(..8) == 0)
+            .take(4)
             .collect();
-        for flow in aged {
-            let seen = match random.u8(..4) {
-                _ if full => None,
-                0 => None,
+        for (flow, seen) in aged {
+            *seen = match random.u8(..3) {
                 // Just still alive, just not, or seen by a CPU whose clock is ahead.
-                1 => Some(NOW - flow.timeout_ns() + 1),
-                2 => Some(NOW - flow.timeout_ns()),
-                _ => Some(NOW + 1),
+                0 => NOW - flow.timeout_ns() + 1,
+                1 => NOW - flow.timeout_ns(),
+                _ => NOW + 1,
             };
-            self.programs.set_flow(&flow, seen)?;
-            match seen {
-                Some(seen) => flows.insert(flow, seen),
-                None => flows.remove(&flow),
-            };
+            self.programs.set_flow(flow, Some(*seen))?;
         }
         Ok(())
     }
