@@ -48,13 +48,14 @@ pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandEr
         }
         GuardCommand::Lease { interface, lease } => {
             open(&interface)?.set_lease(lease.0)?;
-            Ok(match lease.0 {
+            match lease.0 {
                 Some(time) => out.line(format_args!(
                     "{interface}: drops everything in {} s unless it is renewed",
                     time.as_secs()
                 ))?,
                 None => out.line(format_args!("{interface}: no lease, in force for ever"))?,
-            })
+            }
+            Ok(())
         }
         GuardCommand::Show { interface, shown } => show(&interface, shown.format, out),
         GuardCommand::List(shown) => list(shown.format, out),

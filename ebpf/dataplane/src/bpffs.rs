@@ -4,13 +4,15 @@
 //! `ip netns exec` has a /sys of its own: what it pinned there would vanish with it, and the guard
 //! too.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::IntoRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
@@ -21,6 +23,9 @@ const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// A second mount of the same bpffs. What is pinned lives as long as one of them, so whoever unmounts
 /// the first does not open every tap.
 const ANCHOR: &str = "/run/omerta-bpf";
+
+/// How long one process waits for another that mounts.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is pinned for this thread's network namespace is below it. It need not exist.
 pub fn namespace_directory() -> Result<PathBuf, GuardError> {
@@ -110,8 +115,16 @@ impl Mounts {
     fn turn(&self) -> Result<File, GuardError> {
         let path = self.path(MOUNT_POINT);
         let file = File::open(&path).map_err(failed("open", &path))?;
-        file.lock().map_err(failed("lock", &path))?;
-        Ok(file)
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(failed("lock", &path)(error.into())),
+            }
+        }
     }
 
     fn is_anchored(&self) -> Result<bool, GuardError> {
