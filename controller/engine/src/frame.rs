@@ -19,6 +19,18 @@ pub struct RogueFrame {
     pub description: String,
 }
 
+impl RogueFrame {
+    /// Whether it is held against the guest: what the guest sent, but for what a stock kernel sends
+    /// by itself when an interface comes up. That is dropped and counted by the guard alone.
+    pub const fn is_violation(&self) -> bool {
+        let by_itself = matches!(
+            self.reason,
+            Reason::AddressProbe | Reason::MulticastListener | Reason::RouterSolicitation
+        );
+        matches!(self.direction, Direction::Egress) && !by_itself
+    }
+}
+
 /// The frame that condemned a guest, and how long each answer to it took.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Incident {

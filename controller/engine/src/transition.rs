@@ -1,7 +1,5 @@
 //! Every transition of a guest from one state to another.
 
-use omerta_verdict::Direction;
-
 use crate::{
     Action, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Monotonic, OnViolation, Record,
     RogueFrame,
@@ -137,11 +135,10 @@ impl Guest {
     }
 
     fn rogue_frame_seen(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
-        let sent_by_guest = frame.direction == Direction::Egress
-            && self
-                .resume_ordered_at
-                .is_some_and(|ordered| frame.at >= ordered);
-        if !sent_by_guest || self.is_ended() {
+        let sent_since_resumed = self
+            .resume_ordered_at
+            .is_some_and(|ordered| frame.at >= ordered);
+        if !frame.is_violation() || !sent_since_resumed || self.is_ended() {
             return;
         }
         self.tally.count(frame.reason);

@@ -295,6 +295,31 @@ fn stopping_guest_that_turns_rogue_under_pause_is_ended_once_paused() {
 }
 
 #[test]
+fn what_a_stock_kernel_sends_by_itself_is_no_violation() {
+    for policy in [
+        OnViolation::Alert,
+        OnViolation::Pause,
+        OnViolation::Terminate,
+    ] {
+        for reason in Reason::ALL {
+            let own = matches!(
+                reason,
+                Reason::AddressProbe | Reason::MulticastListener | Reason::RouterSolicitation
+            );
+            let mut engine = engine_in(GuestState::Running, policy);
+            let frame = RogueFrame {
+                reason: *reason,
+                ..frame_at(ORDERED + 1)
+            };
+            let actions = tell(&mut engine, GuestEvent::RogueFrameSeen(frame));
+            assert_eq!(actions.is_empty(), own, "{policy} {reason}");
+            let counted = engine.find("alpha").unwrap().rogue_frames().count();
+            assert_eq!(counted, usize::from(!own), "{policy} {reason}");
+        }
+    }
+}
+
+#[test]
 fn the_canary_and_what_comes_in_are_no_violation() {
     for state in [GuestState::Guarded, GuestState::Running] {
         let mut engine = engine_in(state, OnViolation::Terminate);

@@ -151,7 +151,7 @@ pub enum GuardError {
     },
     /// An endpoint that the guest could never reach.
     #[error(
-        "{endpoint} can never be reached from {interface}: its guest has no {family} address; leave it out"
+        "{endpoint} can never be reached from {interface}: its guest has no {family} address; nothing was changed: leave it out"
     )]
     NoAddressOfFamily {
         /// The interface's name.
@@ -160,6 +160,14 @@ pub enum GuardError {
         endpoint: String,
         /// IPv4 or IPv6.
         family: &'static str,
+    },
+    /// An endpoint that is the guest itself.
+    #[error("{endpoint} is the guest of {interface} itself; nothing was changed: leave it out")]
+    OwnAddress {
+        /// The interface's name.
+        interface: String,
+        /// The endpoint.
+        endpoint: String,
     },
     /// Conntrack mode was asked for where the guard was attached in another.
     #[error(
@@ -316,6 +324,7 @@ impl GuardError {
             | Self::Untrusted { .. }
             | Self::NoRoomForFlows { .. }
             | Self::NoAddressOfFamily { .. }
+            | Self::OwnAddress { .. }
             | Self::Owned { .. }
             | Self::NotOwned { .. }
             | Self::AllowlistFull { .. } => ErrorKind::Refused,

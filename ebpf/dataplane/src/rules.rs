@@ -40,7 +40,8 @@ pub fn build(endpoints: &[Endpoint], mut next_seed: impl FnMut() -> u64) -> Opti
     None
 }
 
-/// Fails for an endpoint of a family in which the guest of `policy` has no address to speak from.
+/// Fails for an endpoint of a family in which the guest of `policy` has no address to speak from, and
+/// for the guest's own address: what claims to come from there comes from somebody else.
 pub fn refuse_unreachable<'a>(
     interface: &str,
     policy: &Policy,
@@ -52,6 +53,12 @@ pub fn refuse_unreachable<'a>(
     };
     let (owns_v4, owns_v6) = (owns(true), owns(false));
     for endpoint in endpoints {
+        if policy.owns(endpoint.address) {
+            return Err(GuardError::OwnAddress {
+                interface: interface.to_owned(),
+                endpoint: endpoint.to_string(),
+            });
+        }
         let v4 = endpoint.address.is_v4();
         if !(if v4 { owns_v4 } else { owns_v6 }) {
             return Err(GuardError::NoAddressOfFamily {

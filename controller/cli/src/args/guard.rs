@@ -218,6 +218,13 @@ impl AttachArgs {
             if !self.addresses.iter().any(reached) {
                 return Err(AttachError::EndpointWithoutAddress(endpoint));
             }
+            if self
+                .addresses
+                .iter()
+                .any(|a| Address::from(*a) == endpoint.address)
+            {
+                return Err(AttachError::OwnEndpoint(endpoint));
+            }
         }
         check_limits(&self.limits)?;
         let mut limits = DirectionLimits::default();
@@ -343,6 +350,9 @@ pub enum AttachError {
         "--allow {0} can never be reached without an --ip of its family: add one, or leave the endpoint out"
     )]
     EndpointWithoutAddress(Endpoint),
+    /// What claims to come from the guest itself comes from somebody else.
+    #[error("--allow {0} is the guest's own address: leave it out")]
+    OwnEndpoint(Endpoint),
     /// Two limits of one thing.
     #[error("{0} is limited twice: give each limit once")]
     LimitedTwice(&'static str),

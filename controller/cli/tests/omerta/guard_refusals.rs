@@ -97,7 +97,15 @@ fn bad_list_changes_nothing() {
         );
     stage
         .guard("allow", "udp:192.0.2.2:2 udp:[2001:db8::1]:1")
-        .failed(4, &["udp:[2001:db8::1]:1", "omt0", "no IPv6 address"]);
+        .failed(
+            4,
+            &[
+                "udp:[2001:db8::1]:1",
+                "omt0",
+                "no IPv6 address",
+                "nothing was changed",
+            ],
+        );
     fed(
         stage.command("guard replace omt0 --file -"),
         b"icmp:[2001:db8::1]\n",
@@ -366,4 +374,18 @@ fn bad_limits_and_leases_change_nothing() {
         stage.guard(verb, options).failed(2, &[words]);
     }
     assert_eq!(stage.shown(), before);
+}
+
+/// A guest that may reach itself by way of the gateway is sent frames in its own name (land).
+#[test]
+fn the_guests_own_address_is_no_endpoint() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .guard("attach", &format!("{GUEST} --allow udp:10.77.0.2:1"))
+        .failed(2, &["udp:10.77.0.2:1"]);
+    assert_eq!(stage.pins(), [""; 0]);
+    stage.guard("attach", GUEST).done();
+    stage
+        .guard("allow", "udp:10.77.0.2:1")
+        .failed(4, &["udp:10.77.0.2:1", "nothing was changed"]);
 }

@@ -246,4 +246,6 @@ fn network_in_place_of_an_address_is_refused() {
 fn endpoint_that_could_never_be_reached_is_refused() {
     omerta(&format!("{ATTACH} --allow udp:[2001:db8::1]:1"))
         .failed(2, &["--allow udp:[2001:db8::1]:1", "--ip of its family"]);
+    omerta(&format!("{ATTACH} --allow udp:10.77.0.2:1"))
+        .failed(2, &["--allow udp:10.77.0.2:1", "own address"]);
 }
