@@ -95,8 +95,10 @@ check_kernel() {
     release=$(uname -r)
     if version_at_least "${release%%[!0-9.]*}" 6.6; then
         step ok "kernel $release has TCX hooks"
+    elif version_at_least "${release%%[!0-9.]*}" 5.15; then
+        step ok "kernel $release has no TCX hooks (6.6 and later have), so guards use clsact"
     else
-        step warning "kernel $release has no TCX hooks: guards need Linux 6.6 or later (Debian 12: linux-image-amd64 from bookworm-backports)"
+        step warning "kernel $release is too old for guards: they need Linux 5.15 or later, best 6.6 or later"
     fi
     [ -e /dev/net/tun ] || step warning "/dev/net/tun is missing: no guest can have a tap (modprobe tun)"
 }

@@ -20,7 +20,7 @@ pub(crate) fn check() -> Result<(), PreflightError> {
     if !nix::unistd::geteuid().is_root() {
         return Err(PreflightError::NotRoot);
     }
-    omerta_dataplane::kernel_support()?;
+    omerta_dataplane::Hook::of_this_kernel()?;
     match std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward") {
         Ok(value) if value.trim() == "0" => tracing::warn!(
             "IPv4 forwarding is off in this network namespace, so no guest will reach its consumer: turn it on with `sysctl -w net.ipv4.ip_forward=1`"

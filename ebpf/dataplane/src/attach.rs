@@ -1,6 +1,9 @@
 //! Attaching a guard: at every instant the interface is as it was, or guarded with its pins whole.
 //! Where the process is killed between the two hooks, one direction is judged and no guard is in
-//! force yet.
+//! force yet. Links end with their maker then; filters (on kernels without TCX) stay, known by the
+//! pins that were made before them.
+
+use std::os::fd::AsFd;
 
 use aya::programs::links::FdLink;
 use aya::programs::tc::TcAttachOptions;
@@ -8,19 +11,31 @@ use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use omerta_verdict::Direction;
 
 use crate::bpffs::{anchor, failed};
+use crate::clsact::{self, Qdisc};
 use crate::lock::Lock;
 use crate::object::{Programs, program_name};
 use crate::pinned::{recover, refuse_elsewhere, remove_aside};
-use crate::pins::Pins;
+use crate::pins::{Filters, Pins};
 use crate::rules::refuse_unreachable;
 use crate::standing::look;
 use crate::store::PolicyStore;
-use crate::{Guard, GuardConfig, GuardError, interface, lease};
+use crate::{Guard, GuardConfig, GuardError, Hook, interface, lease};
 
 impl Guard {
     /// Guards `interface`, which may be down and should be: attach before the guest can send. The
     /// handle acts in the name of the owner that `config` gives the guard.
     pub fn attach(interface: &str, config: &GuardConfig) -> Result<Self, GuardError> {
+        Self::attach_by(Hook::of_this_kernel()?, interface, config)
+    }
+
+    /// As [`Guard::attach`], by a hook that is not the kernel's best: for tests, which so have two
+    /// kinds of guards on one kernel.
+    #[doc(hidden)]
+    pub fn attach_by(
+        hook: Hook,
+        interface: &str,
+        config: &GuardConfig,
+    ) -> Result<Self, GuardError> {
         let ifindex = interface::index(interface)?;
         // Another of its names may have been given (`ip link property add ... altname`).
         let interface = &interface::name(ifindex).unwrap_or_else(|| interface.to_owned());
@@ -37,6 +52,7 @@ impl Guard {
         if config.owner.is_none() {
             anchor()?;
         }
+        let mut left = LeftFilters::default();
         // Whatever name the interface had when it was guarded.
         for pins in Pins::all()?.into_iter().chain(Pins::aside()?) {
             let (_, pins) = pins;
@@ -53,6 +69,7 @@ impl Guard {
             if found.standing.is_whole() {
                 return Err(GuardError::AlreadyGuarded { interface });
             }
+            left.made_qdisc |= pins.filters()?.is_some_and(|filters| filters.made_qdisc);
         }
         let mut place = Pins::of(interface)?;
         let mut found = look(&place)?;
@@ -68,18 +85,28 @@ impl Guard {
         place.refuse_foreign()?;
         // What is pinned there is left over from an interface that is gone. It gives way to the
         // new guard when that is whole; until then two may judge, never none.
-        let links = match link(&mut programs, interface) {
-            Ok(links) => links,
-            // It may have gone meanwhile, which says more than the hook's complaint.
-            Err(error) => return Err(interface::index(interface).err().unwrap_or(error)),
+        // The interface may have gone meanwhile, which says more than the hook's complaint.
+        let gone_or = |error| interface::index(interface).err().unwrap_or(error);
+        let links = match hook {
+            Hook::Tcx => Some(link(&mut programs, interface).map_err(gone_or)?),
+            Hook::Clsact => None,
         };
         let aside = place.create_aside()?;
-        let made = pin(&aside, &mut programs, links, config)
+        let made = pin(&aside, &mut programs, config)
+            .and_then(|()| match links {
+                Some(links) => pin_links(&aside, links),
+                None => {
+                    filter(&aside, &mut programs, interface, ifindex, &mut left).map_err(gone_or)
+                }
+            })
             .and_then(|()| Self::of_pins(interface, ifindex, aside.clone())?.verify())
             .and_then(|()| aside.put_in_place(&place));
         if let Err(error) = made {
-            // The error to report is the first; whatever stays is removed by the next change.
-            let _ = aside.remove_aside();
+            // The error to report is the first; whatever stays is removed by the next change. What
+            // judges in the place of another must stay.
+            if !left.replaced {
+                let _ = aside.remove_aside();
+            }
             return Err(error);
         }
         let mut guard = Self::of_pins(interface, ifindex, place)?;
@@ -114,12 +141,91 @@ fn link(programs: &mut Programs, interface: &str) -> Result<[(Direction, FdLink)
     Ok([link(Direction::Ingress)?, link(Direction::Egress)?])
 }
 
-fn pin(
+/// Puts the programs, which are pinned, behind filters. `left` tells what is left of other guards.
+fn filter(
     pins: &Pins,
     programs: &mut Programs,
-    links: [(Direction, FdLink); 2],
-    config: &GuardConfig,
+    interface: &str,
+    ifindex: u32,
+    left: &mut LeftFilters,
 ) -> Result<(), GuardError> {
+    let failed = |action| {
+        move |source| GuardError::System {
+            action,
+            interface: interface.to_owned(),
+            source,
+        }
+    };
+    let qdisc = clsact::qdisc(ifindex).map_err(failed("ask for the qdisc"))?;
+    if qdisc == Qdisc::Other {
+        // It has no hook for what leaves, and would take that filter for one of what comes.
+        return Err(GuardError::HookTaken {
+            interface: interface.to_owned(),
+            what: "the ingress qdisc",
+            remedy: format!("tc qdisc del dev {interface} ingress"),
+        });
+    }
+    // What comes to the guest first: until the second filter stands, no guard is in force.
+    let mut hooks = [
+        (Direction::Ingress, "egress", false),
+        (Direction::Egress, "ingress", false),
+    ];
+    for (direction, word, instead) in &mut hooks {
+        let filters =
+            clsact::filters(ifindex, *direction).map_err(failed("ask for the filters"))?;
+        match filters.first() {
+            // Nothing whole was found pinned, so it is what is left of a guard: it judges until
+            // this one does.
+            Some(first) if first.is_guards() => *instead = true,
+            Some(first) if !first.is_behind() => {
+                return Err(GuardError::HookTaken {
+                    interface: interface.to_owned(),
+                    what: "a filter with preference 1",
+                    remedy: format!("tc filter del dev {interface} {word} pref 1"),
+                });
+            }
+            _ => {}
+        }
+    }
+    let made_qdisc = match qdisc {
+        Qdisc::None => {
+            clsact::add_qdisc(ifindex).map_err(failed("add a clsact qdisc"))?;
+            true
+        }
+        _ => left.made_qdisc,
+    };
+    pins.set_filters(Filters {
+        ifindex,
+        made_qdisc,
+    })?;
+    for (direction, _, instead) in hooks {
+        let program = programs.program(direction)?;
+        let fd = program.fd().map_err(|source| GuardError::Program {
+            program: program_name(direction),
+            interface: interface.to_owned(),
+            source: Box::new(source),
+        })?;
+        let put = clsact::put(ifindex, direction, fd.as_fd(), instead);
+        if put.is_err() && made_qdisc {
+            // Nothing is in it where this was the first; else it goes with the filter.
+            let _ = clsact::remove_unused_qdisc(ifindex);
+        }
+        put.map_err(failed("add a filter"))?;
+        left.replaced |= instead;
+    }
+    Ok(())
+}
+
+/// What is left of other guards on an interface that is attached by filters.
+#[derive(Default)]
+struct LeftFilters {
+    /// Whether one of them made the qdisc.
+    made_qdisc: bool,
+    /// Whether a filter of theirs has given way to a new one, which alone judges since.
+    replaced: bool,
+}
+
+fn pin(pins: &Pins, programs: &mut Programs, config: &GuardConfig) -> Result<(), GuardError> {
     if let Some(owner) = &config.owner {
         pins.set_owner(owner)?;
     }
@@ -131,12 +237,18 @@ fn pin(
         map.pin(&path)
             .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
     }
-    for (direction, link) in links {
+    for direction in Direction::ALL {
         let path = pins.program_path(direction);
         programs
             .program(direction)?
             .pin(&path)
             .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
+    }
+    Ok(())
+}
+
+fn pin_links(pins: &Pins, links: [(Direction, FdLink); 2]) -> Result<(), GuardError> {
+    for (direction, link) in links {
         let path = pins.link_path(direction);
         link.pin(&path)
             .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;

@@ -185,8 +185,22 @@ pub enum GuardError {
         /// The endpoint.
         endpoint: String,
     },
-    /// No TCX in this kernel.
-    #[error("this kernel ({release}) has no TCX, which guards need: use Linux 6.6 or newer")]
+    /// Something that is no guard's is where the guard must be, on a kernel without TCX.
+    #[error(
+        "{what} of {interface} is in the guard's way: remove it (`{remedy}`), and attach again"
+    )]
+    HookTaken {
+        /// The interface's name.
+        interface: String,
+        /// What it is.
+        what: &'static str,
+        /// A command that removes it.
+        remedy: String,
+    },
+    /// Neither TCX nor all that guards need without it.
+    #[error(
+        "this kernel ({release}) is too old for guards: use Linux 6.6 or newer, which has TCX, or 5.15 at least"
+    )]
     KernelTooOld {
         /// `uname -r`.
         release: String,
@@ -321,6 +335,7 @@ impl GuardError {
             | Self::Renamed { .. }
             | Self::Replaced { .. }
             | Self::Foreign { .. }
+            | Self::HookTaken { .. }
             | Self::Untrusted { .. }
             | Self::NoRoomForFlows { .. }
             | Self::NoAddressOfFamily { .. }

@@ -1,4 +1,4 @@
-//! A guard: the programs, maps and links that enforce one interface's policy.
+//! A guard: the programs, maps and links or filters that enforce one interface's policy.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::status::{DirectionLimits, GuardStatus, read_counters};
 use crate::store::PolicyStore;
 use crate::{GuardError, Owner, Standing, interface, lease};
 
-const NOT_PINNED: &str = "a link is not pinned";
+const NOT_PINNED: &str = "a link or program is not pinned";
 
 /// What is known of a guard, whole or not.
 #[derive(Clone, Debug)]
@@ -49,8 +49,8 @@ pub struct Guard {
     interface: String,
     ifindex: u32,
     pub(crate) pins: Pins,
-    /// The links' ids, which tell this guard from another that is attached later.
-    links: [u32; 2],
+    /// What tells this guard from another that is attached later.
+    identity: [u32; 2],
     /// In whose name this handle acts.
     pub(crate) acting: Option<Owner>,
 }
@@ -92,12 +92,12 @@ impl Guard {
             interface: interface.to_owned(),
             ifindex,
             pins,
-            links: [0; 2],
+            identity: [0; 2],
             acting: None,
         };
         for (place, direction) in Direction::ALL.into_iter().enumerate() {
-            let link = guard.pins.link(direction)?;
-            guard.links[place] = link.ok_or_else(|| guard.not_in_force(NOT_PINNED))?.id;
+            let identity = guard.pins.identity(direction)?;
+            guard.identity[place] = identity.ok_or_else(|| guard.not_in_force(NOT_PINNED))?;
         }
         guard.standing()?;
         Ok(guard)
@@ -163,7 +163,7 @@ impl Guard {
         }
     }
 
-    /// Proves that both links are pinned and that the kernel runs the guard's programs on this very
+    /// Proves that the guard is pinned and that the kernel runs the guard's programs on this very
     /// interface, before any other program.
     pub fn verify(&self) -> Result<(), GuardError> {
         match self.standing()? {
@@ -179,8 +179,8 @@ impl Guard {
             return Err(self.not_in_force("the interface was re-created"));
         }
         for (place, direction) in Direction::ALL.into_iter().enumerate() {
-            match self.pins.link(direction)? {
-                Some(link) if link.id == self.links[place] => {}
+            match self.pins.identity(direction)? {
+                Some(identity) if identity == self.identity[place] => {}
                 Some(_) => return Err(self.replaced()),
                 None => return Err(self.not_in_force(NOT_PINNED)),
             }
@@ -338,8 +338,8 @@ impl Guard {
         if self.pins.exist() {
             self.authorise()?;
             for (place, direction) in Direction::ALL.into_iter().enumerate() {
-                let link = self.pins.link(direction)?;
-                if link.is_some_and(|link| link.id != self.links[place]) {
+                let identity = self.pins.identity(direction)?;
+                if identity.is_some_and(|identity| identity != self.identity[place]) {
                     return Err(self.replaced());
                 }
             }

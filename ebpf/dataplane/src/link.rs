@@ -9,6 +9,7 @@ use std::path::Path;
 use omerta_verdict::Direction;
 
 use crate::bpf::{bpf, bpf_open};
+use crate::hook::has_tcx;
 
 // enum bpf_cmd in include/uapi/linux/bpf.h.
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -75,7 +76,12 @@ struct ProgramInfo {
 
 /// The id of the program pinned at `pin`.
 pub fn program_id(pin: &Path) -> io::Result<u32> {
-    Ok(object_info::<ProgramInfo>(&open(pin)?)?.id)
+    program_id_of(&open(pin)?)
+}
+
+/// The id of an open program.
+pub fn program_id_of(program: &OwnedFd) -> io::Result<u32> {
+    Ok(object_info::<ProgramInfo>(program)?.id)
 }
 
 /// Asks the link pinned at `pin`.
@@ -121,6 +127,11 @@ fn object_info<T: ObjectInfo>(object: &OwnedFd) -> io::Result<T> {
     // the call, and every bit pattern of `info` is valid.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &request) }?;
     Ok(info)
+}
+
+/// Whether a program is on the TCX hook of `direction`, where the kernel has TCX.
+pub fn has_any(ifindex: u32, direction: Direction) -> io::Result<bool> {
+    Ok(has_tcx()? && first_on(ifindex, direction)?.is_some())
 }
 
 /// The id of the first program on the hook of `direction` on the interface of that index in this

@@ -4,16 +4,15 @@ use std::io;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
-use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use omerta_verdict::{Direction, FixedInputs, Flow, Mode, SocketBufferLayout};
 
-use crate::GuardError;
 use crate::btf::Btf;
 use crate::events::EventStream;
 use crate::pins::Pins;
 use crate::random::Random;
 use crate::store::{Value, map_error};
+use crate::{GuardError, Hook};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
@@ -26,18 +25,6 @@ pub const fn program_name(direction: Direction) -> &'static str {
         Direction::Egress => "guest_egress",
         Direction::Ingress => "guest_ingress",
     }
-}
-
-/// Fails where this kernel cannot run guards.
-pub fn kernel_support() -> Result<(), GuardError> {
-    let needed = KernelVersion::new(6, 6, 0);
-    if KernelVersion::current().is_ok_and(|current| current >= needed) {
-        return Ok(());
-    }
-    let release = nix::sys::utsname::uname()
-        .map(|name| name.release().to_string_lossy().into_owned())
-        .unwrap_or_else(|_| "unknown release".to_owned());
-    Err(GuardError::KernelTooOld { release })
 }
 
 /// Whether the guard of `pins` was loaded for conntrack mode.
@@ -64,7 +51,7 @@ impl Programs {
     /// As [`Programs::load`], with clock and chance as `inputs` fixes them: for tests that compute
     /// the same verdicts again. Never for a guard.
     pub fn load_with(interface: &str, mode: Mode, inputs: FixedInputs) -> Result<Self, GuardError> {
-        kernel_support()?;
+        Hook::of_this_kernel()?;
         let inputs = Value(inputs);
         let mark = random_mark().map_err(|source| GuardError::System {
             action: "read random numbers",

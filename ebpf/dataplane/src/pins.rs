@@ -15,13 +15,19 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use omerta_verdict::Direction;
 
 use crate::bpffs::{failed, namespace_directory, shown};
+use crate::clsact;
 use crate::link::{self, LinkInfo};
 use crate::lock::Lock;
 use crate::{GuardError, Owner};
 
 const OWNER: &str = "owner";
+/// Present where the guard is attached by filters: a symbolic link to their interface's index.
+const CLSACT: &str = "clsact";
+/// Behind the index, where the guard made the qdisc of its filters.
+const QDISC_MADE: &str = "+qdisc";
 /// The pins of a guard besides its maps'.
-const OTHER_PINS: [&[u8]; 5] = [
+const OTHER_PINS: [&[u8]; 6] = [
+    b"clsact",
     b"link_egress",
     b"link_ingress",
     b"program_egress",
@@ -36,6 +42,15 @@ const ASIDE: &str = "%aside";
 const INDEX: &str = "%if";
 /// After the interface's name, likewise, in the name of a [`Lock`].
 pub const LOCK: &str = "%lock";
+
+/// Where a guard's filters are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filters {
+    /// The interface's index, in this network namespace.
+    pub ifindex: u32,
+    /// Whether the guard made the clsact qdisc, and so removes it.
+    pub made_qdisc: bool,
+}
 
 /// One directory of pins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,6 +168,45 @@ impl Pins {
         })
     }
 
+    /// What tells this guard's program or link of `direction` from every other guard's.
+    pub fn identity(&self, direction: Direction) -> Result<Option<u32>, GuardError> {
+        match self.filters()? {
+            Some(_) => self.program(direction),
+            None => Ok(self.link(direction)?.map(|link| link.id)),
+        }
+    }
+
+    /// Records, before any filter is there, where the guard's filters will be; as the owner.
+    pub fn set_filters(&self, filters: Filters) -> Result<(), GuardError> {
+        let path = self.path(CLSACT);
+        let made = if filters.made_qdisc { QDISC_MADE } else { "" };
+        symlink(format!("{}{made}", filters.ifindex), &path).map_err(failed("create", &path))
+    }
+
+    /// Where the guard's filters are, if it is attached by filters.
+    pub fn filters(&self) -> Result<Option<Filters>, GuardError> {
+        let path = self.path(CLSACT);
+        let text = match fs::read_link(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed("read", &path)(error)),
+        };
+        let text = text.to_string_lossy();
+        let (ifindex, made_qdisc) = match text.strip_suffix(QDISC_MADE) {
+            Some(ifindex) => (ifindex, true),
+            None => (&*text, false),
+        };
+        match ifindex.parse() {
+            Ok(ifindex) => Ok(Some(Filters {
+                ifindex,
+                made_qdisc,
+            })),
+            Err(_) => Err(failed("read", &path)(io::Error::other(
+                "this is no interface's index",
+            ))),
+        }
+    }
+
     /// Records whose the guard is, as a symbolic link: it is whole at once, and goes with the pins.
     pub fn set_owner(&self, owner: &Owner) -> Result<(), GuardError> {
         let path = self.path(OWNER);
@@ -225,8 +279,10 @@ impl Pins {
         aside.remove_aside()
     }
 
-    /// Removes what stands aside; the links first, so that no program runs without its maps' pins.
+    /// Removes what stands aside; filters and links first, so that no program runs without its
+    /// maps' pins.
     pub fn remove_aside(&self) -> Result<(), GuardError> {
+        self.remove_filters()?;
         let mut paths = self.entries()?;
         let is_link = |path: &PathBuf| {
             path.file_name()
@@ -237,6 +293,29 @@ impl Pins {
             fs::remove_file(&path).map_err(failed("remove", &path))?;
         }
         fs::remove_dir(&self.directory).map_err(failed("remove", &self.directory))
+    }
+
+    /// Removes the guard's filters, and the qdisc that it made for them unless others use it.
+    fn remove_filters(&self) -> Result<(), GuardError> {
+        let Some(filters) = self.filters()? else {
+            return Ok(());
+        };
+        let failed = |source| GuardError::System {
+            action: "remove the filters",
+            interface: self.made_for(),
+            source,
+        };
+        let mut any = false;
+        for direction in Direction::ALL {
+            if let Some(program) = self.program(direction)? {
+                any |= clsact::remove(filters.ifindex, direction, program).map_err(failed)?;
+            }
+        }
+        // Where there was none, the index may be another interface's by now.
+        if any && filters.made_qdisc {
+            clsact::remove_unused_qdisc(filters.ifindex).map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// Fails where something stands among the pins that no guard put there.

@@ -3,7 +3,8 @@
 use omerta_verdict::Direction;
 
 use crate::attach::attached;
-use crate::pins::Pins;
+use crate::clsact::{self, Filter};
+use crate::pins::{Filters, Pins};
 use crate::{GuardError, interface};
 
 /// How a guard stands.
@@ -13,9 +14,9 @@ pub enum Standing {
     InForce,
     /// Both programs judge, but another stands before one of them and may let frames pass it by.
     Preceded,
-    /// A link runs a program that is not the guard's.
+    /// A program that is not the guard's runs in the place of one of its own.
     Exchanged,
-    /// One program judges; the other's link was cut, or attaching or removing was interrupted.
+    /// One program judges; the other was cut off, or attaching or removing was interrupted.
     Partial,
     /// In force on an interface of another network namespace.
     Elsewhere,
@@ -45,11 +46,13 @@ impl Standing {
     pub(crate) const fn why(self) -> &'static str {
         match self {
             Self::InForce => "nothing is wrong with it",
-            Self::Preceded => "another program stands before it on the hook",
-            Self::Exchanged => "another program was put into one of its links",
-            Self::Partial => "only one of its two links is alive",
+            Self::Preceded => {
+                "another program stands before it on the hook, and may let frames pass it by"
+            }
+            Self::Exchanged => "another program was put in place of one of its own",
+            Self::Partial => "only one of its two programs judges",
             Self::Elsewhere => "its interface is in another network namespace",
-            Self::Gone => "the interface was re-created or the links were cut",
+            Self::Gone => "the interface was re-created, or its programs were cut off",
         }
     }
 }
@@ -59,7 +62,7 @@ impl Standing {
 pub struct Look {
     /// How the guard stands.
     pub standing: Standing,
-    /// The index of the interface that a living link is attached to; 0 where none lives.
+    /// The index of the interface on which a program judges; 0 where none does.
     pub ifindex: u32,
     /// That interface's name in this network namespace.
     pub interface: Option<String>,
@@ -72,14 +75,67 @@ impl Look {
     }
 }
 
-/// Looks at both links, at the programs in them, and at the hooks. What cannot be found out is an
-/// error, never "gone".
+/// Looks at both links or filters, at the programs in them, and at the hooks. What cannot be found
+/// out is an error, never "gone".
 pub fn look(pins: &Pins) -> Result<Look, GuardError> {
-    let mut found = Look {
-        standing: Standing::Gone,
-        ifindex: 0,
-        interface: None,
+    match pins.filters()? {
+        Some(filters) => look_at_filters(pins, filters),
+        None => look_at_links(pins),
+    }
+}
+
+const NOTHING: Look = Look {
+    standing: Standing::Gone,
+    ifindex: 0,
+    interface: None,
+};
+
+/// Filters go with their interface, and when it moves to another network namespace: where it is
+/// not here, nothing judges.
+fn look_at_filters(pins: &Pins, filters: Filters) -> Result<Look, GuardError> {
+    let ifindex = filters.ifindex;
+    let Some(interface) = interface::name(ifindex) else {
+        return Ok(NOTHING);
     };
+    let failed = |source| GuardError::System {
+        action: "ask for the filters",
+        interface: interface.clone(),
+        source,
+    };
+    let (mut judging, mut preceded, mut exchanged) = (0, false, false);
+    for direction in Direction::ALL {
+        let place = match pins.program(direction)? {
+            Some(own) => clsact::place(ifindex, direction, own).map_err(failed)?,
+            None => None,
+        };
+        match place {
+            Some(place) => {
+                judging += 1;
+                preceded |= place > 0;
+            }
+            None => {
+                let filters = clsact::filters(ifindex, direction).map_err(failed)?;
+                exchanged |= filters.iter().any(Filter::is_in_place);
+            }
+        }
+    }
+    let standing = match judging {
+        // The index may be another interface's by now, and the filters another guard's.
+        0 => return Ok(NOTHING),
+        1 if exchanged => Standing::Exchanged,
+        1 => Standing::Partial,
+        _ if preceded => Standing::Preceded,
+        _ => Standing::InForce,
+    };
+    Ok(Look {
+        standing,
+        ifindex,
+        interface: Some(interface),
+    })
+}
+
+fn look_at_links(pins: &Pins) -> Result<Look, GuardError> {
+    let mut found = NOTHING;
     let (mut living, mut elsewhere, mut preceded, mut exchanged) = (0, false, false, false);
     for direction in Direction::ALL {
         let Some(link) = pins.link(direction)? else {

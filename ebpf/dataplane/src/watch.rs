@@ -3,29 +3,64 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use aya::maps::{Array, Map, MapData};
 use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::socket::{MsgFlags, recv};
 use omerta_verdict::Direction;
 
 use crate::bpffs::namespace_directory;
 use crate::link::{self, LinkInfo};
 use crate::store::map_error;
-use crate::{Guard, GuardError, interface};
+use crate::{Guard, GuardError, Standing, clsact, interface, netlink};
 
-/// One of the guard's links, held open: while it is, the kernel runs its program even where the
-/// link's pin is removed.
+/// One of the guard's links, or the program of one of its filters, held open: while it is, the
+/// kernel runs a link's program even where the link's pin is removed, and gives the program's id to
+/// no other.
 #[derive(Debug)]
 struct Held {
     direction: Direction,
-    link: OwnedFd,
-    info: LinkInfo,
+    object: OwnedFd,
+    attached: Attached,
     pin: PathBuf,
     inode: u64,
+}
+
+#[derive(Debug)]
+enum Attached {
+    ByLink(LinkInfo),
+    ByFilter { program: u32 },
+}
+
+impl Held {
+    /// What is wrong on the hook of the interface of `ifindex`.
+    fn complaint(&self, ifindex: u32) -> io::Result<Option<&'static str>> {
+        let place = match self.attached {
+            Attached::ByLink(then) => {
+                let now = link::info_of(&self.object)?;
+                if now.ifindex != ifindex {
+                    return Ok(Some("its link was cut"));
+                }
+                if now.program_id != then.program_id {
+                    return Ok(Some("its program was replaced"));
+                }
+                let first = link::first_on(ifindex, self.direction)?;
+                usize::from(first != Some(now.program_id))
+            }
+            Attached::ByFilter { program } => {
+                match clsact::place(ifindex, self.direction, program)? {
+                    Some(place) => place,
+                    None => return Ok(Some("its filter was removed or replaced")),
+                }
+            }
+        };
+        Ok((place > 0).then_some(Standing::Preceded.why()))
+    }
 }
 
 /// A guard as its owner left it.
@@ -53,20 +88,32 @@ impl GuardWatch {
     /// Where the guard is not in force and first on its hooks.
     pub fn begin(guard: &Guard) -> Result<Self, GuardError> {
         let interface = guard.interface();
+        let by_filters = guard.pins.filters()?.is_some();
         let hold = |direction| -> Result<Held, GuardError> {
-            let pin = guard.pins.link_path(direction);
-            let failed = |source| GuardError::System {
-                action: "hold a link",
+            let pin = if by_filters {
+                guard.pins.program_path(direction)
+            } else {
+                guard.pins.link_path(direction)
+            };
+            let hold = || {
+                let object = link::open(&pin)?;
+                let attached = if by_filters {
+                    let program = link::program_id_of(&object)?;
+                    Attached::ByFilter { program }
+                } else {
+                    Attached::ByLink(link::info_of(&object)?)
+                };
+                Ok((object, attached, fs::symlink_metadata(&pin)?.ino()))
+            };
+            let (object, attached, inode) = hold().map_err(|source| GuardError::System {
+                action: "hold a link or program",
                 interface: interface.to_owned(),
                 source,
-            };
-            let link = link::open(&pin).map_err(failed)?;
-            let info = link::info_of(&link).map_err(failed)?;
-            let inode = fs::symlink_metadata(&pin).map_err(failed)?.ino();
+            })?;
             Ok(Held {
                 direction,
-                link,
-                info,
+                object,
+                attached,
                 pin,
                 inode,
             })
@@ -89,9 +136,9 @@ impl GuardWatch {
         Ok(watch)
     }
 
-    /// Proves that nothing has changed since: the interface has its name, each link its pin, its
-    /// program and its interface, that program is the first on its hook, and no policy was
-    /// committed. A dozen system calls.
+    /// Proves that nothing has changed since: the interface has its name, each link or program its
+    /// pin, each link its program and its interface, that program is the first on its hook, and no
+    /// policy was committed. A dozen system calls.
     ///
     /// # Errors
     /// What has changed.
@@ -100,13 +147,6 @@ impl GuardWatch {
             return Err(self.not_in_force("the interface was re-created"));
         }
         for held in &self.held {
-            let info = link::info_of(&held.link).map_err(self.failed("read a link"))?;
-            if info.ifindex != self.ifindex {
-                return Err(self.not_in_force("its link was cut"));
-            }
-            if info.program_id != held.info.program_id {
-                return Err(self.not_in_force("its program was replaced"));
-            }
             match fs::symlink_metadata(&held.pin) {
                 Ok(pin) if pin.ino() == held.inode => {}
                 Ok(_) => {
@@ -119,10 +159,11 @@ impl GuardWatch {
                 }
                 Err(error) => return Err(self.failed("read a pin")(error)),
             }
-            let first = link::first_on(self.ifindex, held.direction)
+            let complaint = held
+                .complaint(self.ifindex)
                 .map_err(self.failed("ask for the programs"))?;
-            if first != Some(info.program_id) {
-                return Err(self.not_in_force("another program stands before it on the hook"));
+            if let Some(why) = complaint {
+                return Err(self.not_in_force(why));
             }
         }
         let generation = self
@@ -135,14 +176,14 @@ impl GuardWatch {
         Ok(())
     }
 
-    /// A descriptor that becomes readable when it is time to look: when a pin of the guard was
-    /// removed or moved, and when anybody has done with a change of any guard of this network namespace. What is read from it
-    /// says nothing more. Links that are cut and maps that are written by other means than this
+    /// When it is time to look: when a pin of the guard was removed or moved, when anybody has done
+    /// with a change of any guard of this network namespace, and, for a guard that is attached by
+    /// filters, when anybody has changed any filter there. Links that are cut and maps that are written by other means than this
     /// crate's are not told.
     ///
     /// # Errors
-    /// When the kernel gives no more inotify instances.
-    pub fn occasions(&self) -> Result<OwnedFd, GuardError> {
+    /// When the kernel gives no more inotify instances, or descriptors.
+    pub fn occasions(&self) -> Result<Occasions, GuardError> {
         let failed = |errno: Errno| self.failed("watch the pins")(errno.into());
         let flags = InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK;
         let inotify = Inotify::init(flags).map_err(failed)?;
@@ -155,7 +196,23 @@ impl GuardWatch {
         inotify
             .add_watch(&namespace_directory()?, AddWatchFlags::IN_CLOSE_NOWRITE)
             .map_err(failed)?;
-        Ok(inotify.into())
+        let filters = match self.held[0].attached {
+            Attached::ByLink(_) => None,
+            Attached::ByFilter { .. } => {
+                Some(netlink::changes().map_err(self.failed("watch the filters"))?)
+            }
+        };
+        let either = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
+        let readable = || EpollEvent::new(EpollFlags::EPOLLIN, 0);
+        either.add(&inotify, readable()).map_err(failed)?;
+        if let Some(filters) = &filters {
+            either.add(filters, readable()).map_err(failed)?;
+        }
+        Ok(Occasions {
+            pins: inotify,
+            filters,
+            either,
+        })
     }
 
     fn not_in_force(&self, why: &'static str) -> GuardError {
@@ -172,5 +229,57 @@ impl GuardWatch {
             interface,
             source,
         }
+    }
+}
+
+/// The occasions to look at one guard. Its descriptor becomes readable with the first that has not
+/// been taken.
+#[derive(Debug)]
+pub struct Occasions {
+    pins: Inotify,
+    filters: Option<OwnedFd>,
+    either: Epoll,
+}
+
+impl Occasions {
+    /// Takes all that there are; whether there was any.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell any more.
+    pub fn take(&self) -> io::Result<bool> {
+        let mut any = false;
+        loop {
+            match self.pins.read_events() {
+                Ok(_) => any = true,
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let Some(filters) = &self.filters else {
+            return Ok(any);
+        };
+        let mut told = [0; 4096];
+        loop {
+            match recv(filters.as_raw_fd(), &mut told, MsgFlags::MSG_DONTWAIT) {
+                // Where some were lost, it is time to look all the same.
+                Ok(_) | Err(Errno::ENOBUFS) => any = true,
+                Err(Errno::EAGAIN) => return Ok(any),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+impl AsFd for Occasions {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.either.0.as_fd()
+    }
+}
+
+impl AsRawFd for Occasions {
+    fn as_raw_fd(&self) -> RawFd {
+        self.either.0.as_raw_fd()
     }
 }

@@ -116,17 +116,16 @@ pub fn report(context: &TcContext, direction: u8, reason: u8, length: u32) {
 /// `frame` points to valid memory.
 #[inline(always)]
 unsafe fn captured(context: &TcContext, frame: *mut [u8; EVENT_FRAME_BYTES], wanted: u64) -> u16 {
-    if wanted == 0 {
-        return 0;
-    }
-    // Left alone, the compiler makes one comparison of the two, on another register than the one
-    // that it passes on, which older verifiers do not follow (Linux 6.1). What it reads back from
-    // the stack it knows nothing of, and the verifier still knows that it is not 0.
+    // Linux 6.1 and older do not learn from `wanted == 0` that it is 1 at least, so both bounds are
+    // one comparison, of one less. The compiler would make two of it again, had it not to read the
+    // value back from the stack.
+    let last = wanted.wrapping_sub(1);
     // SAFETY: the variable is this function's own.
-    let wanted = unsafe { core::ptr::read_volatile(&raw const wanted) };
-    if wanted > EVENT_FRAME_BYTES as u64 {
+    let last = unsafe { core::ptr::read_volatile(&raw const last) };
+    if last >= EVENT_FRAME_BYTES as u64 {
         return 0;
     }
+    let wanted = last + 1;
     // SAFETY: the helper writes at most `EVENT_FRAME_BYTES` bytes, all within `frame`; the
     // context's socket buffer is valid for the whole run.
     match unsafe { bpf_skb_load_bytes(context.skb.skb.cast(), 0, frame.cast(), wanted as u32) } {

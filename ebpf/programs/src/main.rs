@@ -1,5 +1,5 @@
-//! The guard's two programs, attached by TCX to a guest's interface. Each is a shell: it makes
-//! the headers readable, asks the verdict, counts the outcome and carries it out.
+//! The guard's two programs, attached by TCX or clsact to a guest's interface. Each is a shell: it
+//! makes the headers readable, asks the verdict, counts the outcome and carries it out.
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
@@ -33,7 +33,7 @@ const FIRST_REASON: u32 = Outcome::Dropped(Reason::NoPolicy).index() as u32;
 const UNREADABLE: u32 = Outcome::Dropped(Reason::Unreadable).index() as u32;
 const ANSWER_FAILED: u32 = Outcome::Dropped(Reason::AnswerFailed).index() as u32;
 
-/// What the guest sends: the interface's TCX ingress hook.
+/// What the guest sends: the interface's ingress hook.
 #[classifier]
 pub fn guest_egress(context: TcContext) -> i32 {
     let Some(counters) = Counters::of(Direction::Egress) else {
@@ -47,7 +47,7 @@ pub fn guest_egress(context: TcContext) -> i32 {
     carry_out(&context, counters, Direction::Egress)
 }
 
-/// What is sent to the guest: the interface's TCX egress hook.
+/// What is sent to the guest: the interface's egress hook.
 #[classifier]
 pub fn guest_ingress(context: TcContext) -> i32 {
     match Counters::of(Direction::Ingress) {

@@ -28,7 +28,11 @@ static POLICY: Array<Policy> = Array::with_max_entries(2, 0);
 /// The bank of the allowlist that belongs to each slot. Userspace makes a bank of the size that
 /// the allowlist needs for each commit; this one is the pattern that the kernel holds it to.
 #[btf_map]
-static RULES: ArrayOfMaps<btf_maps::Array<Bucket, 1, BANK_FLAGS>, 2> = ArrayOfMaps::new();
+static RULES: ArrayOfMaps<btf_maps::Array<Words, 1, BANK_FLAGS>, 2> = ArrayOfMaps::new();
+
+/// A bucket as the pattern names it. Before Linux 6.3 a structure here would make the pattern differ
+/// from a bank, which is made without type information (`timer_off` in kernel/bpf/map_in_map.c).
+type Words = [u64; size_of::<Bucket>() / size_of::<u64>()];
 
 /// A bank is mapped by userspace, so it starts at a page and each bucket is one cache line; and
 /// its size is its own, not the pattern's.
@@ -75,7 +79,10 @@ impl Guard for KernelGuard {
 
     #[inline(always)]
     fn bucket(&self, index: u32) -> Option<&Bucket> {
-        RULES.get_value(self.slot?, &index)
+        let words = RULES.get_value(self.slot?, &index)?;
+        // SAFETY: as long as a bucket and aligned as one (a bank starts at a page); every bit
+        // pattern of a bucket is valid.
+        Some(unsafe { &*core::ptr::from_ref(words).cast() })
     }
 
     #[inline(always)]

@@ -2,6 +2,7 @@
 
 mod frame;
 mod generate;
+mod hook;
 mod native;
 mod pair;
 mod stage;
@@ -9,5 +10,6 @@ pub mod victim;
 
 pub use frame::{Ipv4, Ipv6, arp, checksum, ethernet, icmp_echo, tcp, udp};
 pub use generate::Generator;
+pub use hook::{hooks, judging, tc};
 pub use pair::{NEXT, Pair, SHOT, test_run_takes};
 pub use stage::*;

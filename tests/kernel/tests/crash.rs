@@ -14,10 +14,10 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use aya::programs::{SchedClassifier, TcAttachType};
-use omerta_dataplane::{Guard, GuardError};
+use omerta_dataplane::{Guard, GuardError, Hook};
 use omerta_kernel_tests::{
-    CONSUMER, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, remove_left_overs, udp, victim,
+    CONSUMER, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, hooks, judging,
+    remove_left_overs, udp, victim,
 };
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Endpoint, Mode, Reason};
@@ -26,12 +26,6 @@ fn kill_after(mut child: Child, time: Duration) {
     std::thread::sleep(time);
     child.kill().unwrap();
     child.wait().unwrap();
-}
-
-/// The programs on the tap's hooks.
-fn programs() -> [usize; 2] {
-    [TcAttachType::Ingress, TcAttachType::Egress]
-        .map(|hook| SchedClassifier::query_tcx("guest", hook).unwrap().1.len())
 }
 
 fn names(directory: &str) -> BTreeSet<String> {
@@ -47,10 +41,12 @@ fn names(directory: &str) -> BTreeSet<String> {
 #[test]
 #[ignore = "killed by another test"]
 fn attach_and_detach_without_end() {
+    let words = hooks().unwrap().iter();
+    let hook = words.copied().find(|hook| hook.word() == victim::list());
     victim::has_begun();
     loop {
         // Whatever the process before this one left.
-        match Guard::attach("guest", &config(Mode::Filtered)) {
+        match attach(hook.unwrap()) {
             Ok(guard) => guard.detach().unwrap(),
             Err(GuardError::AlreadyGuarded { .. }) => {
                 Guard::open("guest").unwrap().detach().unwrap();
@@ -60,8 +56,19 @@ fn attach_and_detach_without_end() {
     }
 }
 
+fn attach(hook: Hook) -> Result<Guard, GuardError> {
+    Guard::attach_by(hook, "guest", &config(Mode::Filtered))
+}
+
 #[test]
 fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
+    for hook in hooks().unwrap() {
+        whole_or_absent(*hook);
+    }
+}
+
+fn whole_or_absent(hook: Hook) {
+    let programs = || judging(hook, "guest").unwrap();
     let namespace = Namespace::new("ot-crash").unwrap();
     let inode = namespace.inode().unwrap();
     let place = format!("/sys/fs/bpf/omerta/{inode}/guest");
@@ -71,10 +78,10 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
         .enter(|| {
             remove_left_overs().unwrap();
             let mut tap = Tap::create("guest").unwrap();
-            drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
+            drop(attach(hook).unwrap());
             let pins = names(&place);
             for round in 0..30 {
-                let child = victim::begin("attach_and_detach_without_end", "").unwrap();
+                let child = victim::begin("attach_and_detach_without_end", hook.word()).unwrap();
                 kill_after(child, Duration::from_micros(random.u64(..300_000)));
                 if round % 4 == 0 {
                     // A guard whose interface is gone is what attach finds in its place.
@@ -103,7 +110,7 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
                     Guard::remove_stale("guest", None).unwrap();
                 }
                 if !Guard::list().unwrap().contains(&"guest".to_owned()) {
-                    drop(Guard::attach("guest", &config(Mode::Filtered)).unwrap());
+                    drop(attach(hook).unwrap());
                 } else {
                     Guard::remove_stale("guest", None).unwrap();
                 }
@@ -116,7 +123,10 @@ fn a_guard_is_whole_or_absent_whenever_its_maker_is_killed() {
             drop(tap);
         })
         .unwrap();
-    println!("killed 30 times: {whole} whole guards, {left} left-overs");
+    println!(
+        "{}: killed 30 times: {whole} whole guards, {left} left-overs",
+        hook.word()
+    );
 }
 
 /// The two allowlists that take turns; their first endpoint is on both.

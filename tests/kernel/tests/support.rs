@@ -1,4 +1,4 @@
-//! Whether this kernel can run guards: it loads the programs, or refuses all of it in one word.
+//! Whether this kernel can run guards: it loads the programs, and has a hook for them.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,29 +7,29 @@
     reason = "helpers of tests"
 )]
 
-use omerta_dataplane::{Guard, GuardError, Programs, kernel_support};
-use omerta_kernel_tests::config;
+use omerta_dataplane::{Guard, Hook, Programs};
+use omerta_kernel_tests::{config, judging, remove_left_overs};
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::Mode;
 
 #[test]
-fn a_kernel_loads_every_mode_or_is_refused() {
-    let Err(refusal) = kernel_support() else {
-        for mode in Mode::ALL {
-            Programs::load("support", mode).unwrap();
-        }
-        return;
-    };
-    assert!(matches!(refusal, GuardError::KernelTooOld { .. }));
-    let namespace = Namespace::new("ot-old").unwrap();
-    let attached = namespace.enter(|| {
-        let _tap = Tap::create("guest").unwrap();
-        Guard::attach("guest", &config(Mode::Filtered)).map(drop)
-    });
-    assert!(matches!(
-        attached.unwrap(),
-        Err(GuardError::KernelTooOld { .. })
-    ));
+fn a_kernel_loads_the_programs_and_has_a_hook_for_them() {
+    let hook = Hook::of_this_kernel().unwrap();
+    // Those of the other modes are the same as the first.
+    for mode in [Mode::Filtered, Mode::Conntrack] {
+        Programs::load("support", mode).unwrap();
+    }
+    let namespace = Namespace::new("ot-hook").unwrap();
+    namespace
+        .enter(|| {
+            remove_left_overs().unwrap();
+            let _tap = Tap::create("guest").unwrap();
+            let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+            guard.verify().unwrap();
+            assert_eq!(judging(hook, "guest").unwrap(), [1, 1]);
+            guard.detach().unwrap();
+        })
+        .unwrap();
     // The kernel matrix reads this.
-    println!("refused: {refusal}");
+    println!("hook: {}", hook.word());
 }

@@ -44,19 +44,18 @@ impl Row {
     }
 }
 
-/// The rows of one kernel. A suite that did not end has failed, except where the kernel was
-/// refused: then nothing else was to run.
+/// The rows of one kernel, with the hook that it runs guards by. A suite that did not end has
+/// failed.
 pub fn read(series: &str, said: &str, suites: &[Suite]) -> Vec<Row> {
-    let refusal = said.lines().find_map(|line| line.strip_prefix("refused: "));
+    let hook = said.lines().find_map(|line| line.strip_prefix("hook: "));
     let row = |suite: &Suite| {
         let mut row = Row::empty(series, &suite.name);
         match section(said, &suite.name) {
             Some((text, milliseconds)) => {
                 row.milliseconds = milliseconds;
                 count(text, &mut row);
-                row.note = refusal.unwrap_or_default().to_owned();
+                row.note = hook.unwrap_or_default().to_owned();
             }
-            None if refusal.is_some() => row.note = "not run: guards are refused".into(),
             None => {
                 row.failed = 1;
                 row.note = "did not end".into();
@@ -107,10 +106,9 @@ pub fn skips(text: &str) -> Vec<&str> {
     reasons
 }
 
-/// What a person should see of a console: refusals, failures, panics of the kernel.
+/// What a person should see of a console: failures, panics of the kernel.
 pub fn noteworthy(said: &str) -> Vec<&str> {
-    const MARKS: [&str; 7] = [
-        "refused: ",
+    const MARKS: [&str; 6] = [
         "FAILED",
         "panicked at",
         "Kernel panic",
@@ -195,14 +193,10 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_kernel_fails_nothing_that_was_not_run() {
-        let said = SUPPORT.replace(
-            "test result",
-            "refused: Linux 6.1 has no hooks\ntest result",
-        );
+    fn the_hook_is_told_in_every_row() {
+        let said = SUPPORT.replace("test result", "hook: clsact\ntest result");
         let rows = read("6.1", &said, &suites());
-        assert_eq!(numbers(&said), [(1, 0, 0, 70), (0, 0, 0, 0)]);
-        assert_eq!(rows[0].note, "Linux 6.1 has no hooks");
-        assert_eq!(rows[1].note, "not run: guards are refused");
+        assert_eq!(rows[0].note, "clsact");
+        assert_eq!(rows[1].note, "did not end");
     }
 }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use omerta_api::{Version, route};
-use omerta_dataplane::{GuardError, Programs, kernel_support};
+use omerta_dataplane::{GuardError, Hook, Programs};
 use omerta_verdict::Mode;
 
 use super::Check;
@@ -33,12 +33,28 @@ pub(super) fn guests() -> Vec<Check> {
 }
 
 fn hooks() -> Check {
-    const NAME: &str = "kernel hooks";
     let release = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_else(|_| "unknown release".to_owned());
-    match kernel_support() {
-        Ok(()) => Check::ok(NAME, format!("Linux {release} has TCX hooks")),
+    hooks_of(&release, Hook::of_this_kernel())
+}
+
+fn hooks_of(release: &str, hook: Result<Hook, GuardError>) -> Check {
+    const NAME: &str = "kernel hooks";
+    match hook {
+        Ok(Hook::Tcx) => Check::ok(
+            NAME,
+            format!("TCX: Linux {release} has it, as 6.6 and later have; guards are pinned links"),
+        ),
+        Ok(Hook::Clsact) => Check::warning(
+            NAME,
+            format!(
+                "clsact: Linux {release} has no TCX (6.6 and later have), so guards are filters; \
+                 they judge the same, but go when an interface moves to another namespace or its \
+                 qdisc is removed"
+            ),
+            "boot Linux 6.6 or later where you can",
+        ),
         Err(error) => Check::failed(NAME, format!("Linux {release}"), as_line(&error)),
     }
 }
@@ -239,4 +255,25 @@ fn as_line(error: &dyn Error) -> String {
 
 fn read_setting(path: &str) -> io::Result<String> {
     Ok(fs::read_to_string(path)?.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Standing;
+
+    #[test]
+    fn each_kernels_hook_is_named_with_why() {
+        let tcx = hooks_of("6.12.1", Ok(Hook::Tcx));
+        assert_eq!(tcx.status, Standing::Ok);
+        assert!(tcx.found.contains("TCX"), "{tcx:?}");
+        let clsact = hooks_of("6.1.9", Ok(Hook::Clsact));
+        assert_eq!(clsact.status, Standing::Warning);
+        assert!(clsact.found.starts_with("clsact: Linux 6.1.9 has no TCX"));
+        assert!(clsact.remedy.unwrap().contains("6.6"));
+        let release = "5.10.0".to_owned();
+        let old = hooks_of("5.10.0", Err(GuardError::KernelTooOld { release }));
+        assert_eq!(old.status, Standing::Failed);
+        assert!(old.remedy.unwrap().contains("5.15"));
+    }
 }

@@ -26,13 +26,8 @@ impl Stage {
             eprintln!("skipped: guards and taps need root");
             return None;
         }
-        let release = nix::sys::utsname::uname().unwrap();
-        let release = release.release().to_string_lossy().into_owned();
-        let mut numbers = release
-            .split(|c: char| !c.is_ascii_digit())
-            .map(|n| n.parse().unwrap_or(0));
-        if (numbers.next(), numbers.next()) < (Some(6), Some(6)) {
-            eprintln!("skipped: this kernel ({release}) has no TCX");
+        if let Err(error) = omerta_dataplane::Hook::of_this_kernel() {
+            eprintln!("skipped: {error}");
             return None;
         }
         let namespace = Namespace::new("omcli").unwrap();

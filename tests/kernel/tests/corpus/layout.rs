@@ -7,22 +7,16 @@ use std::net::IpAddr;
 use std::thread::sleep;
 use std::time::Duration;
 
-use omerta_dataplane::{Guard, GuardConfig, GuardError};
+use aya::maps::{HashMap, Map, MapData};
+use omerta_dataplane::{Guard, GuardConfig, Hook};
 use omerta_kernel_tests::*;
 use omerta_test_support::{Capture, FrameSender, Namespace, Tap, Veth, mac_of};
-use omerta_verdict::{Direction, Mac, Mode, Outcome};
+use omerta_verdict::{Direction, Flow, Mac, Mode, Outcome};
 
 const WORLD_MAC: Mac = Mac([0x52, 0x54, 0x00, 0x00, 0x00, 0xcc]);
 const NEIGHBOUR_MAC: Mac = Mac([0x52, 0x54, 0x00, 0x00, 0x00, 0x09]);
 /// Longer than any frame of the corpus that is to pass.
 pub const MTU: u32 = 9500;
-
-type Attach = fn(&str, &GuardConfig) -> Result<(), GuardError>;
-
-/// How a guard is put on an interface.
-pub const HOOKS: &[(&str, Attach)] = &[("TCX", |interface, config| {
-    Guard::attach(interface, config).map(drop)
-})];
 
 /// How the taps are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +33,6 @@ pub type Tally = BTreeMap<(Direction, usize), u64>;
 /// The network.
 pub struct Layout {
     pub link: Link,
-    mode: Mode,
-    attach: Attach,
     provider: Namespace,
     world: Namespace,
     /// The guest under judgement, and another.
@@ -56,7 +48,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    pub fn new(link: Link, mode: Mode, offload: bool, attach: Attach) -> Self {
+    /// With the guest's guard in conntrack mode, which alone has room for flows.
+    pub fn new(link: Link, offload: bool, hook: Hook) -> Self {
         let provider = Namespace::new("oc-prov").unwrap();
         let world = Namespace::new("oc-world").unwrap();
         provider.enter(silence).unwrap();
@@ -86,14 +79,13 @@ impl Layout {
                     .unwrap();
             }
         }
-        provider
-            .enter(|| attach("guest", &config(mode)))
-            .unwrap()
-            .unwrap();
-        provider
-            .enter(|| attach("other", &neighbours_config()))
-            .unwrap()
-            .unwrap();
+        let guest_config = config(Mode::Conntrack);
+        for (tap, config) in [("guest", guest_config), ("other", neighbours_config())] {
+            provider
+                .enter(|| Guard::attach_by(hook, tap, &config).map(drop))
+                .unwrap()
+                .unwrap();
+        }
         for tap in [&guest, &neighbour] {
             provider.enter(|| tap.up()).unwrap().unwrap();
         }
@@ -133,8 +125,6 @@ impl Layout {
         };
         let layout = Self {
             link,
-            mode,
-            attach,
             to_guest: sender(&provider, "guest"),
             to_neighbour: sender(&provider, "other"),
             from_world: sender(&world, "inet"),
@@ -159,13 +149,24 @@ impl Layout {
         );
     }
 
-    /// Guards the guest anew: no flow is open.
+    /// Judges the guest by `mode` from now on. (Loading programs for each takes an emulated machine
+    /// minutes.)
+    pub fn set_mode(&self, mode: Mode) {
+        let set = || Guard::open("guest").and_then(|guard| guard.set_mode(mode));
+        self.provider.enter(set).unwrap().unwrap();
+    }
+
+    /// Forgets the guest's flows: none is open.
     pub fn forget(&self) {
-        let attach = || {
-            Guard::open("guest").and_then(Guard::detach)?;
-            (self.attach)("guest", &config(self.mode))
-        };
-        self.provider.enter(attach).unwrap().unwrap();
+        type Key = [u8; size_of::<Flow>()];
+        let inode = self.provider.inode().unwrap();
+        let pin = format!("/sys/fs/bpf/omerta/{inode}/guest/FLOWS");
+        let flows = Map::HashMap(MapData::from_pin(pin).unwrap());
+        let mut flows: HashMap<_, Key, u64> = flows.try_into().unwrap();
+        let open: Vec<Key> = flows.keys().map(Result::unwrap).collect();
+        for flow in open {
+            flows.remove(&flow).unwrap();
+        }
     }
 
     /// What the guard of `tap` has counted.

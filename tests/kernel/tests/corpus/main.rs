@@ -14,11 +14,12 @@ mod passage;
 mod test_run;
 
 use omerta_corpus::{Case, cases};
+use omerta_kernel_tests::hooks;
 use omerta_verdict::{Mode, Outcome};
 
 use test_run::Kernel;
 
-use layout::{HOOKS, Layout, Link};
+use layout::{Layout, Link};
 
 /// The corpus, or the cases whose name holds `OMERTA_CASE`.
 fn corpus() -> Vec<Case> {
@@ -90,9 +91,10 @@ fn the_kernels_verdict_is_as_each_case_says() {
 fn through_taps(link: Link) {
     let (mut count, mut wrong) = (0, Vec::new());
     let all = omerta_corpus::cases().unwrap();
-    for (hook, attach) in HOOKS {
-        for mode in Mode::ALL {
-            for offload in [false, true] {
+    for hook in hooks().unwrap() {
+        for offload in [false, true] {
+            let mut layout = Layout::new(link, offload, *hook);
+            for mode in Mode::ALL {
                 let cases: Vec<_> = corpus()
                     .into_iter()
                     .filter(|case| case.mode == mode && case.vnet.is_some() == offload)
@@ -105,12 +107,13 @@ fn through_taps(link: Link) {
                     continue;
                 }
                 count += cases.len();
-                let mut layout = Layout::new(link, mode, offload, *attach);
+                layout.set_mode(mode);
                 for case in &cases {
                     if let Err(problem) = passage::passes(&mut layout, case, &all) {
                         let (name, why) = (&case.name, &case.why);
                         wrong.push(format!(
-                            "{hook}, {} mode, {name} ({why}): {problem}",
+                            "{}, {} mode, {name} ({why}): {problem}",
+                            hook.word(),
                             mode.word()
                         ));
                     }
