@@ -131,6 +131,15 @@ impl<'a> Consumer<'a> {
             .any(|line| line.split('\t').nth(1).is_some_and(|at| at != "0")))
     }
 
+    /// How many bytes its WireGuard has sent to the guest.
+    pub fn sent(&self) -> Result<u64> {
+        let transfer = self.show("transfer")?;
+        let sent = transfer
+            .lines()
+            .map(|line| line.split('\t').nth(2)?.parse::<u64>().ok());
+        sent.sum::<Option<_>>().context("wg show tells no transfer")
+    }
+
     fn show(&self, what: &str) -> Result<String> {
         bounded::expect(
             namespace_wg(self.namespace, &["show", &self.interface, what]),

@@ -1,5 +1,6 @@
 //! A tenant's guest, as the operator and its consumer see it.
 
+use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
@@ -13,8 +14,8 @@ use crate::omerta::{Omerta, text};
 use crate::report::Report;
 
 /// How long a guest may take from `vm run` to its handshake. Without KVM, on a busy machine, a boot
-/// takes several seconds.
-const BOOT: Duration = Duration::from_secs(90);
+/// takes several seconds, and minutes where the machine is overloaded.
+const BOOT: Duration = Duration::from_secs(180);
 
 /// A running guest.
 pub struct Guest {
@@ -60,7 +61,7 @@ impl Guest {
                 .parse()
                 .with_context(|| format!("{field} of {name} is no address"))
         };
-        Ok(Self {
+        let guest = Self {
             name: name.to_owned(),
             interface: text(&shown, "interface")?.to_owned(),
             address: address("address")?,
@@ -73,7 +74,13 @@ impl Guest {
                     .context("vm run told no pid")?,
             )?,
             console: text(&shown, "console")?.to_owned(),
-        })
+        };
+        // That a process is gone says something only of one that was the guest's.
+        let arguments = fs::read_to_string(format!("/proc/{}/cmdline", guest.pid));
+        if !arguments.is_ok_and(|text| text.contains(&format!("guest={name},"))) {
+            bail!("process {} is not the QEMU of {name}", guest.pid);
+        }
+        Ok(guest)
     }
 
     /// Waits for the guest's key, hands it to the consumer, and waits for the handshake that both

@@ -9,6 +9,7 @@ use anyhow::Result;
 use omerta_test_support::Namespace;
 
 use crate::report::Report;
+use crate::traces;
 
 /// How long the kernel may take to let go of the last process.
 const GRACE: Duration = Duration::from_secs(3);
@@ -17,10 +18,11 @@ const GRACE: Duration = Duration::from_secs(3);
 #[derive(Default)]
 pub struct Leftovers {
     namespaces: Vec<(PathBuf, u64)>,
-    /// Where the guards of each namespace would be pinned.
-    pins: Vec<PathBuf>,
+    /// Where the guards of each namespace would be pinned, and what another run had left there: the
+    /// kernel uses the numbers of namespaces again.
+    pins: Vec<(PathBuf, Vec<String>)>,
     paths: Vec<PathBuf>,
-    links_before: Vec<String>,
+    links_before: Option<Vec<String>>,
 }
 
 impl Leftovers {
@@ -31,18 +33,14 @@ impl Leftovers {
 
     /// Notes the machine's own interfaces, before the first change.
     pub fn note_links(&mut self) {
-        self.links_before = own_links();
+        self.links_before = traces::entries(Path::new("/sys/class/net")).ok();
     }
 
     pub fn watch_namespace(&mut self, namespace: &Namespace) -> Result<()> {
-        let inode = namespace.inode()?;
-        self.namespaces.push((namespace.path(), inode));
-        // The kernel uses the numbers of namespaces again: a directory that is there already is
-        // what another run left of another namespace.
-        let pins = PathBuf::from(format!("/sys/fs/bpf/omerta/{inode}"));
-        if !pins.exists() {
-            self.pins.push(pins);
-        }
+        self.namespaces.push((namespace.path(), namespace.inode()?));
+        let pins = traces::pins_of(namespace)?;
+        let before = traces::entries(&pins)?;
+        self.pins.push((pins, before));
         Ok(())
     }
 
@@ -63,21 +61,41 @@ impl Leftovers {
             .map(|(path, _)| path)
             .filter(|path| path.exists());
         tell(report, "namespace", &names(namespaces));
-        let new_links = own_links()
-            .into_iter()
-            .filter(|link| !self.links_before.contains(link))
-            .collect::<Vec<_>>();
-        tell(report, "interface on the machine itself", &new_links);
-        tell(
-            report,
-            "pin",
-            &names(self.pins.iter().filter(|path| path.exists())),
-        );
+        tell(report, "interface on the machine itself", &self.new_links());
+        tell(report, "pin", &self.new_pins());
         tell(
             report,
             "file",
             &names(self.paths.iter().filter(|path| path.exists())),
         );
+    }
+
+    fn new_links(&self) -> Vec<String> {
+        let now = traces::entries(Path::new("/sys/class/net"));
+        let (Some(before), Ok(now)) = (&self.links_before, now) else {
+            return vec!["/sys/class/net cannot be read".to_owned()];
+        };
+        now.into_iter()
+            .filter(|link| !before.contains(link))
+            .collect()
+    }
+
+    fn new_pins(&self) -> Vec<String> {
+        let mut new = Vec::new();
+        for (directory, before) in &self.pins {
+            match traces::entries(directory) {
+                Ok(now) => {
+                    let here = now.into_iter().filter(|name| !before.contains(name));
+                    new.extend(here.map(|name| directory.join(name).display().to_string()));
+                }
+                Err(error) => new.push(format!("{error:#}")),
+            }
+            // A directory that was not there, or was empty, has nothing to stay for.
+            if before.is_empty() && directory.exists() {
+                new.push(directory.display().to_string());
+            }
+        }
+        new
     }
 
     /// Processes inside the demo's namespaces, or started on its files.
@@ -113,16 +131,6 @@ impl Leftovers {
 
 fn names<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Vec<String> {
     paths.map(|path| path.display().to_string()).collect()
-}
-
-fn own_links() -> Vec<String> {
-    let Ok(links) = fs::read_dir("/sys/class/net") else {
-        return Vec::new();
-    };
-    links
-        .flatten()
-        .map(|link| link.file_name().to_string_lossy().into_owned())
-        .collect()
 }
 
 fn tell(report: &mut Report, kind: &str, left: &[String]) {

@@ -21,6 +21,7 @@ mod page;
 mod report;
 mod requirements;
 mod stage;
+mod traces;
 mod witness;
 
 use std::path::PathBuf;

@@ -22,10 +22,16 @@ pub struct Omerta<'a> {
 #[derive(Clone, Default, PartialEq)]
 pub struct Egress {
     pub allowed: u64,
+    pub answered: u64,
     pub dropped: Vec<(String, u64)>,
 }
 
 impl Egress {
+    /// How many frames were answered or dropped.
+    pub fn kept_back(&self) -> u64 {
+        self.answered + self.dropped.iter().map(|(_, n)| n).sum::<u64>()
+    }
+
     /// Which drop counters have risen since `before`, and by how much.
     pub fn risen_since(&self, before: &Self) -> Vec<(String, u64)> {
         let earlier = |reason: &str| {
@@ -79,26 +85,20 @@ impl Omerta<'_> {
             .context("omerta guard show tells nothing of egress")?;
         let dropped = egress.get("dropped").and_then(Value::as_object);
         let dropped = dropped.context("omerta guard show tells nothing of what was dropped")?;
-        Ok(Egress {
-            allowed: egress
-                .get("allowed")
+        let count = |value: Option<&Value>, what: &str| {
+            value
                 .and_then(Value::as_u64)
-                .unwrap_or_default(),
-            dropped: dropped
-                .iter()
-                .map(|(reason, n)| (reason.clone(), n.as_u64().unwrap_or_default()))
-                .collect(),
+                .with_context(|| format!("omerta guard show gives no number for {what}"))
+        };
+        let dropped: Result<Vec<_>> = dropped
+            .iter()
+            .map(|(reason, n)| Ok((reason.clone(), count(Some(n), reason)?)))
+            .collect();
+        Ok(Egress {
+            allowed: count(egress.get("allowed"), "allowed")?,
+            answered: count(egress.get("answered"), "answered")?,
+            dropped: dropped?,
         })
-    }
-
-    /// The interfaces that have a guard.
-    pub fn guarded(&self) -> Result<Vec<String>> {
-        let text = self.run(&["guard", "list"])?;
-        Ok(text
-            .lines()
-            .filter_map(|line| line.split_whitespace().next())
-            .map(str::to_owned)
-            .collect())
     }
 
     fn command(&self, arguments: &[&str]) -> std::process::Command {

@@ -2,14 +2,19 @@
 //! arrived anywhere.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use omerta_test_support::{Capture, CapturedFrame, Namespace, Travel};
+use omerta_test_support::{Capture, CapturedFrame, FrameSender, Namespace, Travel};
 
 use crate::consumer::PORT;
 use crate::guest::Guest;
+use crate::interrupt;
 use crate::packet::{Body, Packet, UDP};
 use crate::stage::Stage;
+
+/// How long after something was sent it may still be on its way.
+pub const SETTLING: Duration = Duration::from_millis(100);
 
 /// Text that the guest's attempts carry: a frame with it is never a tunnel's.
 pub const MARK: &str = "omerta-demo-mark";
@@ -45,12 +50,26 @@ impl Tunnel {
 struct Post {
     place: String,
     capture: Capture,
+    /// The way to wake it. None on the other guest's tap: what is sent there, its guard drops
+    /// before a capture sees it.
+    sender: Option<FrameSender>,
+}
+
+impl Post {
+    /// A frame that nobody else sends and nobody takes in (an EtherType for experiments).
+    fn knock(&self) -> Vec<u8> {
+        let mut frame = b"\x02\0\0\0\xaa\xaa\x02\0\0\0\xaa\xab\x88\xb5".to_vec();
+        frame.extend_from_slice(format!("omerta-demo-knock {}.", self.place).as_bytes());
+        frame.resize(60.max(frame.len()), 0);
+        frame
+    }
 }
 
 /// All captures but the guest's own, and the guest's own apart.
 pub struct Witness<'a> {
     provider: &'a Namespace,
     own: Capture,
+    own_mac: String,
     gateway: Ipv4Addr,
     posts: Vec<Post>,
     tunnels: Vec<Tunnel>,
@@ -62,10 +81,17 @@ pub struct Sighting {
     pub left_guest: Vec<Packet>,
     /// What arrived elsewhere, or was sent to the guest, that is no tunnel traffic: where, and what.
     pub strays: Vec<(String, Packet)>,
-    /// Frames of the tunnels, seen elsewhere than on the guest's own interface.
-    pub tunnel_frames: usize,
     /// IP packets that the provider's own stack took in.
     pub delivered_to_host: u64,
+}
+
+impl Sighting {
+    /// Adds what was seen later, counted from the same moment.
+    pub fn extend(&mut self, later: Self) {
+        self.left_guest.extend(later.left_guest);
+        self.strays.extend(later.strays);
+        self.delivered_to_host = later.delivered_to_host;
+    }
 }
 
 impl<'a> Witness<'a> {
@@ -97,15 +123,21 @@ impl<'a> Witness<'a> {
         ] {
             for interface in interfaces {
                 let capture = namespace.enter(|| Capture::open(interface))??;
+                let sender = match *interface {
+                    tap if tap == other.interface => None,
+                    wire => Some(namespace.enter(|| FrameSender::open(wire))??),
+                };
                 posts.push(Post {
                     place: format!("{role}/{interface}"),
                     capture,
+                    sender,
                 });
             }
         }
         Ok(Self {
             provider,
             own,
+            own_mac: guest.mac.clone(),
             gateway: guest.gateway,
             posts,
             tunnels,
@@ -142,7 +174,6 @@ impl<'a> Witness<'a> {
         let mut sighting = Sighting {
             left_guest: Vec::new(),
             strays: Vec::new(),
-            tunnel_frames: 0,
             delivered_to_host: self.delivered_to_host()?.saturating_sub(delivered_before),
         };
         for frame in self.frames(&self.own)? {
@@ -150,7 +181,10 @@ impl<'a> Witness<'a> {
                 continue;
             };
             match frame.travel {
-                _ if self.is_tunnel(&packet) => {}
+                // Under a forged MAC the tunnel's frames are no tunnel's.
+                Travel::Incoming
+                    if self.is_tunnel(&packet) && packet.source_mac == self.own_mac => {}
+                Travel::Outgoing if self.is_tunnel(&packet) => {}
                 Travel::Incoming => sighting.left_guest.push(packet),
                 // The guard itself answers for the gateway, by ARP alone.
                 Travel::Outgoing if matches!(packet.body, Body::Arp { sender, .. } if sender == self.gateway) =>
@@ -165,14 +199,35 @@ impl<'a> Witness<'a> {
                 let Some(packet) = read(&frame)? else {
                     continue;
                 };
-                if self.is_tunnel(&packet) {
-                    sighting.tunnel_frames += 1;
-                } else {
+                if !self.is_tunnel(&packet) {
                     sighting.strays.push((post.place.clone(), packet));
                 }
             }
         }
         Ok(sighting)
+    }
+
+    /// Knocks at every post, and names those that saw nothing of it: their silence proves nothing.
+    /// The other guest's tap must have seen frames of its tunnel since the last look.
+    pub fn asleep(&self) -> Result<Vec<&str>> {
+        for post in &self.posts {
+            if let Some(sender) = &post.sender {
+                sender.send(&post.knock())?;
+            }
+        }
+        interrupt::sleep(SETTLING)?;
+        let mut asleep = Vec::new();
+        for post in &self.posts {
+            let knock = post.knock();
+            let heard = |frame: &CapturedFrame| match &post.sender {
+                Some(_) => frame.bytes == knock,
+                None => Packet::parse(&frame.bytes).is_some_and(|packet| self.is_tunnel(&packet)),
+            };
+            if !self.frames(&post.capture)?.iter().any(heard) {
+                asleep.push(post.place.as_str());
+            }
+        }
+        Ok(asleep)
     }
 
     fn is_tunnel(&self, packet: &Packet) -> bool {

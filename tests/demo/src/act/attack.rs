@@ -1,6 +1,6 @@
 //! The first guest's root tries to get out.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use omerta_test_support::mac_of;
@@ -10,14 +10,33 @@ use crate::attempt::{self, Attempt};
 use crate::console::Console;
 use crate::guest::Guest;
 use crate::interrupt;
+use crate::omerta::Egress;
 use crate::report::Report;
 use crate::stage::{CONSUMER_A, CONSUMER_B};
-use crate::witness::{Sighting, Tunnel, Witness};
+use crate::witness::{SETTLING, Sighting, Tunnel, Witness};
 
-/// How long after an attempt its frames may still be on their way.
-const SETTLING: Duration = Duration::from_millis(100);
 /// How long one attempt may take; each ends itself after a second.
 const LIMIT: Duration = Duration::from_secs(15);
+
+/// How long frames that a capture saw may take to be counted by the guard, and the reverse.
+const COUNTING: Duration = Duration::from_secs(2);
+
+/// Every frame that left the guest outside its tunnel, by the capture and by the guard.
+struct Account {
+    /// What the guard had counted when the captures began.
+    before: Egress,
+    captured: u64,
+}
+
+impl Account {
+    fn agrees(&self, now: &Egress) -> bool {
+        self.kept_back(now) == self.captured
+    }
+
+    fn kept_back(&self, now: &Egress) -> u64 {
+        now.kept_back().saturating_sub(self.before.kept_back())
+    }
+}
 
 impl Scene<'_> {
     pub(super) fn attack(&self, guest: &Guest, other: &Guest, report: &mut Report) -> Result<()> {
@@ -25,16 +44,20 @@ impl Scene<'_> {
             "Root in {TENANT_A} flushes its firewall and tries to get out"
         ));
         let mut console = guest.console()?;
+        let before = console.run("nft list ruleset | wc -l", LIMIT)?;
         let open = format!(
             "nft flush ruleset; ip route replace default via {} dev eth0",
             guest.gateway
         );
         console.run(&open, LIMIT)?;
         let rules = console.run("nft list ruleset | wc -l; ip route show default", LIMIT)?;
-        let opened = rules.output.starts_with("0\n") && rules.output.contains("dev eth0");
+        let lines: u32 = before.output.parse().unwrap_or_default();
+        let route = format!("0\ndefault via {} dev eth0", guest.gateway);
         report.check(
-            opened,
-            "no rule is left in the guest, and its default route leads to the provider",
+            lines > 0 && rules.output.trim() == route,
+            &format!(
+                "of {lines} lines of firewall none is left in the guest, and its default route leads to the provider"
+            ),
         );
 
         let tunnels = vec![
@@ -59,21 +82,62 @@ impl Scene<'_> {
         ));
         let gateway_mac = self.stage.provider.enter(|| mac_of(&guest.interface))??;
         let gateway_mac = gateway_mac.map(|byte| format!("{byte:02x}")).join(":");
+        let mut account = self.open_account(guest, &witness)?;
         for attempt in attempt::all(guest, other, &gateway_mac, CONSUMER_A) {
-            self.try_out(&attempt, guest, &mut console, &witness, report)?;
+            self.try_out(
+                &attempt,
+                guest,
+                &mut console,
+                &witness,
+                &mut account,
+                report,
+            )?;
         }
         drop(console);
-
-        self.fetch_page(guest, &self.consumer_a, report, " all the same")?;
-        let sighting = witness.look(witness.delivered_to_host()?)?;
         report.check(
-            sighting.tunnel_frames > 0,
+            account.captured > 0 && account.agrees(&self.daemon.omerta.egress(&guest.interface)?),
             &format!(
-                "the captures are awake: they saw {} frames of that tunnel pass",
-                sighting.tunnel_frames
+                "the sums agree: {} frames left the guest outside its tunnel, and the guard dropped or answered as many",
+                account.captured
             ),
         );
+
+        self.fetch_page(guest, &self.consumer_a, report, " all the same")?;
+        self.fetch_page(other, &self.consumer_b, report, " meanwhile")?;
+        let asleep = witness.asleep()?;
+        let awake = format!(
+            "each of the {} captures is awake: it has just seen a frame of its own",
+            witness.posts()
+        );
+        if asleep.is_empty() {
+            report.check(true, &awake);
+        } else {
+            report.check(
+                false,
+                &format!("captures that see nothing: {}", asleep.join(", ")),
+            );
+        }
         Ok(())
+    }
+
+    /// Begins to count, at a moment when nothing is on its way.
+    fn open_account(&self, guest: &Guest, witness: &Witness) -> Result<Account> {
+        loop {
+            witness.look(witness.delivered_to_host()?)?;
+            let before = self.daemon.omerta.egress(&guest.interface)?;
+            interrupt::sleep(SETTLING)?;
+            let quiet = witness
+                .look(witness.delivered_to_host()?)?
+                .left_guest
+                .is_empty();
+            let now = self.daemon.omerta.egress(&guest.interface)?;
+            if quiet && now.kept_back() == before.kept_back() {
+                return Ok(Account {
+                    before,
+                    captured: 0,
+                });
+            }
+        }
     }
 
     fn try_out(
@@ -82,6 +146,7 @@ impl Scene<'_> {
         guest: &Guest,
         console: &mut Console,
         witness: &Witness,
+        account: &mut Account,
         report: &mut Report,
     ) -> Result<()> {
         let omerta = &self.daemon.omerta;
@@ -89,8 +154,19 @@ impl Scene<'_> {
         let delivered_before = witness.delivered_to_host()?;
         let told = console.run(&attempt.command, LIMIT)?;
         interrupt::sleep(SETTLING)?;
-        let sighting = witness.look(delivered_before)?;
-        let risen = omerta.egress(&guest.interface)?.risen_since(&before);
+        let mut sighting = witness.look(delivered_before)?;
+        account.captured += sighting.left_guest.len() as u64;
+        let mut now = omerta.egress(&guest.interface)?;
+        let deadline = Instant::now() + COUNTING;
+        while !account.agrees(&now) && Instant::now() < deadline {
+            interrupt::sleep(SETTLING)?;
+            let more = witness.look(delivered_before)?;
+            account.captured += more.left_guest.len() as u64;
+            sighting.extend(more);
+            now = omerta.egress(&guest.interface)?;
+        }
+        let accounted = account.agrees(&now);
+        let risen = now.risen_since(&before);
 
         let left = sighting
             .left_guest
@@ -130,6 +206,14 @@ impl Scene<'_> {
                     &format!(
                         "{what}: dropped as {reasons}, expected {}",
                         attempt.expected.join(" or ")
+                    ),
+                ),
+                (
+                    accounted,
+                    &format!(
+                        "{what}: {} frames have left the guest by now, and {} were dropped or answered",
+                        account.captured,
+                        account.kept_back(&now)
                     ),
                 ),
                 (arrived == 0, &format!("{what}: {}", arrivals(&sighting))),
