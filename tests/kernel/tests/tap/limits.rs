@@ -105,6 +105,44 @@ fn a_flow_lives_as_long_as_its_protocol_says() {
     }
 }
 
+/// Root in a guest must not be able to leave its own address undefended: the provider's network
+/// would give it to another.
+#[test]
+fn a_guest_that_probes_without_end_leaves_the_others_their_answer() {
+    let mut programs = programs(Mode::Filtered, |_| {});
+    let broadcast = omerta_verdict::Mac::BROADCAST;
+    let own = arp(
+        1,
+        (GUEST_MAC, std::net::Ipv4Addr::UNSPECIFIED),
+        (omerta_verdict::Mac([0; 6]), GUEST),
+    );
+    let own = ethernet(GUEST_MAC, broadcast, 0x0806, &own);
+    for _ in 0..100 {
+        assert!(!passes(&mut programs, Direction::Egress, &own));
+    }
+    let group: std::net::Ipv6Addr = "ff02::1:ff00:2".parse().unwrap();
+    let mut solicitation = vec![135, 0, 0, 0, 0, 0, 0, 0];
+    solicitation.extend(GUEST6.octets());
+    let header = Ipv6 {
+        hops: 255,
+        ..Ipv6::new(std::net::Ipv6Addr::UNSPECIFIED, group, 58)
+    };
+    let probe = ethernet(
+        STRANGER_MAC,
+        omerta_verdict::Mac([0x33, 0x33, 0xff, 0, 0, 2]),
+        0x86dd,
+        &header.icmp(solicitation),
+    );
+    let options = TestRunOptions {
+        data_in: Some(&probe),
+        ..TestRunOptions::new()
+    };
+    let program = programs.program(Direction::Ingress).unwrap();
+    let returned = program.test_run(options).unwrap().return_value;
+    // `TC_ACT_REDIRECT`: answered.
+    assert_eq!(returned, 7);
+}
+
 #[test]
 fn own_answers_are_counted_apart_from_what_the_guest_sends() {
     let stage = Stage::new(Mode::Filtered);
