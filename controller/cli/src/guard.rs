@@ -1,7 +1,10 @@
 //! `omerta guard`: guards, without the daemon.
 
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use omerta_dataplane::{
     Counters, DirectionCounters, ErrorKind, Guard, GuardError, GuardStatus, PinnedGuard, Standing,
 };
@@ -58,6 +61,7 @@ pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandEr
             Ok(())
         }
         GuardCommand::Show { interface, shown } => show(&interface, shown.format, out),
+        GuardCommand::Log { interface, follow } => log(&interface, follow, out),
         GuardCommand::List(shown) => list(shown.format, out),
         GuardCommand::Detach { interface } => detach(&interface, out),
         GuardCommand::Reasons { format } => reasons(format, out),
@@ -139,6 +143,23 @@ fn show(
         out.table(&traffic(&seen.counters))?;
     }
     Ok(seen.judge()?)
+}
+
+fn log(interface: &InterfaceName, follow: bool, out: &mut Output) -> Result<(), GuardCommandError> {
+    let mut stream = open(interface)?.diagnostics()?;
+    loop {
+        for line in stream.read() {
+            out.line(format_args!("{interface}: {line}"))?;
+        }
+        if !follow {
+            return Ok(());
+        }
+        let mut ring = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ring, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(GuardCommandError::Wait(errno.into())),
+        }
+    }
 }
 
 fn policy(status: &GuardStatus) -> Table {
@@ -364,6 +385,9 @@ pub enum GuardCommandError {
     /// The guard could not be made, changed or read.
     #[error(transparent)]
     Guard(#[from] GuardError),
+    /// The guard's log cannot be followed.
+    #[error("cannot wait for the guard's log")]
+    Wait(#[source] io::Error),
     /// Standard output failed.
     #[error("cannot write to standard output (what was asked for is done)")]
     Output(#[from] io::Error),
@@ -381,7 +405,7 @@ impl GuardCommandError {
                 ErrorKind::Refused => Exit::Refused,
                 ErrorKind::Failed => Exit::Failed,
             },
-            Self::Output(_) => Exit::Failed,
+            Self::Wait(_) | Self::Output(_) => Exit::Failed,
         }
     }
 }

@@ -7,6 +7,7 @@ use aya::maps::MapData;
 use omerta_verdict::{Direction, Endpoint, Mode};
 
 use crate::counters::Counters;
+use crate::diagnostics::DiagnosticStream;
 use crate::events::EventStream;
 use crate::lock::Lock;
 use crate::object::has_room_for_flows;
@@ -330,6 +331,16 @@ impl Guard {
     /// The guard's events. Two streams of one guard would each see a part: keep one.
     pub fn events(&self) -> Result<EventStream, GuardError> {
         EventStream::open(&self.interface, &self.pins)
+    }
+
+    /// What the guard's programs say of their own failures. What one stream has read no other sees, so
+    /// those of an owned guard are its owner's to read.
+    pub fn diagnostics(&self) -> Result<DiagnosticStream, GuardError> {
+        self.authorise()?;
+        match self.pins.program(Direction::Egress)? {
+            Some(program) => DiagnosticStream::of(&self.interface, program),
+            None => Err(self.not_in_force(NOT_PINNED)),
+        }
     }
 
     /// Removes the guard: the interface is then open. Take it down first, or its guest leaves.

@@ -13,6 +13,7 @@ mod btf;
 mod clsact;
 mod config;
 mod counters;
+mod diagnostics;
 mod error;
 mod events;
 mod guard;
@@ -35,6 +36,7 @@ mod watch;
 
 pub use config::{GuardConfig, Limits};
 pub use counters::{Count, Counters, DirectionCounters};
+pub use diagnostics::DiagnosticStream;
 pub use error::{ErrorKind, GuardError};
 pub use events::{EventStream, FrameEvent};
 pub use guard::{Guard, Inspection};

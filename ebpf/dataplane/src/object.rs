@@ -12,12 +12,15 @@ use crate::events::EventStream;
 use crate::pins::Pins;
 use crate::random::Random;
 use crate::store::{Value, map_error};
-use crate::{GuardError, Hook};
+use crate::{GuardError, Hook, diagnostics};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
 /// Flows that one guest may have open in conntrack mode; a power of two.
 const FLOWS: u32 = 4096;
+
+/// Bytes of the ring of diagnostics, which tells a few lines in ten seconds; the least there is.
+const DIAGNOSTICS_BYTES: u32 = 4096;
 
 /// The name of the program that judges `direction`, as the kernel shows it.
 pub const fn program_name(direction: Direction) -> &'static str {
@@ -67,6 +70,7 @@ impl Programs {
         // The programs are built against no kernel's types; what they need of them is set here.
         loader
             .btf(None)
+            .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES)
             .override_global("SKB", &layout, true)
             .override_global("FIXED", &inputs, true)
             .override_global("MARK", &mark, true);

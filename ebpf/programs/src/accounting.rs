@@ -8,6 +8,7 @@ use aya_ebpf::{
 };
 use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord};
 
+use crate::diagnostics::{Failure, tell};
 use crate::state::may_tell;
 
 #[repr(C)]
@@ -78,13 +79,14 @@ fn lost(why: Lost, length: u32) {
 }
 
 #[inline(always)]
-pub fn report(context: &TcContext, direction: u8, reason: u8, length: u32) {
+pub fn report(context: &TcContext, direction: Direction, reason: u8, length: u32) {
     if !may_tell() {
         lost(Lost::RateLimited, length);
         return;
     }
     let Some(mut entry) = EVENTS.reserve::<EventRecord>(0) else {
         lost(Lost::RingFull, length);
+        tell(Failure::EventRing, direction, 0);
         return;
     };
     let record = entry.as_mut_ptr();
@@ -100,7 +102,7 @@ pub fn report(context: &TcContext, direction: u8, reason: u8, length: u32) {
         (*record).at_ns = bpf_ktime_get_ns();
         (*record).ifindex = (*context.skb.skb).ifindex;
         (*record).length = length;
-        (*record).direction = direction;
+        (*record).direction = direction as u8;
         (*record).reason = reason;
         (*record).padding = 0;
         (*record).frame = [0; EVENT_FRAME_BYTES];

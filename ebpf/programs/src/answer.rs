@@ -9,6 +9,8 @@ use aya_ebpf::{
 };
 use omerta_verdict::{ANSWER_CAPACITY, Answer, Direction};
 
+use crate::diagnostics::{Failure, tell};
+
 /// Marks answers given for the guest, which enter by the interface's ingress hook and so pass
 /// `guest_egress`. Random for each guard, set at load; 0 marks nothing. No guest can set a mark,
 /// and the content is judged besides.
@@ -78,7 +80,8 @@ pub fn send(context: &TcContext, direction: Direction) -> Option<i32> {
     } else {
         overwrite(context, frame, advertisement as u32)
     };
-    if !written {
+    if written != 0 {
+        tell(Failure::Answer, direction, written);
         return None;
     }
     let flags = match direction {
@@ -92,15 +95,17 @@ pub fn send(context: &TcContext, direction: Direction) -> Option<i32> {
     Some(unsafe { bpf_redirect((*skb).ifindex, flags) } as i32)
 }
 
-/// Makes the buffer hold the first `length` bytes of `frame`. Inlined, so that the verifier sees
-/// a constant length.
+/// Makes the buffer hold the first `length` bytes of `frame`; 0, or the error. Inlined, so that the
+/// verifier sees a constant length.
 #[inline(always)]
-fn overwrite(context: &TcContext, frame: &[u8; ANSWER_CAPACITY], length: u32) -> bool {
+fn overwrite(context: &TcContext, frame: &[u8; ANSWER_CAPACITY], length: u32) -> i64 {
     let skb = context.skb.skb;
     // SAFETY: `skb` is valid for the whole run of the program, and `frame` holds
     // `ANSWER_CAPACITY` bytes, which no answer's length exceeds.
     unsafe {
-        bpf_skb_change_tail(skb, length, 0) == 0
-            && bpf_skb_store_bytes(skb.cast(), 0, frame.as_ptr().cast(), length, 0) == 0
+        match bpf_skb_change_tail(skb, length, 0) {
+            0 => bpf_skb_store_bytes(skb.cast(), 0, frame.as_ptr().cast(), length, 0),
+            error => error,
+        }
     }
 }

@@ -23,21 +23,22 @@ pub struct SocketBuffer<'a> {
 }
 
 impl<'a> SocketBuffer<'a> {
-    /// Makes the headers linear where they are not (a guest chooses how its frames are laid out).
+    /// Makes the headers linear where they are not (a guest chooses how its frames are laid out). Fails
+    /// with the helper's error, or 0 where they are not linear all the same.
     #[inline(always)]
-    pub fn readable(context: &'a TcContext) -> Option<Self> {
+    pub fn readable(context: &'a TcContext) -> Result<Self, i64> {
         let wanted = if (context.len() as usize) < HEADERS {
             context.len() as usize
         } else {
             HEADERS
         };
         if context.data() + wanted > context.data_end() {
-            context.pull_data(wanted as u32).ok()?;
+            context.pull_data(wanted as u32)?;
             if context.data() + wanted > context.data_end() {
-                return None;
+                return Err(0);
             }
         }
-        Some(Self {
+        Ok(Self {
             context,
             start: context.data(),
             end: context.data_end(),

@@ -8,6 +8,7 @@
 mod accounting;
 mod answer;
 mod buffer;
+mod diagnostics;
 mod flows;
 mod state;
 
@@ -19,6 +20,7 @@ use omerta_verdict::{
 
 use crate::accounting::Counters;
 use crate::buffer::SocketBuffer;
+use crate::diagnostics::{Failure, tell};
 use crate::state::KernelGuard;
 
 /// `TCX_NEXT` (`TC_ACT_UNSPEC`): the guard objects to nothing; what else the operator attached
@@ -103,8 +105,8 @@ pub extern "C" fn judge_ingress(skb: *mut __sk_buff) -> u32 {
 pub extern "C" fn is_own_answer(skb: *mut __sk_buff) -> u32 {
     let context = TcContext::new(skb);
     match SocketBuffer::readable(&context) {
-        Some(frame) => is_answer_for_guest(&frame, &KernelGuard::read()) as u32,
-        None => 0,
+        Ok(frame) => is_answer_for_guest(&frame, &KernelGuard::read()) as u32,
+        Err(_) => 0,
     }
 }
 
@@ -112,26 +114,35 @@ pub extern "C" fn is_own_answer(skb: *mut __sk_buff) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn send_answer(skb: *mut __sk_buff, direction: u32) -> i32 {
-    let direction = if direction == Direction::Egress as u32 {
-        Direction::Egress
-    } else {
-        Direction::Ingress
-    };
-    answer::send(&TcContext::new(skb), direction).unwrap_or(SHOT)
+    answer::send(&TcContext::new(skb), named(direction)).unwrap_or(SHOT)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn report(skb: *mut __sk_buff, direction: u32, reason: u32, length: u32) -> u32 {
-    accounting::report(&TcContext::new(skb), direction as u8, reason as u8, length);
+    accounting::report(&TcContext::new(skb), named(direction), reason as u8, length);
     0
+}
+
+/// The direction of a number, which is all that the functions above may be given.
+#[inline(always)]
+fn named(direction: u32) -> Direction {
+    if direction == Direction::Egress as u32 {
+        Direction::Egress
+    } else {
+        Direction::Ingress
+    }
 }
 
 /// The outcome's index; an answer is kept for [`send_answer`].
 #[inline(always)]
 fn judge(context: &TcContext, direction: Direction) -> u32 {
-    let Some(frame) = SocketBuffer::readable(context) else {
-        return UNREADABLE;
+    let frame = match SocketBuffer::readable(context) {
+        Ok(frame) => frame,
+        Err(error) => {
+            tell(Failure::Unreadable, direction, error);
+            return UNREADABLE;
+        }
     };
     let guard = KernelGuard::read();
     let verdict = match direction {

@@ -163,7 +163,10 @@ impl Paused {
         watch.check()?;
         self.qmp.require_prelaunch().await?;
         Ok(Guarding {
-            guard: Guard::open(&spec.tap)?,
+            guard: match &spec.guard_owner {
+                Some(owner) => Guard::open_as(&spec.tap, owner)?,
+                None => Guard::open(&spec.tap)?,
+            },
             watch: Arc::clone(watch),
             tap: tap.index(),
         })

@@ -75,6 +75,20 @@ pub enum GuardCommand {
         shown: Shown,
     },
 
+    /// Print what an interface's guard programs said of their own failures, once
+    #[command(
+        after_help = "Of each kind of failure one line is kept in ten seconds, and some fifteen lines in all until \
+they are printed. Those of omertad's guests are in its log."
+    )]
+    Log {
+        /// The guarded interface
+        interface: InterfaceName,
+
+        /// Go on as they come, until interrupted
+        #[arg(short, long)]
+        follow: bool,
+    },
+
     /// List the guarded interfaces of this network namespace
     List(Shown),
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use omerta_dataplane::Guard;
-use omerta_test_support::{CHATTER, Grip, IDLE, POWER_OFF, ip, write_bare_guest};
+use omerta_test_support::{CHATTER, FrameSender, Grip, IDLE, POWER_OFF, ip, write_bare_guest};
 use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
@@ -240,4 +240,39 @@ fn guards_are_omertads_and_a_dead_ones_are_swept_whatever_its_run_directory() {
     let directory = tempfile::tempdir().unwrap();
     let second = Daemon::start_in(namespace, directory, &["--metrics", "off"]);
     assert!(second.namespace.enter(pinned).unwrap().is_empty());
+}
+
+#[test]
+fn failures_of_a_guards_programs_are_logged_with_the_guest() {
+    let daemon = start(IDLE);
+    run(&daemon, "alpha");
+    // Nobody reads the ring of events meanwhile.
+    daemon.process.signal(Signal::SIGSTOP).unwrap();
+    daemon
+        .namespace
+        .enter(|| {
+            let sender = FrameSender::open("omalpha").unwrap();
+            let guard = Guard::open("omalpha").unwrap();
+            within_a_minute("the ring is full", || {
+                for _ in 0..100 {
+                    // It says so where the guard drops the frame.
+                    let _ = sender.send(&[0x52; 60]);
+                }
+                let counters = guard.counters().unwrap();
+                counters.events_lost.packets > counters.events_limited.packets
+            });
+        })
+        .unwrap();
+    daemon.process.signal(Signal::SIGCONT).unwrap();
+    within_a_minute("the failure is logged", || {
+        daemon
+            .log()
+            .contains("no room for the event of a frame to the guest")
+    });
+    let log = daemon.log();
+    let line = log
+        .lines()
+        .find(|line| line.contains("no room for the event"))
+        .unwrap();
+    assert!(line.contains("alpha"), "{line}");
 }
