@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use omerta_dataplane::Owner;
+use omerta_dataplane::{DirectionLimits, Owner};
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
 
 use crate::{GuestName, Image, WgPublicKey};
@@ -91,6 +91,8 @@ pub struct Spec {
     pub tunnel: Tunnel,
     /// How the guard filters.
     pub mode: Mode,
+    /// How much it lets pass.
+    pub limits: DirectionLimits,
     /// Whether the serial console offers a root shell (`true`) or only the log (`false`).
     pub console_shell: bool,
     /// How to execute the guest.
@@ -292,6 +294,7 @@ pub(crate) mod tests {
                 peer: "10.66.0.1".parse().unwrap(),
             },
             mode: Mode::Filtered,
+            limits: DirectionLimits::default(),
             console_shell: false,
             accel: Accel::Tcg,
             run_dir: "/run/omerta/web-1".into(),

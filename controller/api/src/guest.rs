@@ -1,11 +1,36 @@
 //! Guests on the wire.
 
 use std::net::Ipv4Addr;
+use std::num::NonZero;
 
 use omerta_engine::{GuestState, OnViolation};
 use serde::{Deserialize, Serialize};
 
 use crate::Cause;
+
+/// How much may travel in one direction; what is absent has no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Frames a second.
+    #[serde(default)]
+    pub packets_per_second: Option<NonZero<u64>>,
+    /// Bits a second, of whole frames.
+    #[serde(default)]
+    pub bits_per_second: Option<NonZero<u64>>,
+}
+
+/// How much a guest may send and be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestLimits {
+    /// From the guest.
+    #[serde(default)]
+    pub egress: Limits,
+    /// To the guest.
+    #[serde(default)]
+    pub ingress: Limits,
+}
 
 /// Body of `POST /v1/guests`. Text fields are validated by the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +60,9 @@ pub struct RunRequest {
     /// What rogue traffic does to the guest; the daemon's default when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_violation: Option<OnViolation>,
+    /// How much may pass; the daemon's default, as a whole, when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<GuestLimits>,
     /// Whether the console gives a shell rather than only a log.
     #[serde(default)]
     pub console_shell: bool,
@@ -93,6 +121,9 @@ pub struct Guest {
     pub on_violation: OnViolation,
     /// The guard's mode.
     pub mode: String,
+    /// How much may pass the guard.
+    #[serde(default)]
+    pub limits: GuestLimits,
     /// The image's name.
     pub image: String,
     /// Virtual CPUs.

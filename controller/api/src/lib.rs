@@ -13,6 +13,8 @@ mod version;
 
 pub use error::{ApiError, ErrorKind};
 pub use event::{Event, EventsQuery, Occurrence};
-pub use guest::{Ended, Guest, GuestList, GuestsQuery, RunRequest, StopRequest};
+pub use guest::{
+    Ended, Guest, GuestLimits, GuestList, GuestsQuery, Limits, RunRequest, StopRequest,
+};
 pub use omerta_engine::{Cause, GuestState, OnViolation};
 pub use version::Version;

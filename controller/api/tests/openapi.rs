@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use omerta_api::{
-    ApiError, Cause, Ended, ErrorKind, Event, Guest, GuestList, GuestState, Occurrence,
-    OnViolation, RunRequest, StopRequest, Version, route,
+    ApiError, Cause, Ended, ErrorKind, Event, Guest, GuestLimits, GuestList, GuestState,
+    Occurrence, OnViolation, RunRequest, StopRequest, Version, route,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -46,6 +46,7 @@ fn run_request() -> RunRequest {
         memory_mib: Some(256),
         mode: Some("filtered".into()),
         on_violation: Some(OnViolation::Terminate),
+        limits: Some(GuestLimits::default()),
         console_shell: false,
     }
 }
@@ -76,6 +77,7 @@ fn guest() -> Guest {
         consumer: "KEY@192.0.2.10:51820".into(),
         on_violation: OnViolation::Terminate,
         mode: "filtered".into(),
+        limits: GuestLimits::default(),
         image: "default".into(),
         cpus: 1,
         memory_mib: 256,

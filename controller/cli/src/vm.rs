@@ -7,8 +7,8 @@ use omerta_api::{Ended, Guest, GuestList, GuestState, StopRequest, route};
 use serde::Serialize;
 use tokio::time::sleep;
 
-use crate::args::Format;
 use crate::args::vm::{GuestName, RunArgs, RunError, VmCommand};
+use crate::args::{Format, limit};
 use crate::client::{Client, ClientError};
 use crate::console::{self, ConsoleError};
 use crate::exit::Exit;
@@ -252,6 +252,9 @@ fn details(guest: &Guest) -> Table {
     );
     table.pair("handshake", handshake(guest));
     table.pair("mode", Cell::new(&guest.mode));
+    for (index, limit) in limit::shown_of_guest(guest.limits).iter().enumerate() {
+        table.pair(if index == 0 { "limit" } else { "" }, Cell::new(limit));
+    }
     table.pair("on violation", Cell::new(guest.on_violation));
     table.pair("rogue frames", rogue_frames(guest));
     if let Some(pid) = guest.pid {

@@ -59,6 +59,7 @@ impl Arguments {
             on_violation: self.on_violation.or(config.on_violation),
             accel: self.accel.or(config.accel),
             max_guests: self.max_guests.or(config.max_guests),
+            limits: config.limits,
         }
     }
 }

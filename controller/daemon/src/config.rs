@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use omerta_api::GuestLimits;
 use omerta_engine::OnViolation;
 use omerta_vm_launcher::Accel;
 use serde::Deserialize;
@@ -23,6 +24,7 @@ pub(crate) struct Config {
     pub(crate) on_violation: Option<String>,
     pub(crate) accel: Option<String>,
     pub(crate) max_guests: Option<usize>,
+    pub(crate) limits: Option<GuestLimits>,
 }
 
 /// The configuration, checked.
@@ -44,6 +46,8 @@ pub(crate) struct Settings {
     pub(crate) accel: Option<Accel>,
     /// How many guests may live at once.
     pub(crate) max_guests: usize,
+    /// How much may pass to and from a guest that does not say.
+    pub(crate) limits: GuestLimits,
 }
 
 /// Why there is no usable configuration.
@@ -138,6 +142,7 @@ impl Config {
             on_violation,
             accel,
             max_guests,
+            limits: self.limits.unwrap_or_default(),
         })
     }
 }

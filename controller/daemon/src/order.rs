@@ -3,8 +3,8 @@
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use omerta_api::{ApiError, ErrorKind, RunRequest};
-use omerta_dataplane::OwnerParseError;
+use omerta_api::{ApiError, ErrorKind, GuestLimits, RunRequest};
+use omerta_dataplane::{DirectionLimits, Limits, OwnerParseError};
 use omerta_engine::OnViolation;
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{
@@ -35,6 +35,7 @@ pub(crate) struct Order {
     consumer: Consumer,
     tunnel: Tunnel,
     mode: Mode,
+    limits: DirectionLimits,
     cpus: u8,
     memory_mib: u32,
     console_shell: bool,
@@ -76,6 +77,7 @@ impl Order {
             consumer,
             tunnel,
             mode,
+            limits: direction_limits(request.limits.unwrap_or(settings.limits)),
             cpus: request.cpus.unwrap_or(DEFAULT_CPUS),
             memory_mib: request.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
             console_shell: request.console_shell,
@@ -102,6 +104,7 @@ impl Order {
             consumer: self.consumer,
             tunnel: self.tunnel,
             mode: self.mode,
+            limits: self.limits,
             console_shell: self.console_shell,
             accel,
             run_dir: run_dir.join(self.name.as_str()),
@@ -113,6 +116,29 @@ impl Order {
         };
         spec.validate().map_err(|error| usage(format!("{error}")))?;
         Ok(spec)
+    }
+}
+
+fn direction_limits(limits: GuestLimits) -> DirectionLimits {
+    let of = |limits: omerta_api::Limits| Limits {
+        packets_per_second: limits.packets_per_second,
+        bits_per_second: limits.bits_per_second,
+    };
+    DirectionLimits {
+        egress: of(limits.egress),
+        ingress: of(limits.ingress),
+    }
+}
+
+/// The limits as they are told on the wire.
+pub(crate) fn guest_limits(limits: DirectionLimits) -> GuestLimits {
+    let of = |limits: Limits| omerta_api::Limits {
+        packets_per_second: limits.packets_per_second,
+        bits_per_second: limits.bits_per_second,
+    };
+    GuestLimits {
+        egress: of(limits.egress),
+        ingress: of(limits.ingress),
     }
 }
 
@@ -215,6 +241,7 @@ pub(crate) mod tests {
             memory_mib: None,
             mode: None,
             on_violation: None,
+            limits: None,
             console_shell: false,
         }
     }

@@ -13,7 +13,7 @@ use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
 use crate::guest_task::Command;
-use crate::order::{Order, consumer_text};
+use crate::order::{Order, consumer_text, guest_limits};
 use crate::pool::{Addresses, Slot, Slots};
 use crate::record::ended;
 use crate::room::Room;
@@ -193,6 +193,7 @@ impl Roster {
             consumer: consumer_text(&spec.consumer),
             on_violation: guest.on_violation(),
             mode: spec.mode.to_string(),
+            limits: guest_limits(spec.limits),
             image: facts.image_name.clone(),
             cpus: spec.cpus,
             memory_mib: spec.memory_mib,

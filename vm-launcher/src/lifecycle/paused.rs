@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch, Limits};
+use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch};
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
@@ -144,8 +144,8 @@ impl Paused {
             gateway_mac: Some(spec.gateway_mac()),
             mode: spec.mode,
             allow: vec![spec.consumer.allowed_endpoint()],
-            egress: Limits::default(),
-            ingress: Limits::default(),
+            egress: spec.limits.egress,
+            ingress: spec.limits.ingress,
             lease: None,
             owner: spec.guard_owner.clone(),
         };

@@ -8,7 +8,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use omerta_dataplane::Guard;
+use omerta_dataplane::{DirectionLimits, Guard};
 use omerta_test_support::{Namespace, write_bare_guest};
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{Accel, Consumer, GuestEvent, Image, Running, Spec, Tunnel, WgPublicKey};
@@ -141,6 +141,7 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
             peer: "10.66.0.1".parse().unwrap(),
         },
         mode: Mode::Filtered,
+        limits: DirectionLimits::default(),
         console_shell: false,
         accel: Accel::Tcg,
         run_dir,

@@ -4,6 +4,7 @@ use std::num::NonZero;
 use std::str::FromStr;
 use std::time::Duration;
 
+use omerta_api::GuestLimits;
 use omerta_dataplane::{DirectionLimits, Limits};
 
 /// The longest lease: ten years.
@@ -116,6 +117,32 @@ pub fn put(new: &[Limit], limits: &mut DirectionLimits) {
     for limit in new {
         *limit.what.of(limits) = limit.per_second;
     }
+}
+
+/// `limits` as omertad is asked for them.
+pub fn requested(limits: &[Limit]) -> GuestLimits {
+    let mut all = DirectionLimits::default();
+    put(limits, &mut all);
+    let of = |limits: Limits| omerta_api::Limits {
+        packets_per_second: limits.packets_per_second,
+        bits_per_second: limits.bits_per_second,
+    };
+    GuestLimits {
+        egress: of(all.egress),
+        ingress: of(all.ingress),
+    }
+}
+
+/// A guest's limits as they are typed.
+pub fn shown_of_guest(limits: GuestLimits) -> Vec<String> {
+    let of = |limits: omerta_api::Limits| Limits {
+        packets_per_second: limits.packets_per_second,
+        bits_per_second: limits.bits_per_second,
+    };
+    shown(DirectionLimits {
+        egress: of(limits.egress),
+        ingress: of(limits.ingress),
+    })
 }
 
 /// The first thing that is limited twice in `limits`.

@@ -9,6 +9,8 @@ use omerta_api::{OnViolation, RunRequest};
 use omerta_verdict::Mode;
 
 use super::Shown;
+use super::guard::{AttachError, check_limits};
+use super::limit::{self, Limit};
 
 /// The verbs of `omerta vm`.
 #[derive(Debug, Subcommand)]
@@ -123,6 +125,12 @@ pub struct RunArgs {
     #[arg(long)]
     mode: Option<Mode>,
 
+    /// How much may pass: egress-packets=N, egress-bits=N, ingress-packets=N or ingress-bits=N, with
+    /// N for each second, such as 500, 20k, 100M, 10G, or `none` (repeatable; where given, none of
+    /// omertad's own holds)
+    #[arg(long = "limit", value_name = "WHAT=N")]
+    limits: Vec<Limit>,
+
     /// What rogue traffic does to the guest: drop, alert, pause or terminate [default: omertad's]
     #[arg(long, value_name = "POLICY")]
     on_violation: Option<OnViolation>,
@@ -143,7 +151,7 @@ impl RunArgs {
     /// What to ask of omertad.
     ///
     /// # Errors
-    /// A tunnel whose two ends cannot speak to each other.
+    /// A tunnel whose two ends cannot speak to each other, or a thing that is limited twice.
     pub fn check(&self) -> Result<RunRequest, RunError> {
         if let (Some(address), Some(peer)) = (self.tunnel_address, self.tunnel_peer) {
             if address.address == peer {
@@ -153,6 +161,7 @@ impl RunArgs {
                 return Err(RunError::PeerOutsideTunnel { peer, address });
             }
         }
+        check_limits(&self.limits).map_err(RunError::Limits)?;
         Ok(RunRequest {
             name: self.name.to_string(),
             image: self.image.clone(),
@@ -163,6 +172,7 @@ impl RunArgs {
             memory_mib: self.memory,
             mode: self.mode.map(|mode| mode.to_string()),
             on_violation: self.on_violation,
+            limits: (!self.limits.is_empty()).then(|| limit::requested(&self.limits)),
             console_shell: self.console_shell,
         })
     }
@@ -171,6 +181,9 @@ impl RunArgs {
 /// Why the arguments of `vm run` contradict each other.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// One thing is limited twice.
+    #[error(transparent)]
+    Limits(AttachError),
     /// Both ends of the tunnel have one address.
     #[error("--tunnel-peer {0} is also the guest's --tunnel-address: give the consumer's own")]
     SharedTunnelAddress(Ipv4Addr),

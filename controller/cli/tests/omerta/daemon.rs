@@ -108,6 +108,7 @@ fn run_asks_for_what_was_typed_and_prints_the_guest() {
         .omerta(&format!(
             "vm run --name alpha --image demo --consumer {CONSUMER} --tunnel-address 10.66.0.2/24 \
              --tunnel-peer 10.66.0.1 --cpus 2 --memory 512 --mode conntrack --on-violation pause \
+             --limit egress-bits=100M --limit ingress-packets=20k --limit egress-packets=none \
              --console-shell -o json"
         ))
         .done();
@@ -123,7 +124,11 @@ fn run_asks_for_what_was_typed_and_prints_the_guest() {
         json!({
             "name": "alpha", "image": "demo", "consumer": CONSUMER,
             "tunnel_address": "10.66.0.2/24", "tunnel_peer": "10.66.0.1", "cpus": 2,
-            "memory_mib": 512, "mode": "conntrack", "on_violation": "pause", "console_shell": true
+            "memory_mib": 512, "mode": "conntrack", "on_violation": "pause", "console_shell": true,
+            "limits": {
+                "egress": {"packets_per_second": null, "bits_per_second": 100_000_000},
+                "ingress": {"packets_per_second": 20_000, "bits_per_second": null}
+            }
         })
     );
 }

@@ -105,6 +105,10 @@ pub fn guest(name: &str, state: &str) -> Value {
         "address": "10.77.0.2", "gateway": "10.77.0.1", "mac": "52:54:00:12:34:56",
         "public_key": "ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=", "handshake": true,
         "consumer": CONSUMER, "on_violation": "terminate", "mode": "filtered",
+        "limits": {
+            "egress": {"packets_per_second": null, "bits_per_second": 100_000_000},
+            "ingress": {"packets_per_second": 20_000, "bits_per_second": null}
+        },
         "image": "demo", "cpus": 1, "memory_mib": 256, "pid": 4242,
         "console": "/run/omerta/guests/alpha/console.sock",
         "log": "/run/omerta/guests/alpha/console.log",

@@ -243,6 +243,46 @@ fn guards_are_omertads_and_a_dead_ones_are_swept_whatever_its_run_directory() {
 }
 
 #[test]
+fn limits_of_a_guest_are_those_of_its_guard() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("omertad.toml");
+    std::fs::write(&config, "[limits.egress]\npackets_per_second = 1000\n").unwrap();
+    let arguments = ["--metrics", "off", "--config", config.to_str().unwrap()];
+    let daemon = Daemon::start_in(crate::daemon::namespace(), directory, &arguments);
+    give_image(&daemon, IDLE);
+    let enforced = |interface: &str| {
+        let status = daemon
+            .namespace
+            .enter(|| Guard::inspect(interface).unwrap().status);
+        serde_json::to_value(status.unwrap().limits).unwrap()
+    };
+    let configured = json!({
+        "egress": { "packets_per_second": 1000, "bits_per_second": null },
+        "ingress": { "packets_per_second": null, "bits_per_second": null },
+    });
+    assert_eq!(run(&daemon, "alpha")["limits"], configured);
+    assert_eq!(enforced("omalpha"), configured);
+
+    // Those that are asked for hold in place of the configured ones.
+    let asked = json!({
+        "egress": { "packets_per_second": null, "bits_per_second": 8_000_000 },
+        "ingress": { "packets_per_second": 500, "bits_per_second": null },
+    });
+    let mut body: Value = serde_json::from_str(&request("beta", "bare")).unwrap();
+    body["limits"] = asked.clone();
+    let answer = daemon.post("/v1/guests", &body.to_string());
+    assert_eq!(answer.status, 201, "{answer:?}");
+    assert_eq!(daemon.get("/v1/guests/beta").json()["limits"], asked);
+    assert_eq!(enforced("ombeta"), asked);
+
+    body["name"] = "gamma".into();
+    body["limits"]["egress"]["bits_per_second"] = 0.into();
+    daemon
+        .post("/v1/guests", &body.to_string())
+        .refusal(400, "usage");
+}
+
+#[test]
 fn failures_of_a_guards_programs_are_logged_with_the_guest() {
     let daemon = start(IDLE);
     run(&daemon, "alpha");
