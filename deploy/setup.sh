@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 . deploy/bpf-toolchain.sh
 
 readonly BPF_LINKER_VERSION=0.13.0
-readonly MINIMUM_RUST=1.88
+readonly MINIMUM_RUST=1.89
 
 installed=0
 started=$EPOCHREALTIME

@@ -101,6 +101,17 @@ impl Omerta<'_> {
         })
     }
 
+    /// How many frames the guard of an interface has kept from its guest.
+    pub fn kept_from_guest(&self, interface: &str) -> Result<u64> {
+        let shown = self.json(&["guard", "show", interface])?;
+        let dropped = shown
+            .get("ingress")
+            .and_then(|ingress| ingress.get("dropped"))
+            .and_then(Value::as_object)
+            .context("omerta guard show tells nothing of what was dropped on ingress")?;
+        Ok(dropped.values().filter_map(Value::as_u64).sum())
+    }
+
     fn command(&self, arguments: &[&str]) -> std::process::Command {
         let mut command = self.namespace.command(&self.binary.to_string_lossy());
         command.env("OMERTA_SOCKET", &self.socket).args(arguments);

@@ -45,8 +45,11 @@ impl Traces {
     /// Finds the guard of an interface. One that cannot be found cannot be seen to go either.
     pub fn find(namespace: &Namespace, interface: &str) -> Result<Self> {
         let pins = pins_of(namespace)?.join(interface);
+        let names = entries(&pins)?;
+        // Filters of a clsact qdisc are no links; they go with their interface.
+        let by_links = !names.iter().any(|name| name == "clsact");
         let mut programs = Vec::new();
-        for name in entries(&pins)? {
+        for name in names {
             if name.starts_with("program_") {
                 let info = ProgramInfo::from_pin(pins.join(&name));
                 programs.push(info.with_context(|| format!("cannot ask for {name}"))?.id());
@@ -62,6 +65,13 @@ impl Traces {
         };
         if found.programs.len() != 2 || found.programs_loaded() != found.programs {
             bail!("no two programs are pinned in {}", found.pins.display());
+        }
+        if by_links && found.links.len() != 2 {
+            bail!(
+                "{} links hold the programs pinned in {}, and not two",
+                found.links.len(),
+                found.pins.display()
+            );
         }
         Ok(found)
     }

@@ -50,7 +50,11 @@ impl Scene<'_> {
             guest.gateway
         );
         console.run(&open, LIMIT)?;
-        let rules = console.run("nft list ruleset | wc -l; ip route show default", LIMIT)?;
+        // busybox takes no notice of `show default` and lists every route.
+        let rules = console.run(
+            "nft list ruleset | wc -l; ip route show exact 0.0.0.0/0",
+            LIMIT,
+        )?;
         let lines: u32 = before.output.parse().unwrap_or_default();
         let route = format!("default via {} dev eth0", guest.gateway);
         let left: Vec<_> = rules.output.lines().map(str::trim).collect();
@@ -87,7 +91,7 @@ impl Scene<'_> {
         for attempt in attempt::all(guest, other, &gateway_mac, CONSUMER_A) {
             self.try_out(
                 &attempt,
-                guest,
+                (guest, other),
                 &mut console,
                 &witness,
                 &mut account,
@@ -144,7 +148,7 @@ impl Scene<'_> {
     fn try_out(
         &self,
         attempt: &Attempt,
-        guest: &Guest,
+        (guest, other): (&Guest, &Guest),
         console: &mut Console,
         witness: &Witness,
         account: &mut Account,
@@ -152,6 +156,8 @@ impl Scene<'_> {
     ) -> Result<()> {
         let omerta = &self.daemon.omerta;
         let before = omerta.egress(&guest.interface)?;
+        // A capture on the other guest's tap sees only what that guest's own guard lets through.
+        let kept_before = omerta.kept_from_guest(&other.interface)?;
         let delivered_before = witness.delivered_to_host()?;
         let told = console.run(&attempt.command, LIMIT)?;
         interrupt::sleep(SETTLING)?;
@@ -190,7 +196,9 @@ impl Scene<'_> {
             reasons.join(", ")
         };
 
-        let arrived = sighting.strays.len() as u64 + sighting.delivered_to_host;
+        let kept = omerta.kept_from_guest(&other.interface)?;
+        let at_other = kept.saturating_sub(kept_before);
+        let arrived = sighting.strays.len() as u64 + sighting.delivered_to_host + at_other;
         let line = format!("{:<46} {left:>4}  {reasons:<30} {arrived}", attempt.what);
         let what = &attempt.what;
         report.checks(
@@ -217,7 +225,10 @@ impl Scene<'_> {
                         account.kept_back(&now)
                     ),
                 ),
-                (arrived == 0, &format!("{what}: {}", arrivals(&sighting))),
+                (
+                    arrived == 0,
+                    &format!("{what}: {}", arrivals(&sighting, at_other)),
+                ),
             ],
             &line,
         );
@@ -225,13 +236,13 @@ impl Scene<'_> {
     }
 }
 
-fn arrivals(sighting: &Sighting) -> String {
+fn arrivals(sighting: &Sighting, at_other: u64) -> String {
     let strays = sighting
         .strays
         .iter()
         .map(|(place, packet)| format!("{packet} arrived at {place}"));
     let host = format!(
-        "the host itself took in {} packets",
+        "the host itself took in {} packets, and the other guest's guard kept {at_other} from it",
         sighting.delivered_to_host
     );
     strays.take(5).chain([host]).collect::<Vec<_>>().join("; ")

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use aya::util::KernelVersion;
 use omerta_corpus::{Case, Fate, VnetHeader, Way};
 use omerta_test_support::Tap;
 use omerta_verdict::{Direction, Outcome};
@@ -31,7 +32,7 @@ pub fn passes(layout: &mut Layout, case: &Case, all: &[Case]) -> Result<(), Stri
 fn alone(layout: &Layout, case: &Case) -> Result<(), String> {
     let (guest, neighbour) = (layout.tally("guest"), layout.tally("other"));
     let sent = send(layout, case);
-    if let Some(fate) = case.tap {
+    if let Some(fate) = case.tap.or_else(|| refusal(case)) {
         if sent.is_ok() == (fate == Fate::Refused) {
             return Err(format!("the kernel said {sent:?}"));
         }
@@ -71,6 +72,18 @@ fn alone(layout: &Layout, case: &Case) -> Result<(), String> {
         at_neighbour(layout, case, outcome)?;
     }
     Ok(())
+}
+
+/// Taps take UDP that is to be cut into datagrams since Linux 6.2 (`TUN_F_USO4` in
+/// include/uapi/linux/if_tun.h), and refuse it before.
+fn refusal(case: &Case) -> Option<Fate> {
+    const UDP_DATAGRAMS: u8 = 5;
+    let cut = case.way != Way::ToGuest
+        && case
+            .vnet
+            .is_some_and(|header| header.gso_type == UDP_DATAGRAMS);
+    let old = KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 2, 0));
+    (cut && old).then_some(Fate::Refused)
 }
 
 fn send(layout: &Layout, case: &Case) -> Result<(), String> {
