@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::kernel::Kernel;
 use crate::package;
-use crate::suite::Suite;
+use crate::suite::{self, Suite};
 
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
@@ -53,7 +53,8 @@ pub fn build(kernel: &Kernel, suites: &[Suite], environment: &str, path: &Path) 
         let bytes = fs::read(&stripped)?;
         fs::remove_file(&stripped)?;
         archive.file(&format!("tests/{}", suite.name), &bytes)?;
-        order += &format!("{}\n", suite.name);
+        let arguments = suite::arguments(&kernel.series, &suite.name);
+        order += &format!("{}{arguments}\n", suite.name);
         libraries.extend(self::libraries(&suite.path)?);
     }
     archive.file("tests/order", order.as_bytes())?;
