@@ -139,10 +139,25 @@ impl Qmp {
         }
     }
 
-    /// Stops the guest; no instruction of it runs once this has returned.
+    /// Stops the guest, and checks that only `cont` can make it run again.
+    ///
+    /// QEMU before 9.0 acknowledges `stop` of a guest that sleeps (ACPI S3) and leaves it asleep:
+    /// its own alarm then wakes it.
     pub(crate) async fn stop(&self) -> Result<(), QmpError> {
         self.execute("stop", qmp::stop {}).await?;
-        Ok(())
+        let found = self.state().await?;
+        match found {
+            // A reset leaves a stopped guest in `prelaunch`.
+            RunState::paused
+            | RunState::prelaunch
+            | RunState::shutdown
+            | RunState::guest_panicked
+            | RunState::internal_error => Ok(()),
+            _ => Err(QmpError::WrongState {
+                expected: "paused",
+                found: format!("{found:?}"),
+            }),
+        }
     }
 
     /// Lets the guest run, and checks that it does.
@@ -170,13 +185,18 @@ impl Qmp {
     }
 
     async fn require_state(&self, expected: &'static str, state: RunState) -> Result<(), QmpError> {
-        let status = self.execute("query-status", qmp::query_status {}).await?;
-        if status.status == state {
+        let found = self.state().await?;
+        if found == state {
             Ok(())
         } else {
-            let found = format!("{:?}", status.status);
+            let found = format!("{found:?}");
             Err(QmpError::WrongState { expected, found })
         }
+    }
+
+    async fn state(&self) -> Result<RunState, QmpError> {
+        let status = self.execute("query-status", qmp::query_status {}).await?;
+        Ok(status.status)
     }
 
     async fn execute<C: qmp::QmpCommand>(
@@ -424,6 +444,36 @@ mod tests {
         );
     }
 
+    /// The answers of a QEMU that acknowledges everything and is in the state `found`.
+    fn found_in(found: &'static str) -> impl Fn(&str, u64) -> Option<String> {
+        move |name, id| {
+            Some(if name == "query-status" {
+                state(found, id)
+            } else {
+                done(id)
+            })
+        }
+    }
+
+    /// QEMU before 9.0 acknowledges `stop` of a guest in S3, leaves it `suspended`, and lets its own
+    /// alarm wake it: it runs again.
+    #[tokio::test]
+    async fn stop_that_leaves_the_guest_able_to_wake_is_an_error() {
+        for found in ["suspended", "running"] {
+            let (qmp, _events) = connected_to(GREETING, found_in(found)).await.unwrap();
+            let error = qmp.stop().await.unwrap_err();
+            assert!(matches!(error, QmpError::WrongState { .. }), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn stop_of_a_guest_that_stands_still_is_done() {
+        for found in ["paused", "prelaunch", "shutdown", "guest-panicked"] {
+            let (qmp, _events) = connected_to(GREETING, found_in(found)).await.unwrap();
+            qmp.stop().await.unwrap();
+        }
+    }
+
     #[tokio::test]
     async fn a_refusal_is_quoted_in_one_printable_line() {
         let answer = |name: &str, id| {
@@ -464,7 +514,9 @@ mod tests {
     async fn events_arrive_and_strange_messages_do_not_blind() {
         let answer = |name: &str, id| {
             let time = r#""timestamp": {"seconds": 1, "microseconds": 2}"#;
-            Some(if name == "stop" {
+            Some(if name == "query-status" {
+                state("paused", id)
+            } else if name == "stop" {
                 format!(
                     "{{\"event\": \"FROM_THE_FUTURE\", {time}}}\n\
                      {{\"return\": {{}}, \"id\": 4000}}\n\

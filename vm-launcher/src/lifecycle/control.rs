@@ -21,11 +21,12 @@ impl Control {
         Self { qmp, guard }
     }
 
-    /// Stops the guest. When this returns, none of its instructions runs any more. Gives the
-    /// moment at which QEMU confirmed that: CLOCK_MONOTONIC, in nanoseconds.
+    /// Stops the guest. When this returns, none of its instructions runs until it is resumed. Gives
+    /// the moment at which QEMU confirmed that: CLOCK_MONOTONIC, in nanoseconds.
     ///
     /// # Errors
-    /// When QEMU does not confirm it in time.
+    /// When QEMU does not confirm it in time, or says that the guest sleeps (ACPI S3): its own alarm
+    /// may wake it, so it must be killed.
     pub async fn pause(&self) -> Result<u64, LaunchError> {
         self.qmp.stop().await?;
         Ok(monotonic_ns())
