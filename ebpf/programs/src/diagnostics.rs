@@ -45,11 +45,20 @@ pub extern "C" fn tell_failure(failure: u32, direction: u32, error: i64) -> u32 
         "to"
     };
     if failure == Failure::Unreadable as u32 {
-        warn!((), "a frame {} the guest could not be made readable: error {}", way, error);
+        warn!(
+            (),
+            "a frame {} the guest could not be made readable: error {}", way, error
+        );
     } else if failure == Failure::Answer as u32 {
-        warn!((), "the answer to a frame {} the guest could not be written: error {}", way, error);
+        warn!(
+            (),
+            "the answer to a frame {} the guest could not be written: error {}", way, error
+        );
     } else {
-        warn!((), "no room for the event of a frame {} the guest: events are lost", way);
+        warn!(
+            (),
+            "no room for the event of a frame {} the guest: events are lost", way
+        );
     }
     1
 }

@@ -102,7 +102,8 @@ fn place(flow: &Flow) -> bool {
             if old.is_live(seen, now) {
                 continue;
             }
-            let _ = FLOWS.remove(&old);
+            let key = &old;
+            let _ = FLOWS.remove(key);
         }
         // SAFETY: as above.
         unsafe { *place = *flow };
