@@ -1,19 +1,24 @@
 //! One omertad for each guest's address in a network namespace.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+use nix::unistd::geteuid;
 use thiserror::Error;
 
 use crate::pool::GuestPool;
 
-/// The file whose bytes are locked: every omertad has it, and it is never written to disk.
-const DEVICE: &str = "/dev/net/tun";
+/// Where every omertad has its claims, whatever its own directories are. The unit may write there
+/// (`StateDirectory`), and it outlives the unit, unlike what is below /run.
+const DIRECTORY: &str = "/var/lib/omerta";
+
+/// The file whose bytes are locked. It stays empty.
+const FILE: &str = "guest-pools.lock";
 
 /// Why a pool cannot be had.
 #[derive(Debug, Error)]
@@ -22,10 +27,14 @@ pub(crate) enum PoolClaimError {
         "another omertad in this network namespace has addresses of the guest pool {0}: stop it, or give this one another --guest-pool"
     )]
     Taken(GuestPool),
-    #[error("cannot {action} {path}; load the driver with `modprobe tun`")]
+    #[error(
+        "{path} belongs to another user or is open to others, who could then keep omertad from its guest pool: `chown root {path}; chmod go-rwx {path}`", path = .0.display()
+    )]
+    NotPrivate(PathBuf),
+    #[error("cannot {action} {}; omertad must be able to write there", path.display())]
     Io {
         action: &'static str,
-        path: &'static str,
+        path: PathBuf,
         #[source]
         source: io::Error,
     },
@@ -40,23 +49,15 @@ impl PoolClaim {
     /// Claims the pool, or fails where another process has claimed any part of it: two pools
     /// overlap exactly where two ranges of bytes do, an address being a byte.
     pub(crate) fn take(pool: GuestPool) -> Result<Self, PoolClaimError> {
-        let failed = |action, path| {
-            move |source| PoolClaimError::Io {
-                action,
-                path,
-                source,
-            }
-        };
-        let namespace = "/proc/thread-self/ns/net";
-        let inode = Path::new(namespace)
-            .metadata()
-            .map_err(failed("read", namespace))?
-            .ino();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(DEVICE)
-            .map_err(failed("open", DEVICE))?;
+        Self::take_in(Path::new(DIRECTORY), pool)
+    }
+
+    fn take_in(directory: &Path, pool: GuestPool) -> Result<Self, PoolClaimError> {
+        let namespace = Path::new("/proc/thread-self/ns/net");
+        let inode = namespace.metadata().map_err(failed("read", namespace))?;
+        let inode = inode.ino();
+        let path = directory.join(FILE);
+        let file = open_private(directory, &path)?;
         let mut range: libc::flock = Self::range(inode, pool);
         range.l_type = libc::F_WRLCK as libc::c_short;
         // Of the open file, not of the process: it goes with the last descriptor and never with
@@ -64,7 +65,7 @@ impl PoolClaim {
         match fcntl(&file, FcntlArg::F_OFD_SETLK(&range)) {
             Ok(_) => Ok(Self(file)),
             Err(Errno::EAGAIN | Errno::EACCES) => Err(PoolClaimError::Taken(pool)),
-            Err(errno) => Err(failed("lock", DEVICE)(errno.into())),
+            Err(errno) => Err(failed("lock", &path)(errno.into())),
         }
     }
 
@@ -82,17 +83,64 @@ impl PoolClaim {
     }
 }
 
+/// Opens the file that nobody else may open: whoever may could lock it for good.
+fn open_private(directory: &Path, path: &Path) -> Result<File, PoolClaimError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(failed("create", directory))?;
+    let user = geteuid().as_raw();
+    let of_directory = directory.metadata().map_err(failed("read", directory))?;
+    // Others may look into it, for the images are there, but not put another file in place.
+    if of_directory.uid() != user || of_directory.mode() & 0o022 != 0 {
+        return Err(PoolClaimError::NotPrivate(directory.to_owned()));
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(failed("open", path))?;
+    let of_file = file.metadata().map_err(failed("read", path))?;
+    if of_file.uid() != user || of_file.mode() & 0o077 != 0 {
+        return Err(PoolClaimError::NotPrivate(path.to_owned()));
+    }
+    Ok(file)
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PoolClaimError {
+    let path = path.to_owned();
+    move |source| PoolClaimError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use omerta_test_support::Namespace;
 
-    fn take(pool: &str) -> Result<PoolClaim, PoolClaimError> {
-        PoolClaim::take(pool.parse().unwrap())
+    fn take(directory: &Path, pool: &str) -> Result<PoolClaim, PoolClaimError> {
+        PoolClaim::take_in(directory, pool.parse().unwrap())
+    }
+
+    fn mode(path: &Path) -> u32 {
+        path.metadata().unwrap().mode() & 0o777
     }
 
     #[test]
     fn overlapping_pools_are_refused_in_one_namespace_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let take = |pool| take(directory.path(), pool);
         let namespace = Namespace::new("pool").unwrap();
         let other = Namespace::new("pool").unwrap();
         let first = namespace.enter(|| take("10.77.0.0/16")).unwrap().unwrap();
@@ -109,5 +157,33 @@ mod tests {
         other.enter(|| take("10.77.0.0/16")).unwrap().unwrap();
         drop(first);
         namespace.enter(|| take("10.77.0.0/16")).unwrap().unwrap();
+    }
+
+    /// Whoever may open the file may lock all of it, and no omertad would start.
+    #[test]
+    fn nobody_else_can_open_what_is_locked() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("state");
+        let _claim = take(&directory, "10.77.0.0/16").unwrap();
+        assert_eq!(mode(&directory), 0o700);
+        assert_eq!(mode(&directory.join(FILE)), 0o600);
+    }
+
+    #[test]
+    fn a_place_that_others_have_access_to_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("state");
+        drop(take(&directory, "10.77.0.0/16").unwrap());
+        let file = directory.join(FILE);
+        for (path, open, private) in [(&file, 0o644, 0o600), (&directory, 0o777, 0o755)] {
+            std::fs::set_permissions(path, Permissions::from_mode(open)).unwrap();
+            let error = take(&directory, "10.77.0.0/16").unwrap_err().to_string();
+            assert!(error.starts_with(&*path.to_string_lossy()), "{error}");
+            std::fs::set_permissions(path, Permissions::from_mode(private)).unwrap();
+            take(&directory, "10.77.0.0/16").unwrap();
+        }
+        std::fs::rename(&file, directory.join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(directory.join("elsewhere"), &file).unwrap();
+        take(&directory, "10.77.0.0/16").unwrap_err();
     }
 }
