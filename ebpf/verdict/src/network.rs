@@ -194,9 +194,9 @@ impl Packet {
         self.shape
     }
 
-    /// Whether this is a whole report or query of multicast membership, to a group: IGMP
-    /// (RFC 3376), which may have options, or MLD behind the hop-by-hop header that it must have
-    /// (RFC 3810, 5).
+    /// Whether this is a whole message of multicast membership, to a group, as a host's stack sends
+    /// it: an IGMP report (versions 1 to 3) or leave (RFC 3376, 4), which may have the router alert,
+    /// or MLD behind the hop-by-hop header that it must have (RFC 3810, 5).
     #[inline(always)]
     pub(crate) fn is_membership<F: Frame + ?Sized>(&self, frame: &F) -> bool {
         const IGMP: u8 = 2;
@@ -205,8 +205,8 @@ impl Packet {
         }
         if self.source.is_v4() {
             return self.protocol == IGMP
-                && matches!(self.shape, Ok(()) | Err(Reason::IpOptions))
-                && !is_fragment(frame);
+                && !is_fragment(frame)
+                && matches!(self.igmp_type(frame), Some(0x12 | 0x16 | 0x17 | 0x22));
         }
         if self.protocol != 0 || !matches!(self.shape, Err(Reason::ExtensionHeader)) {
             return false;
@@ -215,6 +215,25 @@ impl Packet {
             Some(h) => h[0] == 58 && h[1] == 0 && matches!(h[8], 130..=132 | 143),
             None => false,
         }
+    }
+
+    /// The type of an IGMP message without options, or with the router alert (RFC 2113) alone.
+    #[inline(always)]
+    fn igmp_type<F: Frame + ?Sized>(&self, frame: &F) -> Option<u8> {
+        match self.shape {
+            Ok(()) => {}
+            Err(Reason::IpOptions) => {
+                if frame.bytes::<1>(ETHERNET_HEADER)?[0] & 0x0f != 6 {
+                    return None;
+                }
+                return match frame.bytes::<5>(self.payload_offset)? {
+                    [0x94, 4, 0, 0, kind] => Some(*kind),
+                    _ => None,
+                };
+            }
+            Err(_) => return None,
+        }
+        Some(frame.bytes::<1>(self.payload_offset)?[0])
     }
 
     #[inline(always)]
