@@ -36,6 +36,10 @@ fn build() -> Result<(), String> {
         format!("--cfg=bpf_target_arch=\"{arch}\""),
         "-Cdebuginfo=2".into(),
         "-Clink-arg=--btf".into(),
+        // 32-bit arithmetic and comparisons (Linux 5.1), and loads of words that are not aligned,
+        // which headers are: both save a fifth of the instructions.
+        "-Ctarget-cpu=v3".into(),
+        "-Clink-arg=--cpu-features=+allows-misaligned-mem-access".into(),
         format!("--remap-path-prefix={}=ebpf/programs", programs.display()),
     ]
     .join("\u{1f}");

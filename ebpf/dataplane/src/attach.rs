@@ -43,8 +43,9 @@ impl Guard {
         let policy = config.policy(interface)?;
         refuse_unreachable(interface, &policy, &config.allow)?;
         let mut programs = Programs::load(interface, config.mode)?;
-        PolicyStore::of(&mut programs, interface)?.commit(policy, &config.allow)?;
-        programs.set_word(lease::LEASE, 0, lease::word(interface, config.lease)?)?;
+        let mut store = PolicyStore::of(&mut programs, interface)?;
+        store.commit(policy, &config.allow)?;
+        store.set_lease_until_ns(lease::word(interface, config.lease)?);
 
         let lock = Lock::of(interface)?;
         recover(&lock)?;

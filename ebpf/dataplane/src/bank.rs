@@ -47,24 +47,26 @@ pub fn create(buckets: &[Bucket]) -> io::Result<OwnedFd> {
     };
     // SAFETY: the kernel reads `request`, which outlives the call.
     let map = unsafe { bpf_open(BPF_MAP_CREATE, &request) }?;
-    with_mapping(
-        map.as_fd(),
-        buckets.len(),
-        ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-        |mapping| {
-            // SAFETY: the mapping is as long as `buckets` and apart from it; the kernel aligns it
-            // to a page and strides it by the value's size, which is that of `Bucket`.
-            unsafe { ptr::copy_nonoverlapping(buckets.as_ptr(), mapping.as_ptr(), buckets.len()) }
-        },
-    )?;
+    write(map.as_fd(), buckets)?;
     Ok(map)
+}
+
+/// Writes `buckets` to the start of a bank. Programs that read it meanwhile find that its slot is no
+/// longer in force.
+pub fn write(map: BorrowedFd<'_>, buckets: &[Bucket]) -> io::Result<()> {
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    with_mapping(map, buckets.len(), protection, |mapping| {
+        // SAFETY: the mapping is as long as `buckets` and apart from it; the kernel aligns it to a
+        // page and strides it by the value's size, which is that of `Bucket`.
+        unsafe { ptr::copy_nonoverlapping(buckets.as_ptr(), mapping.as_ptr(), buckets.len()) }
+    })
 }
 
 /// The `count` buckets of a bank that nobody writes.
 pub fn read(map: BorrowedFd<'_>, count: usize) -> io::Result<Vec<Bucket>> {
     let mut buckets = vec![Bucket::EMPTY; count];
     with_mapping(map, count, ProtFlags::PROT_READ, |mapping| {
-        // SAFETY: as in `create`; every bit pattern of a bucket is valid.
+        // SAFETY: as in `write`; every bit pattern of a bucket is valid.
         unsafe { ptr::copy_nonoverlapping(mapping.as_ptr(), buckets.as_mut_ptr(), count) }
     })?;
     Ok(buckets)

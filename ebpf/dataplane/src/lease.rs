@@ -2,15 +2,12 @@
 
 use std::time::Duration;
 
-use aya::maps::{Array, Map, MapData};
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::GuardError;
 use crate::pins::Pins;
-use crate::store::map_error;
-
-pub const LEASE: &str = "LEASE";
+use crate::store::state_of;
 
 /// What is left of a guard's lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -30,16 +27,13 @@ pub fn word(interface: &str, lease: Option<Duration>) -> Result<u64, GuardError>
 
 /// Has the lease of the guard of `pins` end at `word`.
 pub fn write(interface: &str, pins: &Pins, word: u64) -> Result<(), GuardError> {
-    open(interface, pins)?
-        .set(0, word, 0)
-        .map_err(|source| map_error(interface, "write", LEASE, source))
+    state_of(interface, pins)?.set_lease_until_ns(word);
+    Ok(())
 }
 
 /// The lease of the guard of `pins`.
 pub fn read(interface: &str, pins: &Pins) -> Result<Option<Lease>, GuardError> {
-    let until = open(interface, pins)?
-        .get(&0, 0)
-        .map_err(|source| map_error(interface, "read", LEASE, source))?;
+    let until = state_of(interface, pins)?.lease_until_ns();
     if until == 0 {
         return Ok(None);
     }
@@ -48,12 +42,6 @@ pub fn read(interface: &str, pins: &Pins) -> Result<Option<Lease>, GuardError> {
         expired: left == 0,
         remaining_seconds: left.div_ceil(1_000_000_000),
     }))
-}
-
-fn open(interface: &str, pins: &Pins) -> Result<Array<MapData, u64>, GuardError> {
-    MapData::from_pin(pins.path(LEASE))
-        .and_then(|data| Map::Array(data).try_into())
-        .map_err(|source| map_error(interface, "open", LEASE, source))
 }
 
 /// The programs' clock.

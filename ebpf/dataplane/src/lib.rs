@@ -30,6 +30,7 @@ mod pins;
 mod random;
 mod rules;
 mod standing;
+mod state;
 mod status;
 mod store;
 mod watch;

@@ -163,14 +163,14 @@ impl Programs {
         map.and_then(HashMap::try_from)
     }
 
-    /// Writes word `index` of `map`, one of LEASE and METERS.
+    /// Writes word `index` of `map`, which is METERS.
     pub fn set_word(&mut self, map: &'static str, index: u32, word: u64) -> Result<(), GuardError> {
         self.words(map)
             .and_then(|mut words| words.set(index, word, 0))
             .map_err(|source| map_error("tests", "write", map, source))
     }
 
-    /// Word `index` of `map`, one of LEASE and METERS.
+    /// Word `index` of `map`, which is METERS.
     pub fn word(&mut self, map: &'static str, index: u32) -> Result<u64, GuardError> {
         self.words(map)
             .and_then(|words| words.get(&index, 0))

@@ -1,39 +1,37 @@
 //! Builds the allowlist's table.
 
-use omerta_verdict::{BUCKET_RULES, Bucket, Endpoint, Policy, Table};
+use omerta_verdict::{BUCKET_RULES, Bucket, Endpoint, INLINE_BUCKETS, Policy, Table};
 
 use crate::GuardError;
 /// Endpoints that one guard's allowlist holds.
 pub const MAX_ENDPOINTS: usize = 1_000_000;
-/// The smallest table: one page, which is the least that a bank takes.
-const FEWEST_BUCKETS: usize = 64;
 /// Seeds that are tried before the table is made larger.
 const SEEDS: u32 = 8;
 /// How often it is made twice as large before it counts as full.
 const DOUBLINGS: u32 = 3;
 
-/// One bank, ready to be written.
-pub struct Bank {
+/// One table, ready to be written.
+pub struct BuiltTable {
     pub seed: u64,
     pub buckets: Vec<Bucket>,
 }
 
-/// A bank that holds `endpoints`, or `None` where they are too many. `next_seed` gives random
+/// A table that holds `endpoints`, or `None` where they are too many. `next_seed` gives random
 /// words. At most half of the places are taken, so that a seed under which every endpoint finds
 /// its place within the probe limit is found soon.
-pub fn build(endpoints: &[Endpoint], mut next_seed: impl FnMut() -> u64) -> Option<Bank> {
+pub fn build(endpoints: &[Endpoint], mut next_seed: impl FnMut() -> u64) -> Option<BuiltTable> {
     if endpoints.len() > MAX_ENDPOINTS {
         return None;
     }
     let fewest = (endpoints.len() * 2).div_ceil(BUCKET_RULES);
-    let fewest = fewest.next_power_of_two().max(FEWEST_BUCKETS);
+    let fewest = fewest.next_power_of_two().max(INLINE_BUCKETS);
     for size in (0..=DOUBLINGS).map(|times| fewest << times) {
         let mut buckets = vec![Bucket::EMPTY; size];
         for _ in 0..SEEDS {
             let seed = next_seed();
             let mut table = Table::new(&mut buckets, seed)?;
             if endpoints.iter().all(|endpoint| table.insert(endpoint)) {
-                return Some(Bank { seed, buckets });
+                return Some(BuiltTable { seed, buckets });
             }
         }
     }
@@ -101,7 +99,7 @@ mod tests {
                 .unwrap();
                 let held: BTreeSet<_> = Table::endpoints(&bank.buckets).collect();
                 assert_eq!(held, wanted.iter().copied().collect());
-                assert!(bank.buckets.len() <= (4 * count).max(FEWEST_BUCKETS));
+                assert!(bank.buckets.len() <= (4 * count).max(INLINE_BUCKETS));
             }
         }
     }

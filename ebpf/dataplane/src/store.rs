@@ -1,33 +1,41 @@
 //! The policy in the kernel's maps, and how it changes.
 //!
-//! Two slots; the generation's lowest bit names the one in force. A commit gives the other slot a
-//! new bank of rules and the new policy, and then writes the generation, one word: a program sees
-//! the old policy or the new one. A process killed before that last write has changed nothing.
+//! Two slots; the generation's lowest bit names the one in force. A commit writes the other slot, its
+//! bank of rules first where the allowlist is too long for the slot, and then the generation, one
+//! word: a program sees the old policy or the new one. A process killed before that last write has
+//! changed nothing.
 
 use std::borrow::{Borrow, BorrowMut};
 use std::io;
 use std::os::fd::AsFd;
 
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
-use omerta_verdict::{Bucket, Endpoint, FixedInputs, Flow, Policy, SocketBufferLayout, Table};
+use omerta_verdict::{
+    Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Policy, Slot, SocketBufferLayout, State,
+    Table,
+};
 
 use crate::object::Programs;
 use crate::pins::Pins;
 use crate::random::Random;
 use crate::rules::{self, MAX_ENDPOINTS};
+use crate::state::StateMap;
 use crate::{GuardError, bank};
 
 /// The maps that hold policy, by the names that the programs give them.
-const POLICY_MAPS: [&str; 3] = ["GENERATION", "POLICY", "RULES"];
+const POLICY_MAPS: [&str; 2] = ["STATE", "RULES"];
+/// A bank that is no longer in force is written again if it is at most this many times longer than
+/// the new allowlist needs: to make a new one known costs an RCU grace period.
+const SPARE: usize = 4;
 
 /// A map value of a `repr(C)` type from the verdict crate.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(crate) struct Value<T: Copy>(pub(crate) T);
 
-// SAFETY: `Policy` and `Bucket` are `repr(C)`, hold integers only, and name their padding as
+// SAFETY: `State` and `Bucket` are `repr(C)`, hold integers only, and name their padding as
 // fields, so every byte is initialised and every bit pattern is valid.
-unsafe impl aya::Pod for Value<Policy> {}
+unsafe impl aya::Pod for Value<State> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<Bucket> {}
 // SAFETY: as above.
@@ -43,8 +51,7 @@ type BankMap = Array<MapData, Value<Bucket>>;
 /// Reads and commits the policy of one guard.
 pub struct PolicyStore<M: Borrow<MapData>> {
     interface: String,
-    generation: Array<M, u64>,
-    policy: Array<M, Value<Policy>>,
+    state: StateMap,
     rules: ArrayOfMaps<M, BankMap>,
 }
 
@@ -56,8 +63,8 @@ impl PolicyStore<MapData> {
                 .and_then(Map::from_map_data)
                 .map_err(|source| map_error(interface, "open", name, source))
         };
-        let [generation, policy, rules] = POLICY_MAPS;
-        Self::build(interface, [open(generation)?, open(policy)?, open(rules)?])
+        let [state, rules] = POLICY_MAPS;
+        Self::build(interface, [open(state)?, open(rules)?])
     }
 }
 
@@ -65,9 +72,7 @@ impl<'a> PolicyStore<&'a mut MapData> {
     /// The store of programs that are not pinned.
     pub fn of(programs: &'a mut Programs, interface: &str) -> Result<Self, GuardError> {
         match programs.ebpf().maps_disjoint_mut(POLICY_MAPS) {
-            [Some(generation), Some(policy), Some(rules)] => {
-                Self::build(interface, [generation, policy, rules])
-            }
+            [Some(state), Some(rules)] => Self::build(interface, [state, rules]),
             _ => {
                 let missing = MapError::InvalidName {
                     name: "policy".into(),
@@ -80,19 +85,18 @@ impl<'a> PolicyStore<&'a mut MapData> {
 
 impl<M: Borrow<MapData>> PolicyStore<M> {
     /// `maps` in the order of [`POLICY_MAPS`].
-    fn build<T>(interface: &str, maps: [T; 3]) -> Result<Self, GuardError>
+    fn build<T>(interface: &str, maps: [T; 2]) -> Result<Self, GuardError>
     where
-        Array<M, u64>: TryFrom<T, Error = MapError>,
-        Array<M, Value<Policy>>: TryFrom<T, Error = MapError>,
+        Array<M, Value<State>>: TryFrom<T, Error = MapError>,
         ArrayOfMaps<M, BankMap>: TryFrom<T, Error = MapError>,
     {
         let error = |name| move |source| map_error(interface, "open", name, source);
-        let [generation, policy, rules] = maps;
+        let [state, rules] = maps;
+        let state: Array<M, Value<State>> = state.try_into().map_err(error(POLICY_MAPS[0]))?;
         Ok(Self {
             interface: interface.to_owned(),
-            generation: generation.try_into().map_err(error(POLICY_MAPS[0]))?,
-            policy: policy.try_into().map_err(error(POLICY_MAPS[1]))?,
-            rules: rules.try_into().map_err(error(POLICY_MAPS[2]))?,
+            state: map_state(interface, state.map())?,
+            rules: rules.try_into().map_err(error(POLICY_MAPS[1]))?,
         })
     }
 
@@ -104,28 +108,34 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
         }
     }
 
-    fn generation(&self) -> Result<u64, GuardError> {
-        self.generation
-            .get(&0, 0)
-            .map_err(|e| map_error(&self.interface, "read", "GENERATION", e))
-    }
-
     /// The policy in force.
     pub fn policy(&self) -> Result<Policy, GuardError> {
-        let slot = slot_of(self.generation()?);
-        let value = self.policy.get(&slot, 0);
-        Ok(value
-            .map_err(|e| map_error(&self.interface, "read", "POLICY", e))?
-            .0)
+        Ok(self.state.slot().policy)
+    }
+
+    /// When the lease ends, nanoseconds of `CLOCK_MONOTONIC`; 0 where there is none.
+    pub fn lease_until_ns(&self) -> u64 {
+        self.state.lease_until_ns()
+    }
+
+    /// Lets the lease end at `until_ns` of `CLOCK_MONOTONIC`, or never where that is 0: one word, in
+    /// force at once.
+    pub fn set_lease_until_ns(&self, until_ns: u64) {
+        self.state.set_lease_until_ns(until_ns);
     }
 
     /// The allowlist in force, sorted.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>, GuardError> {
-        let slot = slot_of(self.generation()?);
-        let bank = self.rules.get(&slot, 0);
-        let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
-        let buckets = bank::read(bank.map().fd().as_fd(), bank.len() as usize)
-            .map_err(|source| self.system("read the allowlist", source))?;
+        let slot = self.state.slot();
+        let count = slot.policy.table_mask as usize + 1;
+        let buckets = if count <= INLINE_BUCKETS {
+            slot.buckets.to_vec()
+        } else {
+            let bank = self.rules.get(&self.state.number(), 0);
+            let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
+            bank::read(bank.map().fd().as_fd(), count)
+                .map_err(|source| self.system("read the allowlist", source))?
+        };
         let mut endpoints: Vec<_> = Table::endpoints(&buckets).collect();
         endpoints.sort();
         Ok(endpoints)
@@ -142,7 +152,7 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
     ) -> Result<u64, GuardError> {
         let interface = self.interface.clone();
         let mut random = Random::open().map_err(|e| self.system("open /dev/urandom", e))?;
-        let bank =
+        let table =
             rules::build(endpoints, || random.word()).ok_or_else(|| GuardError::AllowlistFull {
                 interface: interface.clone(),
                 count: endpoints.len(),
@@ -151,50 +161,64 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         random
             .finish()
             .map_err(|e| self.system("read random numbers", e))?;
-        let next = self.generation()?.wrapping_add(1);
-        let slot = slot_of(next);
-        policy.epoch = self.policy()?.epoch + 1;
-        policy.table_seed = bank.seed;
-        policy.table_mask = bank.buckets.len() as u32 - 1;
+        let before = self.state.slot();
+        policy.epoch = before.policy.epoch + 1;
+        policy.table_seed = table.seed;
+        policy.table_mask = table.buckets.len() as u32 - 1;
+        let mut slot = Slot { policy, ..before };
+        if table.buckets.len() > INLINE_BUCKETS {
+            self.fill_bank(self.state.next_number(), &table.buckets)?;
+        } else {
+            slot.buckets.fill(Bucket::EMPTY);
+            for (place, bucket) in slot.buckets.iter_mut().zip(table.buckets) {
+                *place = bucket;
+            }
+        }
+        self.state.commit(&slot);
+        Ok(policy.epoch)
+    }
 
-        let bank = bank::create(&bank.buckets)
+    /// Makes `buckets` the bank of the slot `number`, which is not in force.
+    fn fill_bank(&mut self, number: u32, buckets: &[Bucket]) -> Result<(), GuardError> {
+        let interface = self.interface.clone();
+        let failed = |action| {
+            let interface = interface.clone();
+            move |source| map_error(&interface, action, "RULES", source)
+        };
+        match self.rules.get(&number, 0) {
+            Ok(spare)
+                if (buckets.len()..=SPARE * buckets.len()).contains(&(spare.len() as usize)) =>
+            {
+                return bank::write(spare.map().fd().as_fd(), buckets)
+                    .map_err(|source| self.system("write the allowlist's map", source));
+            }
+            Ok(_) | Err(MapError::KeyNotFound) => {}
+            Err(source) => return Err(failed("open")(source)),
+        }
+        let bank = bank::create(buckets)
             .map_err(|source| self.system("make the allowlist's map", source))?;
         let bank = MapData::from_fd(bank)
             .and_then(Map::from_map_data)
             .and_then(BankMap::try_from)
-            .map_err(|e| map_error(&interface, "open", "RULES", e))?;
-        self.wait_for_readers(slot)?;
-        self.rules
-            .set(slot, &bank, 0)
-            .map_err(|e| map_error(&interface, "write", "RULES", e))?;
-        self.policy
-            .set(slot, Value(policy), 0)
-            .map_err(|e| map_error(&interface, "write", "POLICY", e))?;
-        self.generation
-            .set(0, next, 0)
-            .map_err(|e| map_error(&interface, "write", "GENERATION", e))?;
-        Ok(policy.epoch)
-    }
-
-    /// Waits until no program still reads `slot`, which the last commit retired, by putting its
-    /// bank where it is: the kernel ends every update of a map of maps with an RCU grace period
-    /// (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c), and programs run inside read sections.
-    /// (`membarrier(2)` would do, but is refused on hosts with isolated CPUs, `nohz_full=`.)
-    fn wait_for_readers(&mut self, slot: u32) -> Result<(), GuardError> {
-        let bank = match self.rules.get(&slot, 0) {
-            Ok(bank) => bank,
-            // No commit has used the slot, so no program has read it.
-            Err(MapError::KeyNotFound) => return Ok(()),
-            Err(source) => return Err(map_error(&self.interface, "open", "RULES", source)),
-        };
-        self.rules
-            .set(slot, &bank, 0)
-            .map_err(|source| map_error(&self.interface, "write", "RULES", source))
+            .map_err(failed("open"))?;
+        self.rules.set(number, &bank, 0).map_err(failed("write"))
     }
 }
 
-fn slot_of(generation: u64) -> u32 {
-    (generation & 1) as u32
+/// The state of the guard of `pins`.
+pub(crate) fn state_of(interface: &str, pins: &Pins) -> Result<StateMap, GuardError> {
+    let map = MapData::from_pin(pins.path(POLICY_MAPS[0]))
+        .map_err(|source| map_error(interface, "open", POLICY_MAPS[0], source))?;
+    map_state(interface, &map)
+}
+
+/// Maps the guard's `STATE`.
+fn map_state(interface: &str, map: &MapData) -> Result<StateMap, GuardError> {
+    StateMap::of(map.fd()).map_err(|source| GuardError::System {
+        action: "map the guard's state",
+        interface: interface.to_owned(),
+        source,
+    })
 }
 
 pub(crate) fn map_error(

@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use aya::maps::{Array, Map, MapData};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -16,7 +15,8 @@ use omerta_verdict::Direction;
 
 use crate::bpffs::namespace_directory;
 use crate::link::{self, LinkInfo};
-use crate::store::map_error;
+use crate::state::StateMap;
+use crate::store::state_of;
 use crate::{Guard, GuardError, Standing, clsact, interface, netlink};
 
 /// One of the guard's links, or the program of one of its filters, held open: while it is, the
@@ -68,7 +68,7 @@ pub struct GuardWatch {
     interface: String,
     ifindex: u32,
     held: [Held; 2],
-    generation: Array<MapData, u64>,
+    state: StateMap,
     expected: u64,
 }
 
@@ -118,17 +118,13 @@ impl GuardWatch {
                 inode,
             })
         };
-        let name = "GENERATION";
-        let map = |source| map_error(interface, "read", name, source);
-        let generation: Array<MapData, u64> = MapData::from_pin(guard.pins.path(name))
-            .and_then(|data| Map::Array(data).try_into())
-            .map_err(map)?;
+        let state = state_of(interface, &guard.pins)?;
         let watch = Self {
             interface: interface.to_owned(),
             ifindex: guard.ifindex(),
             held: [hold(Direction::Egress)?, hold(Direction::Ingress)?],
-            expected: generation.get(&0, 0).map_err(map)?,
-            generation,
+            expected: state.generation(),
+            state,
         };
         // What is held now must be what the handle knows: it was not replaced in between.
         guard.verify()?;
@@ -166,11 +162,7 @@ impl GuardWatch {
                 return Err(self.not_in_force(why));
             }
         }
-        let generation = self
-            .generation
-            .get(&0, 0)
-            .map_err(|source| map_error(&self.interface, "read", "GENERATION", source))?;
-        if generation != self.expected {
+        if self.state.generation() != self.expected {
             return Err(self.not_in_force("its policy was changed by another"));
         }
         Ok(())

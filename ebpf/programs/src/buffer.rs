@@ -15,6 +15,9 @@ static SKB: SocketBufferLayout = SocketBufferLayout::UNKNOWN;
 /// or a neighbour solicitation with four options (14 + 40 + 24 + 32).
 const HEADERS: usize = 110;
 
+/// Frames of this length fit every interface: the least MTU (RFC 791, 3.2) and an Ethernet header.
+const ALWAYS_FITS: u32 = 68 + 14;
+
 /// The linear start of a socket buffer, long enough for every header that the verdict reads.
 pub struct SocketBuffer<'a> {
     context: &'a TcContext,
@@ -109,6 +112,119 @@ fn kernel<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
     unsafe { bpf_probe_read_kernel(field.cast::<T>().cast_const()).ok() }
 }
 
+#[inline(always)]
+fn mtu(context: &TcContext) -> u32 {
+    let mut mtu = 0;
+    // SAFETY: the context's socket buffer is valid for the whole run of the program, and the
+    // helper writes one word: the MTU of the interface that the frame is on, or nothing where
+    // it fails. What it answers takes a frame that is yet to be cut as fitting
+    // (bpf_skb_check_mtu in net/core/filter.c), so only the MTU is of use.
+    unsafe { bpf_check_mtu(context.skb.skb.cast(), 0, &raw mut mtu, 0, 0) };
+    mtu
+}
+
+#[inline(always)]
+fn is_tagged(context: &TcContext) -> bool {
+    // SAFETY: the context's socket buffer is valid for the whole run of the program, and the
+    // verifier rewrites this load to the kernel's own field.
+    unsafe { (*context.skb.skb).vlan_present != 0 }
+}
+
+#[inline(always)]
+fn segment_size(context: &TcContext) -> u32 {
+    // SAFETY: as above; the verifier rewrites this load to the shared info's field.
+    unsafe { (*context.skb.skb).gso_size }
+}
+
+/// A socket buffer of which nothing is left to be done and which holds no tag: all that the verdict
+/// asks for beside bytes is known before.
+pub struct PlainBuffer {
+    start: usize,
+    end: usize,
+    length: u32,
+    mtu: u32,
+}
+
+impl PlainBuffer {
+    /// `None` where a tag, a checksum or a cut is pending.
+    #[inline(always)]
+    pub fn of(context: &TcContext) -> Option<Self> {
+        let length = context.len();
+        let mtu = if length > ALWAYS_FITS {
+            mtu(context)
+        } else {
+            u32::MAX
+        };
+        if is_checksum_pending(context.skb.skb) || is_tagged(context) || segment_size(context) != 0
+        {
+            return None;
+        }
+        Some(Self {
+            start: context.data(),
+            end: context.data_end(),
+            length,
+            mtu,
+        })
+    }
+}
+
+/// The bytes of a buffer's linear part.
+///
+/// # Safety
+///
+/// `start..end` is the linear part, to which nothing writes while the bytes are held.
+#[inline(always)]
+unsafe fn linear<'a, const N: usize>(
+    start: usize,
+    end: usize,
+    offset: usize,
+) -> Option<&'a [u8; N]> {
+    let from = start + offset;
+    if from + N > end {
+        return None;
+    }
+    // SAFETY: the part holds `N` bytes at `from` (just compared, and proven again by the verifier).
+    Some(unsafe { &*(from as *const [u8; N]) })
+}
+
+impl Frame for PlainBuffer {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.length
+    }
+
+    #[inline(always)]
+    fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn segment_size(&self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn is_cut_into(&self, _kind: Segments) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn pending_checksum(&self) -> Option<PendingChecksum> {
+        None
+    }
+
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {
+        // SAFETY: these are the linear part's bounds; the verdict only reads.
+        unsafe { linear(self.start, self.end, offset) }
+    }
+}
+
 impl Frame for SocketBuffer<'_> {
     #[inline(always)]
     fn length(&self) -> u32 {
@@ -117,26 +233,17 @@ impl Frame for SocketBuffer<'_> {
 
     #[inline(always)]
     fn mtu(&self) -> u32 {
-        let mut mtu = 0;
-        // SAFETY: the context's socket buffer is valid for the whole run of the program, and the
-        // helper writes one word: the MTU of the interface that the frame is on, or nothing where
-        // it fails. What it answers takes a frame that is yet to be cut as fitting
-        // (bpf_skb_check_mtu in net/core/filter.c), so only the MTU is of use.
-        unsafe { bpf_check_mtu(self.context.skb.skb.cast(), 0, &raw mut mtu, 0, 0) };
-        mtu
+        mtu(self.context)
     }
 
     #[inline(always)]
     fn is_tagged(&self) -> bool {
-        // SAFETY: the context's socket buffer is valid for the whole run of the program, and the
-        // verifier rewrites this load to the kernel's own field.
-        unsafe { (*self.context.skb.skb).vlan_present != 0 }
+        is_tagged(self.context)
     }
 
     #[inline(always)]
     fn segment_size(&self) -> u32 {
-        // SAFETY: as above; the verifier rewrites this load to the shared info's field.
-        unsafe { (*self.context.skb.skb).gso_size }
+        segment_size(self.context)
     }
 
     #[inline(always)]
@@ -159,12 +266,7 @@ impl Frame for SocketBuffer<'_> {
 
     #[inline(always)]
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {
-        let from = self.start + offset;
-        if from + N > self.end {
-            return None;
-        }
-        // SAFETY: `start..end` is the buffer's linear part, which holds `N` bytes at `from` (just
-        // compared, and proven again by the verifier); nothing writes to it while `self` lives.
-        Some(unsafe { &*(from as *const [u8; N]) })
+        // SAFETY: these are the linear part's bounds; the verdict only reads.
+        unsafe { linear(self.start, self.end, offset) }
     }
 }

@@ -42,11 +42,11 @@ pub fn seen(flow: &Flow) -> Option<u64> {
 
 /// Remembers that the guest sends on `flow` now; false where it has no room for one more.
 #[inline(always)]
-pub fn open(flow: &Flow) -> bool {
+pub fn open(flow: &Flow, now: u64) -> bool {
     if let Some(seen) = FLOWS.get_ptr_mut(flow) {
         // SAFETY: one aligned word. An entry that is being given to another flow of the same guest
         // meanwhile is one that this guest sends on now, too.
-        unsafe { seen.write_volatile(now()) };
+        unsafe { seen.write_volatile(now) };
         return true;
     }
     let ((peer_high, peer_low), (high, low)) = (flow.peer.words(), flow.guest.words());

@@ -2,8 +2,8 @@
 //! makes the headers readable, asks the verdict, counts the outcome and carries it out.
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
-#![allow(internal_features, reason = "compare-and-swap")]
+#![feature(asm_experimental_arch, core_intrinsics)]
+#![allow(internal_features, reason = "compare-and-swap, order of loads")]
 
 mod accounting;
 mod answer;
@@ -15,11 +15,11 @@ mod state;
 use aya_ebpf::{bindings::__sk_buff, macros::classifier, programs::TcContext};
 use omerta_verdict::{
     Direction, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason, Verdict, egress, ingress,
-    is_answer_for_guest,
+    is_answer_for_guest, usual_egress, usual_ingress,
 };
 
 use crate::accounting::Counters;
-use crate::buffer::SocketBuffer;
+use crate::buffer::{PlainBuffer, SocketBuffer};
 use crate::diagnostics::{Failure, tell};
 use crate::state::KernelGuard;
 
@@ -31,9 +31,15 @@ const SHOT: i32 = 2;
 
 const ALLOWED: u32 = Outcome::Allowed.index() as u32;
 const ANSWERED: u32 = Outcome::Answered.index() as u32;
+/// Of a guard without policy, and where the reasons begin.
 const FIRST_REASON: u32 = Outcome::Dropped(Reason::NoPolicy).index() as u32;
 const UNREADABLE: u32 = Outcome::Dropped(Reason::Unreadable).index() as u32;
 const ANSWER_FAILED: u32 = Outcome::Dropped(Reason::AnswerFailed).index() as u32;
+const POLICY_CHANGING: u32 = Outcome::Dropped(Reason::PolicyChanging).index() as u32;
+/// No outcome: the frame is to be judged (again).
+const OPEN: u32 = u32::MAX;
+/// How often a frame is judged while its policy changes.
+const TRIES: u32 = 4;
 
 /// What the guest sends: the interface's ingress hook.
 #[classifier]
@@ -41,7 +47,7 @@ pub fn guest_egress(context: TcContext) -> i32 {
     let Some(counters) = Counters::of(Direction::Egress) else {
         return SHOT;
     };
-    if answer::is_marked(&context) && is_own_answer(context.skb.skb) == 1 {
+    if answer::is_marked(&context) && settled(|| is_own_answer(context.skb.skb)) == 1 {
         counters.count(OWN_ANSWERS_COUNTER as u32, context.len());
         answer::clear_mark(&context);
         return NEXT;
@@ -62,15 +68,17 @@ pub fn guest_ingress(context: TcContext) -> i32 {
 fn carry_out(context: &TcContext, counters: Counters, direction: Direction) -> i32 {
     let (skb, length) = (context.skb.skb, context.len());
     counters.count(RX_COUNTER as u32, length);
-    let outcome = match direction {
-        Direction::Egress => judge_egress(skb),
-        Direction::Ingress => judge_ingress(skb),
-    };
+    let mut outcome = judge_usual(context, direction);
+    if outcome == OPEN {
+        outcome = settled(|| match direction {
+            Direction::Egress => judge_egress(skb),
+            Direction::Ingress => judge_ingress(skb),
+        });
+    }
     if outcome == ALLOWED {
         counters.count(ALLOWED, length);
         return NEXT;
     }
-    let mut outcome = outcome;
     if outcome == ANSWERED {
         let action = send_answer(skb, direction as u32);
         if action != SHOT {
@@ -82,6 +90,42 @@ fn carry_out(context: &TcContext, counters: Counters, direction: Direction) -> i
     counters.count(outcome, length);
     report(skb, direction as u32, outcome - FIRST_REASON, length);
     SHOT
+}
+
+/// What `judge` says of one policy, or [`POLICY_CHANGING`].
+#[inline(always)]
+fn settled(judge: impl Fn() -> u32) -> u32 {
+    let mut tries = 0;
+    while tries < TRIES {
+        let outcome = judge();
+        if outcome != OPEN {
+            return outcome;
+        }
+        tries += 1;
+    }
+    POLICY_CHANGING
+}
+
+/// The outcome of what is usual, without a call; [`OPEN`] for what is not.
+#[inline(always)]
+fn judge_usual(context: &TcContext, direction: Direction) -> u32 {
+    let Some(frame) = PlainBuffer::of(context) else {
+        return OPEN;
+    };
+    let Some(guard) = KernelGuard::read() else {
+        return OPEN;
+    };
+    let Some(straight) = guard.straight() else {
+        return OPEN;
+    };
+    let verdict = match direction {
+        Direction::Egress => usual_egress(&frame, &straight),
+        Direction::Ingress => usual_ingress(&frame, &straight),
+    };
+    match verdict {
+        Some(verdict) if guard.holds() => verdict.outcome().index() as u32,
+        _ => OPEN,
+    }
 }
 
 // The verifier judges each of these functions once and for itself, whatever led to the call. They
@@ -99,15 +143,20 @@ pub extern "C" fn judge_ingress(skb: *mut __sk_buff) -> u32 {
     judge(&TcContext::new(skb), Direction::Ingress)
 }
 
-/// 1 where the frame is no more than an answer that this guard could have given for its guest.
+/// 1 where the frame is no more than an answer that this guard could have given for its guest;
+/// [`OPEN`] where the policy has changed meanwhile.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn is_own_answer(skb: *mut __sk_buff) -> u32 {
     let context = TcContext::new(skb);
-    match SocketBuffer::readable(&context) {
-        Ok(frame) => is_answer_for_guest(&frame, &KernelGuard::read()) as u32,
-        Err(_) => 0,
-    }
+    let Ok(frame) = SocketBuffer::readable(&context) else {
+        return 0;
+    };
+    let Some(guard) = KernelGuard::read() else {
+        return 0;
+    };
+    let own = is_answer_for_guest(&frame, &guard) as u32;
+    if guard.holds() { own } else { OPEN }
 }
 
 /// What the program is to return, or `SHOT` where the answer could not be written.
@@ -134,7 +183,8 @@ fn named(direction: u32) -> Direction {
     }
 }
 
-/// The outcome's index; an answer is kept for [`send_answer`].
+/// The outcome's index; an answer is kept for [`send_answer`]. [`OPEN`] where the policy has changed
+/// meanwhile.
 #[inline(always)]
 fn judge(context: &TcContext, direction: Direction) -> u32 {
     let frame = match SocketBuffer::readable(context) {
@@ -144,15 +194,18 @@ fn judge(context: &TcContext, direction: Direction) -> u32 {
             return UNREADABLE;
         }
     };
-    let guard = KernelGuard::read();
+    let Some(guard) = KernelGuard::read() else {
+        return FIRST_REASON;
+    };
     let verdict = match direction {
         Direction::Egress => egress(&frame, &guard),
         Direction::Ingress => ingress(&frame, &guard),
     };
-    match &verdict {
+    let outcome = match &verdict {
         Verdict::Answer(answer) if !answer::keep(answer) => ANSWER_FAILED,
         verdict => verdict.outcome().index() as u32,
-    }
+    };
+    if guard.holds() { outcome } else { OPEN }
 }
 
 #[cfg(not(test))]

@@ -1,32 +1,29 @@
 //! The guard's maps. Each guard has its own set; userspace pins them beside the links.
 
 // The target is declared without compare-and-swap, which the instruction set has (Linux 5.12).
+use core::arch::asm;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg};
 
 use aya_ebpf::{
     bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE},
     btf_maps::{self, ArrayOfMaps},
-    helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
+    helpers::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::{btf_map, map},
     maps::Array,
 };
 use omerta_verdict::{
-    Address, Bucket, FixedInputs, Flow, Guard, Meter, Policy, Protocol, Rate, table_holds,
+    Address, Bucket, FixedInputs, Flow, Guard, INLINE_BUCKETS, MAX_ADDRESSES, Meter, Mode, Policy,
+    Protocol, Rate, Slot, State, table_holds,
 };
 
 use crate::flows;
 
-/// The generation of the policy: its lowest bit names the slot in force. Written last in a
-/// commit, one aligned word, so that a program sees the old policy or the new one, never a mix.
+/// What userspace maps and writes: policy, short allowlists, lease.
 #[map]
-static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
+static STATE: Array<State> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Two slots, of which one is in force.
-#[map]
-static POLICY: Array<Policy> = Array::with_max_entries(2, 0);
-
-/// The bank of the allowlist that belongs to each slot. Userspace makes a bank of the size that
-/// the allowlist needs for each commit; this one is the pattern that the kernel holds it to.
+/// The bank of each slot whose allowlist is too long to stand beside its policy. Userspace makes
+/// banks of the size that is needed; this one is the pattern that the kernel holds them to.
 #[btf_map]
 static RULES: ArrayOfMaps<btf_maps::Array<Words, 1, BANK_FLAGS>, 2> = ArrayOfMaps::new();
 
@@ -37,11 +34,6 @@ type Words = [u64; size_of::<Bucket>() / size_of::<u64>()];
 /// A bank is mapped by userspace, so it starts at a page and each bucket is one cache line; and
 /// its size is its own, not the pattern's.
 const BANK_FLAGS: usize = (BPF_F_MMAPABLE | BPF_F_INNER_MAP) as usize;
-
-/// When the guard's lease ends, nanoseconds of `CLOCK_MONOTONIC`; 0 where it has none. Renewed by
-/// writing this one aligned word, which no commit touches.
-#[map]
-static LEASE: Array<u64> = Array::with_max_entries(1, 0);
 
 /// The bucket of each meter, shared by all CPUs.
 #[map]
@@ -55,34 +47,92 @@ const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
 /// Tries of one CPU to take a token while others take theirs; then the bucket counts as empty.
 const TRIES: u32 = 8;
 
-/// The policy and allowlist of one generation, chosen once per frame.
+/// The policy and allowlist of one generation, chosen once per frame. What it gives may be written
+/// while it is read: it counts only if [`KernelGuard::holds`] afterwards.
+#[derive(Clone, Copy)]
 pub struct KernelGuard {
-    slot: Option<u32>,
+    state: *mut State,
+    generation: u64,
 }
 
 impl KernelGuard {
+    /// The generation in force.
     #[inline(always)]
-    pub fn read() -> Self {
+    pub fn read() -> Option<Self> {
+        let state = STATE.get_ptr_mut(0)?;
         // SAFETY: an array map's element lives as long as the map; this is one aligned load.
-        let slot = GENERATION
-            .get_ptr(0)
-            .map(|word| unsafe { word.read_volatile() } as u32 & 1);
-        Self { slot }
+        let generation = unsafe { (&raw const (*state).generation).read_volatile() };
+        keep_order();
+        Some(Self { state, generation })
     }
+
+    /// Whether its generation is still in force, so that nothing read of it was being written: the
+    /// slot of a generation is written only when the next one is in force.
+    #[inline(always)]
+    pub fn holds(&self) -> bool {
+        keep_order();
+        // SAFETY: as in [`KernelGuard::read`].
+        let generation = unsafe { (&raw const (*self.state).generation).read_volatile() };
+        generation == self.generation
+    }
+
+    #[inline(always)]
+    fn slot(&self) -> &Slot {
+        // SAFETY: the element lives as long as the map, and the index is 0 or 1. Userspace may
+        // write it meanwhile: what is read are integers, of which any is valid.
+        unsafe { &(*self.state).slots[(self.generation & 1) as usize] }
+    }
+
+    /// The slot's number.
+    #[inline(always)]
+    fn number(&self) -> u32 {
+        (self.generation & 1) as u32
+    }
+}
+
+/// Keeps the loads before it before the loads after it. x86 does so by itself; the compiler is told.
+#[cfg(bpf_target_arch = "x86_64")]
+#[inline(always)]
+fn keep_order() {
+    // SAFETY: no instruction at all.
+    unsafe { asm!("", options(nostack, preserves_flags)) }
+}
+
+/// Likewise, where the processor may reorder loads: an exchange that takes place is a full barrier on
+/// every architecture (`BPF_CMPXCHG`, Documentation/bpf/standardization/instruction-set.rst).
+#[cfg(not(bpf_target_arch = "x86_64"))]
+#[inline(always)]
+fn keep_order() {
+    let mut word = 0_u64;
+    // SAFETY: the word is this function's own.
+    let (seen, _) = unsafe {
+        atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+            &raw mut word,
+            0,
+            1,
+        )
+    };
+    // SAFETY: no instruction; the compiler keeps the exchange because its result is read.
+    unsafe { asm!("/* {0} */", in(reg) seen, options(nostack, preserves_flags)) }
 }
 
 impl Guard for KernelGuard {
     #[inline(always)]
     fn policy(&self) -> Option<&Policy> {
-        POLICY.get(self.slot?)
+        Some(&self.slot().policy)
     }
 
     #[inline(always)]
     fn bucket(&self, index: u32) -> Option<&Bucket> {
-        let words = RULES.get_value(self.slot?, &index)?;
-        // SAFETY: as long as a bucket and aligned as one (a bank starts at a page); every bit
-        // pattern of a bucket is valid.
-        Some(unsafe { &*core::ptr::from_ref(words).cast() })
+        let slot = self.slot();
+        if slot.policy.table_mask < INLINE_BUCKETS as u32 {
+            Some(bucket_in(&slot.buckets, index))
+        } else {
+            let words = RULES.get_value(self.number(), &index)?;
+            // SAFETY: as long as a bucket and aligned as one (a bank starts at a page); every bit
+            // pattern of a bucket is valid.
+            Some(unsafe { &*core::ptr::from_ref(words).cast() })
+        }
     }
 
     #[inline(always)]
@@ -93,16 +143,14 @@ impl Guard for KernelGuard {
             return true;
         }
         let (high, low) = address.words();
-        self.slot
-            .is_some_and(|slot| guest_owns(slot, high, low) == 1)
+        guest_owns(self.number(), high, low) == 1
     }
 
     #[inline(always)]
     fn lists(&self, _policy: &Policy, protocol: Protocol, address: Address, port: u16) -> bool {
-        let (high, low) = address.words();
         let service = (protocol as u32) << 16 | port as u32;
-        self.slot
-            .is_some_and(|slot| allowlist_holds(slot, high, low, service) == 1)
+        let (high, low) = address.words();
+        allowlist_holds(self.number(), high, low, service) == 1
     }
 
     #[inline(always)]
@@ -117,35 +165,124 @@ impl Guard for KernelGuard {
 
     #[inline(always)]
     fn now(&self) -> u64 {
-        now()
+        now_of(self.state)
     }
 
     #[inline(always)]
     fn lease_until(&self) -> u64 {
-        // Without the map nothing is leased to anybody: the time has run out.
-        // SAFETY: an array map's element lives as long as the map; this is one aligned load.
-        LEASE
-            .get_ptr(0)
-            .map_or(1, |word| unsafe { word.read_volatile() })
+        // SAFETY: as in [`KernelGuard::read`].
+        unsafe { (&raw const (*self.state).lease_until_ns).read_volatile() }
     }
 
     #[inline(always)]
     fn take(&self, meter: Meter, rate: Rate, units: u32) -> bool {
-        if rate.is_unlimited() {
-            return true;
-        }
-        self.slot
-            .is_some_and(|slot| take_units(slot, meter as u32, units) == 1)
+        rate.is_unlimited() || take_units(self.generation, meter as u32, units) == 1
     }
 
     #[inline(always)]
     fn open_flow(&self, flow: &Flow) -> bool {
-        flows::open(flow)
+        self.holds() && flows::open(flow, self.now())
     }
 
     #[inline(always)]
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
         flows::seen(flow)
+    }
+}
+
+/// A bucket of those beside the policy. The compiler may know the bound and leave the mask out; the
+/// verifier, which does not, is shown it.
+#[inline(always)]
+fn bucket_in(buckets: &[Bucket; INLINE_BUCKETS], index: u32) -> &Bucket {
+    let mut place = index as u64;
+    // SAFETY: arithmetic on the function's own variable, which is then less than the mask's next.
+    unsafe {
+        asm!("{0} &= {1}", inout(reg) place, const INLINE_BUCKETS - 1,
+            options(pure, nomem, nostack, preserves_flags));
+        buckets.get_unchecked(place as usize)
+    }
+}
+
+/// A guard that needs no call to judge: filtered mode, a short allowlist, no lease and no limits.
+/// In a program's straight line a call costs more than the rest of the verdict.
+pub struct StraightGuard<'a> {
+    policy: &'a Policy,
+    buckets: &'a [Bucket; INLINE_BUCKETS],
+}
+
+impl KernelGuard {
+    /// `None` where a judgement may need a call.
+    #[inline(always)]
+    pub fn straight(&self) -> Option<StraightGuard<'_>> {
+        let Slot { policy, buckets } = self.slot();
+        let limited = |meter: Meter| !policy.rates[meter as usize].is_unlimited();
+        if policy.mode != Mode::Filtered as u32
+            || policy.table_mask >= INLINE_BUCKETS as u32
+            || self.lease_until() != 0
+            || limited(Meter::EgressPackets)
+            || limited(Meter::EgressBytes)
+            || limited(Meter::IngressPackets)
+            || limited(Meter::IngressBytes)
+        {
+            return None;
+        }
+        Some(StraightGuard { policy, buckets })
+    }
+}
+
+impl Guard for StraightGuard<'_> {
+    #[inline(always)]
+    fn policy(&self) -> Option<&Policy> {
+        Some(self.policy)
+    }
+
+    #[inline(always)]
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        Some(bucket_in(self.buckets, index))
+    }
+
+    #[inline(always)]
+    fn owns(&self, policy: &Policy, address: Address) -> bool {
+        let (high, low) = address.words();
+        let mut place = 0;
+        while place < MAX_ADDRESSES {
+            let (owned_high, owned_low) = policy.addresses[place].words();
+            if low == owned_low && high == owned_high {
+                return !address.is_unspecified();
+            }
+            place += 1;
+        }
+        false
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        0
+    }
+
+    #[inline(always)]
+    fn lease_until(&self) -> u64 {
+        0
+    }
+
+    #[inline(always)]
+    fn take(&self, _meter: Meter, rate: Rate, _units: u32) -> bool {
+        rate.is_unlimited()
+    }
+
+    #[inline(always)]
+    fn open_flow(&self, _flow: &Flow) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn flow_seen(&self, _flow: &Flow) -> Option<u64> {
+        None
     }
 }
 
@@ -156,8 +293,8 @@ impl Guard for KernelGuard {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn guest_owns(slot: u32, high: u64, low: u64) -> u32 {
-    match POLICY.get(slot) {
-        Some(policy) => policy.owns(Address::from_words(high, low)) as u32,
+    match KernelGuard::of(slot as u64) {
+        Some(guard) => guard.slot().policy.owns(Address::from_words(high, low)) as u32,
         None => 0,
     }
 }
@@ -166,20 +303,20 @@ pub extern "C" fn guest_owns(slot: u32, high: u64, low: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn allowlist_holds(slot: u32, high: u64, low: u64, service: u32) -> u32 {
-    let guard = KernelGuard { slot: Some(slot) };
     let address = Address::from_words(high, low);
-    match guard.policy() {
-        Some(policy) => table_holds(&guard, policy, address, service) as u32,
+    match KernelGuard::of(slot as u64) {
+        Some(guard) => table_holds(&guard, &guard.slot().policy, address, service) as u32,
         None => 0,
     }
 }
 
-/// 1 where `units` could be taken from the bucket of `meter`, at the rate of the policy in `slot`.
+/// 1 where `units` could be taken from the bucket of `meter`, at the rate of the policy of
+/// `generation`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn take_units(slot: u32, meter: u32, units: u32) -> u32 {
-    match POLICY.get(slot) {
-        Some(policy) => take(policy, meter, units) as u32,
+pub extern "C" fn take_units(generation: u64, meter: u32, units: u32) -> u32 {
+    match KernelGuard::of(generation) {
+        Some(guard) => guard.take_at_its_rate(meter, units) as u32,
         None => 0,
     }
 }
@@ -188,42 +325,53 @@ pub extern "C" fn take_units(slot: u32, meter: u32, units: u32) -> u32 {
 #[inline(always)]
 pub fn may_tell() -> bool {
     // A guard without policy has no rate, and nobody who reads.
-    match KernelGuard::read().policy() {
-        Some(policy) => {
-            policy.rates[Meter::Events as usize].is_unlimited()
-                || take(policy, Meter::Events as u32, 1)
-        }
-        None => false,
-    }
+    let Some(guard) = KernelGuard::read() else {
+        return false;
+    };
+    let rate = guard.slot().policy.rates[Meter::Events as usize];
+    rate.is_unlimited() || guard.take_at_its_rate(Meter::Events as u32, 1)
 }
 
-#[inline(always)]
-fn take(policy: &Policy, meter: u32, units: u32) -> bool {
-    let Some(word) = METERS.get_ptr_mut(meter) else {
-        return false;
-    };
-    // The compiler may know the bound and leave the comparison out; the verifier does not.
-    // SAFETY: the variable is this function's own.
-    let meter = unsafe { core::ptr::read_volatile(&raw const meter) };
-    let Some(rate) = policy.rates.get(meter as usize) else {
-        return false;
-    };
-    let now = now();
-    let mut attempt = 0;
-    while attempt < TRIES {
-        // SAFETY: an array map's element is aligned and lives as long as the map.
-        let seen = unsafe { word.read_volatile() };
-        let Some(next) = rate.take(seen, now, units) else {
+impl KernelGuard {
+    /// The policy and allowlist of `generation`.
+    #[inline(always)]
+    fn of(generation: u64) -> Option<Self> {
+        let state = STATE.get_ptr_mut(0)?;
+        Some(Self { state, generation })
+    }
+
+    #[inline(always)]
+    fn take_at_its_rate(&self, meter: u32, units: u32) -> bool {
+        let Some(word) = METERS.get_ptr_mut(meter) else {
             return false;
         };
-        // SAFETY: as above; programs change the element in this way only.
-        let (_, taken) = unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(word, seen, next) };
-        if taken {
-            return true;
+        // The compiler may know the bound and leave the comparison out; the verifier does not.
+        // SAFETY: the variable is this function's own.
+        let meter = unsafe { core::ptr::read_volatile(&raw const meter) };
+        let Some(rate) = self.slot().policy.rates.get(meter as usize).copied() else {
+            return false;
+        };
+        // A rate that is being written must not set the bucket.
+        if !self.holds() {
+            return false;
         }
-        attempt += 1;
+        let now = self.now();
+        let mut attempt = 0;
+        while attempt < TRIES {
+            // SAFETY: an array map's element is aligned and lives as long as the map.
+            let seen = unsafe { word.read_volatile() };
+            let Some(next) = rate.take(seen, now, units) else {
+                return false;
+            };
+            // SAFETY: as above; programs change the element in this way only.
+            let (_, taken) = unsafe { atomic_cxchg::<u64, RELAXED, RELAXED>(word, seen, next) };
+            if taken {
+                return true;
+            }
+            attempt += 1;
+        }
+        false
     }
-    false
 }
 
 #[inline(always)]
@@ -233,14 +381,38 @@ fn fixed() -> FixedInputs {
     unsafe { core::ptr::read_volatile(&raw const FIXED) }
 }
 
+/// `CLOCK_MONOTONIC` as of the last tick or the one before, 1 to 20 ms ago: reading the clock itself
+/// costs as much as the rest of a verdict, and what is timed here lasts longer. It is asked for once
+/// in a tick; until the next one, what was told then is what would be told.
 #[inline(always)]
 pub fn now() -> u64 {
+    match STATE.get_ptr_mut(0) {
+        Some(state) => now_of(state),
+        // Later than any lease.
+        None => u64::MAX,
+    }
+}
+
+/// [`now`], as the guard's state holds it.
+#[inline(always)]
+fn now_of(state: *mut State) -> u64 {
     let fixed = fixed();
     if fixed.now_ns != 0 {
         return fixed.now_ns;
     }
-    // `CLOCK_MONOTONIC` as of the last tick, 1 to 10 ms ago: reading the clock itself costs as much
-    // as the rest of a verdict, and what is timed here lasts longer.
-    // SAFETY: the helper takes no arguments and has no preconditions.
-    unsafe { bpf_ktime_get_coarse_ns() }
+    // SAFETY: the helper takes no arguments and has no preconditions. (On 64 bits it is no call.)
+    let tick = unsafe { bpf_jiffies64() };
+    // SAFETY: an array map's element lives as long as the map; these are aligned words, written in
+    // the other order than they are read.
+    unsafe {
+        if (&raw const (*state).tick).read_volatile() == tick {
+            keep_order();
+            return (&raw const (*state).tick_ns).read_volatile();
+        }
+        let now = bpf_ktime_get_coarse_ns();
+        (&raw mut (*state).tick_ns).write_volatile(now);
+        keep_order();
+        (&raw mut (*state).tick).write_volatile(tick);
+        now
+    }
 }

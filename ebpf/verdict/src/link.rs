@@ -21,7 +21,8 @@ impl Mac {
     /// applications of the same block).
     #[inline(always)]
     pub(crate) const fn is_bridge_control(self) -> bool {
-        self.number() >> 24 == 0x0180c2
+        let [a, b, c, ..] = self.0;
+        u16::from_ne_bytes([a, b]) == u16::from_ne_bytes([0x01, 0x80]) && c == 0xc2
     }
 
     /// Whether the group bit is set (multicast or broadcast).
@@ -37,7 +38,11 @@ impl Mac {
 
     #[inline(always)]
     pub(crate) const fn equals(self, other: Self) -> bool {
-        self.number() == other.number()
+        let [a, b, c, d, e, f] = self.0;
+        let [g, h, i, j, k, l] = other.0;
+        (u32::from_ne_bytes([a, b, c, d]) ^ u32::from_ne_bytes([g, h, i, j]))
+            | (u16::from_ne_bytes([e, f]) ^ u16::from_ne_bytes([k, l])) as u32
+            == 0
     }
 
     const fn is_zero(self) -> bool {

@@ -40,8 +40,15 @@ impl Mode {
     }
 
     /// The mode whose discriminant is `number`.
-    pub fn from_number(number: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|mode| *mode as u32 == number)
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::Filtered),
+            2 => Some(Self::Conntrack),
+            3 => Some(Self::Sampled),
+            4 => Some(Self::Direct),
+            _ => None,
+        }
     }
 }
 
@@ -89,10 +96,15 @@ pub struct Policy {
     pub limits: [[u64; 2]; 2],
     /// The guest's MAC.
     pub mac: Mac,
+    /// Zero, as all padding here: each MAC starts at a word, and the allowlist behind the policy at
+    /// a cache line.
+    pub padding: [u8; 2],
     /// Where the guest's IP frames must go, and who answers for the gateway.
     pub gateway_mac: Mac,
     /// Zero.
-    pub padding: [u8; 4],
+    pub padding_too: [u8; 2],
+    /// Zero.
+    pub rest: [u64; 2],
 }
 
 impl Policy {
@@ -109,8 +121,10 @@ impl Policy {
         rates: [Rate::UNLIMITED; Meter::COUNT],
         limits: [[0; 2]; 2],
         mac: Mac([0; 6]),
+        padding: [0; 2],
         gateway_mac: Mac([0; 6]),
-        padding: [0; 4],
+        padding_too: [0; 2],
+        rest: [0; 2],
     };
 
     /// Whether the guest owns `address`. Nobody owns the unspecified address.

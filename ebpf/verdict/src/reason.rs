@@ -129,6 +129,8 @@ reasons! {
     Policed = "policed",
     /// The guard's own answer could not be written into the frame.
     AnswerFailed = "answer_failed",
+    /// The policy changed again and again while the frame was judged.
+    PolicyChanging = "policy_changing",
 }
 
 impl Reason {

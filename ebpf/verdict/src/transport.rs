@@ -4,6 +4,8 @@ use crate::network::{ETHERNET_HEADER, Packet};
 use crate::reason::{Direction, Reason};
 use crate::{Address, Flow, Frame, Protocol, Segments, icmp};
 
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
 pub(crate) const ICMPV6: u8 = 58;
 /// Every interface carries as much (RFC 791, 3.2; `ETH_MIN_MTU` in include/uapi/linux/if_ether.h).
 pub(crate) const MINIMUM_MTU: u32 = 68;
@@ -32,8 +34,8 @@ impl Segment {
     ) -> Result<Self, Reason> {
         let v4 = packet.source.is_v4();
         match packet.protocol {
-            17 => Self::udp(frame, packet, direction),
-            6 => Self::tcp(frame, packet, direction),
+            UDP => Self::udp(frame, packet, direction),
+            TCP => Self::tcp(frame, packet, direction),
             1 if v4 => icmp::segment(frame, packet, direction),
             ICMPV6 if !v4 => icmp::segment(frame, packet, direction),
             _ => Err(Reason::Protocol),
@@ -137,9 +139,9 @@ impl Segment {
                 // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's
                 // offload header asks.
                 let kind = match (packet.protocol, packet.source.is_v4()) {
-                    (6, true) => Segments::TcpV4,
-                    (6, false) => Segments::TcpV6,
-                    (17, _) => Segments::Udp,
+                    (TCP, true) => Segments::TcpV4,
+                    (TCP, false) => Segments::TcpV6,
+                    (UDP, _) => Segments::Udp,
                     _ => return Err(Reason::Fragment),
                 };
                 if !frame.is_cut_into(kind) {

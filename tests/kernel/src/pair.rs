@@ -125,7 +125,7 @@ impl Pair {
             1..=15 => NOW + 1,
             _ => 0,
         };
-        self.programs.set_word("LEASE", 0, lease)?;
+        PolicyStore::of(&mut self.programs, "parity")?.set_lease_until_ns(lease);
         self.native.lease = lease;
         if self.limited {
             let (meter, _) = LIMITS[random.usize(..LIMITS.len())];

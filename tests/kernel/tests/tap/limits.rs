@@ -42,7 +42,9 @@ fn passes(programs: &mut Programs, direction: Direction, frame: &[u8]) -> bool {
 fn a_lease_ends_and_is_renewed_by_one_word() {
     let mut programs = programs(Mode::Filtered, |_| {});
     for (until, allowed) in [(0, true), (NOW, false), (NOW + 1, true), (1, false)] {
-        programs.set_word("LEASE", 0, until).unwrap();
+        PolicyStore::of(&mut programs, "limits")
+            .unwrap()
+            .set_lease_until_ns(until);
         let passed = passes(&mut programs, Direction::Egress, &to_consumer(b"x"));
         assert_eq!(passed, allowed, "{until}");
         let policy = config(Mode::Filtered).policy("guest").unwrap();
