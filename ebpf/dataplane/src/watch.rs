@@ -139,9 +139,7 @@ impl GuardWatch {
     /// # Errors
     /// What has changed.
     pub fn check(&self) -> Result<(), GuardError> {
-        if interface::index(&self.interface)? != self.ifindex {
-            return Err(self.not_in_force("the interface was re-created"));
-        }
+        self.same_interface()?;
         for held in &self.held {
             match fs::symlink_metadata(&held.pin) {
                 Ok(pin) if pin.ino() == held.inode => {}
@@ -155,10 +153,12 @@ impl GuardWatch {
                 }
                 Err(error) => return Err(self.failed("read a pin")(error)),
             }
-            let complaint = held
-                .complaint(self.ifindex)
-                .map_err(self.failed("ask for the programs"))?;
-            if let Some(why) = complaint {
+            let complaint = held.complaint(self.ifindex);
+            if !matches!(complaint, Ok(None)) {
+                // An interface that goes takes along what judged it, and may have gone just now.
+                self.same_interface()?;
+            }
+            if let Some(why) = complaint.map_err(self.failed("ask for the programs"))? {
                 return Err(self.not_in_force(why));
             }
         }
@@ -166,6 +166,14 @@ impl GuardWatch {
             return Err(self.not_in_force("its policy was changed by another"));
         }
         Ok(())
+    }
+
+    fn same_interface(&self) -> Result<(), GuardError> {
+        if interface::index(&self.interface)? == self.ifindex {
+            Ok(())
+        } else {
+            Err(self.not_in_force("the interface was re-created"))
+        }
     }
 
     /// When it is time to look: when a pin of the guard was removed or moved, when anybody has done

@@ -102,20 +102,18 @@ fn veth_joins_two_namespaces() {
         namespace.ip(&format!("link set {name} up")).unwrap();
     }
     let capture = far.enter(|| Capture::open("v1")).unwrap().unwrap();
-    near.enter(|| FrameSender::open("v0"))
-        .unwrap()
-        .unwrap()
-        .send(&frame(7))
-        .unwrap();
+    let sender = near.enter(|| FrameSender::open("v0")).unwrap().unwrap();
     let mut seen = Vec::new();
+    // What is sent before the kernel has taken note of the carrier is lost.
     for _ in 0..100 {
+        sender.send(&frame(7)).unwrap();
+        thread::sleep(Duration::from_millis(10));
         seen.extend(capture.frames().unwrap());
         if !seen.is_empty() {
             break;
         }
-        thread::sleep(Duration::from_millis(10));
     }
-    assert_eq!(seen.len(), 1);
+    assert!(!seen.is_empty());
     assert_eq!(seen[0].bytes, frame(7));
 }
 
