@@ -12,18 +12,17 @@ use crate::package;
 /// What another kernel may do otherwise, in the order in which it is run. The first says by which
 /// hook the kernel runs guards. Those of `tests/kernel` that are not here need no kernel, or load
 /// the programs so often that emulation takes many minutes.
-const SUITES: [&str; 7] = [
+const SUITES: [&str; 6] = [
     "support",
     "load",
     "corpus",
     "parity",
     "lifecycle",
-    "tap",
     "clsact",
 ];
-/// What a machine does not run, for the time that emulation takes: `tap` is of the programs more
-/// than of the hook, and `clsact` is run where that is the only hook.
-const LEFT_OUT: [(&str, &str); 2] = [("6.1", "tap"), ("6.12", "clsact")];
+/// What a machine does not run, for the time that emulation takes: `clsact` is run where that is the
+/// only hook.
+const LEFT_OUT: [(&str, &str); 1] = [("6.12", "clsact")];
 
 /// Tests of a suite that a machine does not run, by a word in their names: the other machine does,
 /// and the running kernel runs them all.
