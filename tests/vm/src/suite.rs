@@ -12,14 +12,7 @@ use crate::package;
 /// What another kernel may do otherwise, in the order in which it is run. The first says by which
 /// hook the kernel runs guards. Those of `tests/kernel` that are not here need no kernel, or load
 /// the programs so often that emulation takes many minutes.
-const SUITES: [&str; 6] = [
-    "support",
-    "load",
-    "corpus",
-    "parity",
-    "lifecycle",
-    "clsact",
-];
+const SUITES: [&str; 6] = ["support", "load", "corpus", "parity", "lifecycle", "clsact"];
 /// What a machine does not run, for the time that emulation takes: `clsact` is run where that is the
 /// only hook.
 const LEFT_OUT: [(&str, &str); 1] = [("6.12", "clsact")];
