@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
@@ -77,7 +77,7 @@ fn foreign_filter(place: &str) {
 }
 
 /// Puts the program that is pinned at `name` on the ingress hook once more.
-fn filter_again(pins: &PathBuf, options: NlOptions) {
+fn filter_again(pins: &Path, options: NlOptions) {
     let mut program = SchedClassifier::from_pin(pins.join("guest/program_egress")).unwrap();
     let options = TcAttachOptions::Netlink(options);
     let id = program
