@@ -4,7 +4,7 @@
 #   make build    target/release/{omerta,omertad,omerta-demo}
 #   make image    the guest image, in target/image, or make image IMAGE=DIR
 #   make demo     setup, build, image, then the demonstration
-#   make test     setup, build, image, then every test
+#   make test     setup, image, then every test; all of it built once, for testing
 #   make fuzz     every fuzz target for SECONDS=N (60)
 #   make soak     parity, policy flips and kills under traffic, until Ctrl-C or SECONDS=N
 #   make prove    proof, by a solver, of what the compiled kernel programs allow (tests/prove)
@@ -40,7 +40,7 @@ demo: setup
 	@target/release/omerta-demo
 
 test: setup
-	@$(MAKE) --no-print-directory build image
+	@$(MAKE) --no-print-directory image
 	@tests/run.sh
 
 fuzz:

@@ -1,26 +1,35 @@
-//! Which accelerator works here. `/dev/kvm` can open, and even create virtual machines, and still
-//! hang every guest, so the only proof is a guest that ran.
+//! Which accelerator works here. `/dev/kvm` can open, create virtual machines and run a few
+//! instructions, and still stop every real guest at an instruction that its host cannot carry out,
+//! so the only proof is a kernel that booted.
 
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::Accel;
 use crate::command::{QEMU, SANDBOX};
+use crate::image::{Image, ImageError};
 use crate::memory_file::MemoryFile;
 
 /// How long the probe guest may take; where KVM works it needs a few tenths of a second.
 const DEADLINE: Duration = Duration::from_secs(3);
+/// How long a kernel may take to find that it has no root. One that is no Linux never does.
+const KERNEL_DEADLINE: Duration = Duration::from_secs(4);
 
 /// What the probe guest writes to the exit port; QEMU then exits with twice that plus one.
 const EXIT_VALUE: u8 = 0x2a;
 const EXIT_CODE: i32 = EXIT_VALUE as i32 * 2 + 1;
+
+/// How QEMU begins to say that KVM gave up on a guest (accel/kvm/kvm-all.c). The guest then stands
+/// still for good.
+const GAVE_UP: &str = "KVM internal error";
 
 /// What the probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,13 +40,19 @@ pub struct AccelReport {
     pub why: String,
 }
 
+impl AccelReport {
+    fn tcg(why: &str) -> Self {
+        Self {
+            accel: Accel::Tcg,
+            why: format!("{why}; emulating (TCG)"),
+        }
+    }
+}
+
 /// Finds out whether KVM runs a guest here, and falls back to TCG if not. Takes at most a few
-/// seconds; ask once and keep the answer.
+/// seconds; ask once and keep the answer. [`probe_kernel`] then asks the same of a real kernel.
 pub async fn probe_accel() -> AccelReport {
-    let tcg = |why: String| AccelReport {
-        accel: Accel::Tcg,
-        why: format!("{why}; emulating (TCG)"),
-    };
+    let tcg = |why: String| AccelReport::tcg(&why);
     if let Err(error) = std::fs::File::options()
         .read(true)
         .write(true)
@@ -46,19 +61,23 @@ pub async fn probe_accel() -> AccelReport {
         return tcg(format!("/dev/kvm cannot be opened ({error})"));
     }
     let started = Instant::now();
-    match run_probe(Accel::Kvm, DEADLINE).await {
-        Ok(Outcome::Ran) => AccelReport {
+    match run_tiny(Accel::Kvm, DEADLINE).await {
+        Ok(Outcome::Exited(status, _)) if status.code() == Some(EXIT_CODE) => AccelReport {
             accel: Accel::Kvm,
             why: format!(
                 "KVM ran a test guest in {} ms",
                 started.elapsed().as_millis()
             ),
         },
-        Ok(Outcome::Hung) => tcg(format!(
+        Ok(Outcome::StillRuns) => tcg(format!(
             "/dev/kvm opens but a test guest did not get through its firmware in {} s",
             DEADLINE.as_secs()
         )),
-        Ok(Outcome::Failed(said)) => tcg(format!("KVM does not run guests here ({said})")),
+        Ok(Outcome::GaveUp(said)) => tcg(format!("KVM does not run guests here ({said})")),
+        Ok(Outcome::Exited(status, said)) => tcg(format!(
+            "KVM does not run guests here ({})",
+            end(status, &said)
+        )),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             tcg(format!("KVM could not be tried: {QEMU} is not installed"))
         }
@@ -66,49 +85,97 @@ pub async fn probe_accel() -> AccelReport {
     }
 }
 
+/// Boots the image's kernel under KVM, without a root, and tells what to use instead where KVM does
+/// not run it: `None` where it does, or where nothing speaks against it (a kernel that is no Linux
+/// does not end by itself). Takes under a second where KVM works, 4 s at most.
+///
+/// # Errors
+/// When the kernel cannot be read.
+pub async fn probe_kernel(image: &Image) -> Result<Option<AccelReport>, ImageError> {
+    let kernel = image.copy_kernel()?;
+    let why = match run(kernel_arguments(&kernel.path()), KERNEL_DEADLINE).await {
+        Ok(Outcome::StillRuns) => return Ok(None),
+        Ok(Outcome::Exited(status, _)) if status.success() => return Ok(None),
+        Ok(Outcome::Exited(status, said)) => end(status, &said),
+        Ok(Outcome::GaveUp(said)) => said,
+        Err(error) => error.to_string(),
+    };
+    let kernel = image.kernel.display();
+    Ok(Some(AccelReport::tcg(&format!(
+        "KVM runs a few instructions but not {kernel} ({why})"
+    ))))
+}
+
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
-    Ran,
-    Hung,
-    Failed(String),
+    /// QEMU ended, and the first line it printed.
+    Exited(ExitStatus, String),
+    /// KVM gave up, in QEMU's words.
+    GaveUp(String),
+    StillRuns,
+}
+
+fn end(status: ExitStatus, said: &str) -> String {
+    match (said.is_empty(), status.signal()) {
+        (false, _) => said.to_owned(),
+        (true, Some(signal)) => format!("{QEMU} died of signal {signal}"),
+        (true, None) => format!("{QEMU} ended with {status}"),
+    }
 }
 
 /// Boots the probe guest: SeaBIOS, QEMU's multiboot loader, then our few instructions.
-async fn run_probe(accel: Accel, deadline: Duration) -> io::Result<Outcome> {
-    let kernel = MemoryFile::copy_of(probe_kernel().as_slice(), c"omerta-probe")?;
-    let child = Command::new(QEMU)
-        .args(arguments(accel, &kernel.path()))
+async fn run_tiny(accel: Accel, deadline: Duration) -> io::Result<Outcome> {
+    let kernel = MemoryFile::copy_of(tiny_kernel().as_slice(), c"omerta-probe")?;
+    run(tiny_arguments(accel, &kernel.path()), deadline).await
+}
+
+async fn run(arguments: Vec<OsString>, deadline: Duration) -> io::Result<Outcome> {
+    let mut child = Command::new(QEMU)
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .process_group(0)
         .kill_on_drop(true)
         .spawn()?;
-    let Ok(output) = timeout(deadline, child.wait_with_output()).await else {
-        return Ok(Outcome::Hung);
+    let said = child.stderr.take();
+    let watched = async {
+        let first = match said {
+            Some(said) => match hear(said).await? {
+                Heard::GaveUp(line) => return Ok(Outcome::GaveUp(line)),
+                Heard::End(first) => first,
+            },
+            None => String::new(),
+        };
+        Ok(Outcome::Exited(child.wait().await?, first))
     };
-    let output = output?;
-    if output.status.code() == Some(EXIT_CODE) {
-        return Ok(Outcome::Ran);
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said = said
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .chars()
-        .take(200)
-        .collect::<String>();
-    Ok(Outcome::Failed(
-        match (said.is_empty(), output.status.signal()) {
-            (false, _) => said,
-            (true, Some(signal)) => format!("{QEMU} died of signal {signal}"),
-            (true, None) => format!("{QEMU} ended with {}", output.status),
-        },
-    ))
+    timeout(deadline, watched)
+        .await
+        .unwrap_or(Ok(Outcome::StillRuns))
 }
 
-fn arguments(accel: Accel, kernel: &Path) -> Vec<OsString> {
+enum Heard {
+    /// The line that says so.
+    GaveUp(String),
+    /// Nothing more follows; the first line.
+    End(String),
+}
+
+/// Reads what QEMU prints until it says that KVM gave up, or ends.
+async fn hear(said: impl AsyncRead + Unpin) -> io::Result<Heard> {
+    let mut lines = BufReader::new(said).lines();
+    let mut first = None;
+    while let Some(line) = lines.next_line().await? {
+        let line: String = line.chars().filter(|c| !c.is_control()).take(200).collect();
+        if line.starts_with(GAVE_UP) {
+            return Ok(Heard::GaveUp(line));
+        }
+        first.get_or_insert(line);
+    }
+    Ok(Heard::End(first.unwrap_or_default()))
+}
+
+fn common_arguments(accel: Accel) -> Vec<OsString> {
     let cpu = match accel {
         Accel::Kvm => "host",
         Accel::Tcg => "max",
@@ -124,24 +191,40 @@ fn arguments(accel: Accel, kernel: &Path) -> Vec<OsString> {
         accel.word(),
         "-cpu",
         cpu,
-        "-m",
-        "32M",
         "-display",
         "none",
         "-no-reboot",
+    ]
+    .map(OsString::from)
+    .into()
+}
+
+fn tiny_arguments(accel: Accel, kernel: &Path) -> Vec<OsString> {
+    let own = [
+        "-m",
+        "32M",
         "-device",
         "isa-debug-exit,iobase=0x501,iosize=4",
         "-kernel",
-    ]
-    .into_iter()
-    .map(OsString::from)
-    .chain([kernel.into()])
-    .collect()
+    ];
+    let mut arguments = common_arguments(accel);
+    arguments.extend(own.map(OsString::from));
+    arguments.push(kernel.into());
+    arguments
+}
+
+/// A Linux that finds no root panics, and so reboots at once, which here ends QEMU.
+fn kernel_arguments(kernel: &Path) -> Vec<OsString> {
+    let own = ["-m", "256M", "-append", "panic=-1 quiet", "-kernel"];
+    let mut arguments = common_arguments(Accel::Kvm);
+    arguments.extend(own.map(OsString::from));
+    arguments.push(kernel.into());
+    arguments
 }
 
 /// A multiboot kernel (Multiboot Specification 0.6.96, section 3.1, address fields) whose whole
 /// program is to write [`EXIT_VALUE`] to port 0x501.
-fn probe_kernel() -> Vec<u8> {
+fn tiny_kernel() -> Vec<u8> {
     const LOAD: u32 = 0x10_0000;
     const MAGIC: u32 = 0x1bad_b002;
     const ADDRESSES_GIVEN: u32 = 1 << 16;
@@ -177,13 +260,32 @@ mod tests {
     /// The probe's guest must itself be sound, or a hang would prove nothing of KVM.
     #[tokio::test]
     async fn the_probe_guest_runs_where_a_guest_can_run() {
-        let outcome = run_probe(Accel::Tcg, Duration::from_secs(60)).await;
-        assert_eq!(outcome.unwrap(), Outcome::Ran);
+        let outcome = run_tiny(Accel::Tcg, Duration::from_secs(60)).await.unwrap();
+        assert!(
+            matches!(&outcome, Outcome::Exited(status, _) if status.code() == Some(EXIT_CODE)),
+            "{outcome:?}"
+        );
     }
 
     #[tokio::test]
-    async fn a_guest_that_does_not_get_through_in_time_is_reported_as_hung() {
-        let outcome = run_probe(Accel::Tcg, Duration::from_millis(1)).await;
-        assert_eq!(outcome.unwrap(), Outcome::Hung);
+    async fn a_guest_that_does_not_get_through_in_time_is_told_from_one_that_ended() {
+        let outcome = run_tiny(Accel::Tcg, Duration::from_millis(1)).await;
+        assert_eq!(outcome.unwrap(), Outcome::StillRuns);
+    }
+
+    /// What QEMU printed where KVM on a paravirtual host met an instruction that it does not emulate.
+    #[tokio::test]
+    async fn kvm_that_gives_up_on_a_guest_is_heard_while_qemu_runs_on() {
+        let (mut qemu, said) = tokio::io::duplex(1024);
+        let text =
+            b"qemu: warning: \x1b[31mred\nKVM internal error. Suberror: 1\nemulation failure\n";
+        tokio::io::AsyncWriteExt::write_all(&mut qemu, text)
+            .await
+            .unwrap();
+        let heard = timeout(Duration::from_secs(60), hear(said)).await.unwrap();
+        let Ok(Heard::GaveUp(line)) = heard else {
+            panic!("not heard");
+        };
+        assert_eq!(line, "KVM internal error. Suberror: 1");
     }
 }

@@ -101,9 +101,13 @@ impl Image {
     /// Waits for the file system, for as long as that takes.
     pub(crate) fn copy(&self) -> Result<BootFiles, ImageError> {
         Ok(BootFiles {
-            kernel: copy(&self.kernel, c"omerta-kernel")?,
+            kernel: self.copy_kernel()?,
             initrd: copy(&self.initrd, c"omerta-initrd")?,
         })
+    }
+
+    pub(crate) fn copy_kernel(&self) -> Result<MemoryFile, ImageError> {
+        copy(&self.kernel, c"omerta-kernel")
     }
 }
 

@@ -160,6 +160,16 @@ impl Qmp {
         }
     }
 
+    /// Why the guest can never go on, if so: what the accelerator or a device met is told by no event
+    /// of its own but only by the state.
+    pub(crate) async fn fault(&self) -> Result<Option<&'static str>, QmpError> {
+        Ok(match self.state().await? {
+            RunState::internal_error => Some("internal-error"),
+            RunState::io_error => Some("io-error"),
+            _ => None,
+        })
+    }
+
     /// Lets the guest run, and checks that it does.
     pub(crate) async fn cont(&self) -> Result<(), QmpError> {
         self.execute("cont", qmp::cont {}).await?;
@@ -395,6 +405,25 @@ mod tests {
                 ),
                 "{error:?}"
             );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_kvm_gave_up_on_is_told_from_one_that_was_stopped() {
+        for (word, fault) in [
+            ("internal-error", true),
+            ("io-error", true),
+            ("paused", false),
+        ] {
+            let answer = move |name: &str, id| {
+                Some(if name == "query-status" {
+                    state(word, id)
+                } else {
+                    done(id)
+                })
+            };
+            let (qmp, _events) = connected_to(GREETING, answer).await.unwrap();
+            assert_eq!(qmp.fault().await.unwrap(), fault.then_some(word));
         }
     }
 

@@ -8,11 +8,11 @@ use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, Cause, Event as EngineEvent, GuestEvent, GuestId, GuestState, Monotonic, Record,
 };
-use omerta_vm_launcher::{Accel, AccelReport, probe_accel};
-use tokio::runtime::Handle;
-use tokio::sync::{OnceCell, watch};
-use tokio::task::{JoinSet, spawn_blocking};
+use omerta_vm_launcher::AccelReport;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
+use crate::acceleration::Acceleration;
 use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
@@ -26,8 +26,6 @@ use crate::roster::{Roster, unknown};
 
 /// How long all guests together may take to end when omertad does.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(8);
-/// How long finding out whether KVM works may take.
-const PROBE_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The guests, and what answers questions about them. One lock, held for microseconds: whoever
 /// holds it does no I/O.
@@ -39,7 +37,7 @@ pub(crate) struct Fleet {
     room: Room,
     roster: Mutex<Roster>,
     tasks: Mutex<JoinSet<()>>,
-    accel: OnceCell<AccelReport>,
+    acceleration: Acceleration,
 }
 
 /// What metrics tell of one guest.
@@ -59,11 +57,11 @@ impl Fleet {
         Self {
             roster: Mutex::new(Roster::new(&settings)),
             room: Room::of_process(&settings),
+            acceleration: Acceleration::new(settings.accel),
             settings: Arc::new(settings),
             journal,
             lookups: Lookups::new(lookups::DEADLINE),
             tasks: Mutex::new(JoinSet::new()),
-            accel: OnceCell::new(),
         }
     }
 
@@ -93,26 +91,9 @@ impl Fleet {
         Ok(self.journal.reader(guest, follow))
     }
 
-    /// How guests execute; the first call may take seconds to find out.
-    pub(crate) async fn accel(&self) -> &AccelReport {
-        self.accel
-            .get_or_init(|| async {
-                let report = match self.settings.accel {
-                    Some(accel) => AccelReport {
-                        accel,
-                        why: "configured".to_owned(),
-                    },
-                    None => probed().await,
-                };
-                tracing::info!(accel = %report.accel, why = report.why, "acceleration chosen");
-                report
-            })
-            .await
-    }
-
-    /// How guests execute, if that is known yet.
-    pub(crate) fn known_accel(&self) -> Option<&AccelReport> {
-        self.accel.get()
+    /// How guests execute.
+    pub(crate) const fn acceleration(&self) -> &Acceleration {
+        &self.acceleration
     }
 
     /// Runs a guest; returns once it runs, or once nothing of it is left.
@@ -125,8 +106,8 @@ impl Fleet {
         let settings = Arc::clone(&self.settings);
         let check = move || Order::check(request, &settings);
         let order = self.lookups.look(&image, check).await??;
-        let report = self.accel().await;
-        let (id, mut state) = self.admit(&order, report)?;
+        let report = self.acceleration.of(order.image()).await;
+        let (id, mut state) = self.admit(&order, &report)?;
         let settled = |state: &GuestState| {
             use GuestState::{Ended, Running, Stopping, Suspended};
             matches!(state, Running | Suspended | Stopping | Ended)
@@ -343,22 +324,6 @@ impl Fleet {
 
     fn lock(&self) -> MutexGuard<'_, Roster> {
         self.roster.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// How guests execute, found out on a thread that may be kept waiting.
-async fn probed() -> AccelReport {
-    let handle = Handle::current();
-    let probing = spawn_blocking(move || handle.block_on(probe_accel()));
-    match tokio::time::timeout(PROBE_DEADLINE, probing).await {
-        Ok(Ok(report)) => report,
-        Ok(Err(_)) | Err(_) => AccelReport {
-            accel: Accel::Tcg,
-            why: format!(
-                "whether KVM works could not be found out within {} s; emulating (TCG)",
-                PROBE_DEADLINE.as_secs()
-            ),
-        },
     }
 }
 

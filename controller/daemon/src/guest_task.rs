@@ -366,6 +366,8 @@ fn translate(event: LauncherEvent, powered_down: bool) -> Option<GuestEvent> {
         LauncherEvent::Reset => Some(GuestEvent::Reset),
         LauncherEvent::Panicked => Some(GuestEvent::Panicked),
         LauncherEvent::GuardLost { why } => Some(GuestEvent::GuardLost { message: why }),
+        // What never goes on is as good as ended, and is ended.
+        LauncherEvent::Broken { why } => Some(GuestEvent::Exited { message: Some(why) }),
         LauncherEvent::Exited { status } => Some(GuestEvent::Exited {
             message: unless_powered_down(status, powered_down),
         }),

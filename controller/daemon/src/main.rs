@@ -1,6 +1,7 @@
 //! omertad: runs guests, keeps their guards, exports metrics.
 #![deny(unsafe_code)]
 
+mod acceleration;
 mod arguments;
 mod clock;
 mod config;
@@ -135,7 +136,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
     );
     let probing = Arc::clone(&fleet);
     tokio::spawn(async move {
-        probing.accel().await;
+        probing.acceleration().find().await;
     });
 
     let (stop, stopped) = notice::channel(false);

@@ -84,6 +84,11 @@ impl Order {
         })
     }
 
+    /// What it is to boot.
+    pub(crate) const fn image(&self) -> &Image {
+        &self.image
+    }
+
     /// The launcher's spec, with what the daemon assigns.
     pub(crate) fn spec(
         &self,

@@ -179,8 +179,8 @@ async fn events(
 }
 
 async fn version(State(fleet): State<Arc<Fleet>>) -> Json<Version> {
-    let (accel, accel_why) = match fleet.known_accel() {
-        Some(report) => (report.accel.to_string(), report.why.clone()),
+    let (accel, accel_why) = match fleet.acceleration().known() {
+        Some(report) => (report.accel.to_string(), report.why),
         None => (
             "probing".to_owned(),
             "whether KVM works here is being found out".to_owned(),

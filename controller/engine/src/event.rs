@@ -73,7 +73,7 @@ pub enum GuestEvent {
     StopDeadlinePassed,
     /// Someone asked for its end: [`Cause::Killed`] or [`Cause::Shutdown`].
     EndRequested(Cause),
-    /// Its process exited by itself.
+    /// Its process exited by itself, or can never run on.
     Exited {
         /// How, where the guest did not power itself down.
         message: Option<String>,

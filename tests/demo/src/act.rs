@@ -96,12 +96,6 @@ pub fn play(
     let version = daemon.omerta.json(&["version"])?;
     let served = version.get("omertad").unwrap_or(&version);
     report.say(&format!("omertad {}", text(served, "version")?));
-    report.say(&format!(
-        "guests run under {}: {}",
-        text(served, "accel")?.to_uppercase(),
-        text(served, "accel_why")?
-    ));
-
     let scene = Scene {
         stage: &stage,
         daemon,

@@ -60,6 +60,11 @@ impl Control {
         Ok(())
     }
 
+    /// QEMU's word for why a stopped guest can never go on, if so.
+    pub(super) async fn fault(&self) -> Result<Option<&'static str>, LaunchError> {
+        Ok(self.qmp.fault().await?)
+    }
+
     /// Fails where the guard is no longer what was proven before the guest ran.
     pub(super) fn verify_guard(&self) -> Result<(), GuardError> {
         self.guard.check()

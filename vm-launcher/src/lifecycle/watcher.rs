@@ -33,6 +33,11 @@ pub enum GuestEvent {
     Panicked,
     /// The guest was stopped.
     Paused,
+    /// The guest stands still and can never go on: the accelerator or a device gave up on it.
+    Broken {
+        /// What QEMU says of it, and what to do.
+        why: String,
+    },
     /// The guest runs again.
     Resumed,
     /// The guard is no longer what was proven before the guest ran, or cannot be looked at. The
@@ -114,7 +119,7 @@ impl Watcher {
                             tell(&self.events, GuestEvent::Reset);
                         }
                     }
-                    Some(MachineEvent::Stopped) => tell(&self.events, GuestEvent::Paused),
+                    Some(MachineEvent::Stopped) => self.stopped().await,
                     Some(MachineEvent::Resumed) => tell(&self.events, GuestEvent::Resumed),
                     Some(MachineEvent::Shutdown) => tell(&self.events, GuestEvent::Shutdown),
                     Some(MachineEvent::Panicked) => tell(&self.events, GuestEvent::Panicked),
@@ -141,6 +146,19 @@ impl Watcher {
                 },
             }
         }
+    }
+
+    /// Tells a guest that was stopped from one that QEMU gave up on.
+    async fn stopped(&self) {
+        let fault = timeout(PAUSE_DEADLINE, self.control.fault()).await;
+        let Ok(Ok(Some(fault))) = fault else {
+            return tell(&self.events, GuestEvent::Paused);
+        };
+        let why = format!(
+            "QEMU gave up on the guest (`{fault}`): see `dmesg`, and if that is KVM's doing, set `accel = \"tcg\"`"
+        );
+        // The guest stands still: this may wait for a slow reader, and must not be lost.
+        let _ = self.events.send(GuestEvent::Broken { why }).await;
     }
 
     /// Tells whether the guest has turned its power off, which QEMU says just before it ends.
