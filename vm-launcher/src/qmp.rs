@@ -188,6 +188,12 @@ impl Qmp {
         Ok(())
     }
 
+    /// Presses the guest's reset button.
+    pub(crate) async fn system_reset(&self) -> Result<(), QmpError> {
+        self.execute("system_reset", qmp::system_reset {}).await?;
+        Ok(())
+    }
+
     /// Tells QEMU to end.
     pub(crate) async fn quit(&self) -> Result<(), QmpError> {
         self.execute("quit", qmp::quit {}).await?;

@@ -89,12 +89,21 @@ pub enum Occurrence {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         frame_to_paused_us: Option<u64>,
     },
-    /// The guest could not be paused; it is killed instead.
+    /// The guest could not be paused; it is killed instead where that was for rogue traffic.
     PauseFailed {
         /// What went wrong.
         message: String,
     },
-    /// The guest rebooted itself.
+    /// The guest stands still by request.
+    Held {},
+    /// The guest runs on.
+    Released {},
+    /// The guest could not be made to run on.
+    ReleaseFailed {
+        /// What went wrong.
+        message: String,
+    },
+    /// The guest was reset, by itself or by request.
     Reset {},
     /// The guest's kernel panicked; the guest is paused.
     Panicked {},

@@ -1,5 +1,6 @@
 //! Guests on the wire.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::num::NonZero;
 
@@ -66,6 +67,12 @@ pub struct RunRequest {
     /// Whether the console gives a shell rather than only a log.
     #[serde(default)]
     pub console_shell: bool,
+    /// Seconds (1 or more) after which the guest is killed, counted from its start; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_seconds: Option<u32>,
+    /// What the operator calls it by: up to 16 names with their values, of no meaning to omertad.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// Body of `POST /v1/guests/{name}/stop`; may be empty.
@@ -130,6 +137,12 @@ pub struct Guest {
     pub cpus: u8,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Seconds that it may run; null where it may run for ever.
+    #[serde(default)]
+    pub timeout_seconds: Option<u32>,
+    /// What the operator calls it by.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
     /// The hypervisor's process id; null while launching and once ended.
     pub pid: Option<u32>,
     /// Path of the unix socket of the serial console; null while launching and once ended.

@@ -8,6 +8,12 @@ pub const GUEST: &str = "/v1/guests/{name}";
 pub const GUEST_STOP: &str = "/v1/guests/{name}/stop";
 /// `POST` ends a guest at once.
 pub const GUEST_KILL: &str = "/v1/guests/{name}/kill";
+/// `POST` makes a guest stand still.
+pub const GUEST_PAUSE: &str = "/v1/guests/{name}/pause";
+/// `POST` lets a guest that was paused by request run on.
+pub const GUEST_RESUME: &str = "/v1/guests/{name}/resume";
+/// `POST` resets a guest.
+pub const GUEST_RESET: &str = "/v1/guests/{name}/reset";
 /// `GET` reads a guest's console log as plain text.
 pub const GUEST_LOG: &str = "/v1/guests/{name}/log";
 /// `GET` reads events, one JSON object a line.
@@ -16,11 +22,14 @@ pub const EVENTS: &str = "/v1/events";
 pub const VERSION: &str = "/v1/version";
 
 /// Every path with the methods it answers.
-pub const ALL: [(&str, &[&str]); 7] = [
+pub const ALL: [(&str, &[&str]); 10] = [
     (GUESTS, &["get", "post"]),
     (GUEST, &["get"]),
     (GUEST_STOP, &["post"]),
     (GUEST_KILL, &["post"]),
+    (GUEST_PAUSE, &["post"]),
+    (GUEST_RESUME, &["post"]),
+    (GUEST_RESET, &["post"]),
     (GUEST_LOG, &["get"]),
     (EVENTS, &["get"]),
     (VERSION, &["get"]),

@@ -48,6 +48,8 @@ fn run_request() -> RunRequest {
         on_violation: Some(OnViolation::Terminate),
         limits: Some(GuestLimits::default()),
         console_shell: false,
+        timeout_seconds: Some(60),
+        labels: [("plan".to_owned(), "small".to_owned())].into(),
     }
 }
 
@@ -81,6 +83,8 @@ fn guest() -> Guest {
         image: "default".into(),
         cpus: 1,
         memory_mib: 256,
+        timeout_seconds: None,
+        labels: [].into(),
         pid: None,
         console: None,
         log: None,
@@ -116,6 +120,9 @@ fn occurrences() -> Vec<Occurrence> {
             frame_to_paused_us: Some(1),
         },
         Occurrence::PauseFailed { message: text() },
+        Occurrence::Held {},
+        Occurrence::Released {},
+        Occurrence::ReleaseFailed { message: text() },
         Occurrence::Reset {},
         Occurrence::Panicked {},
         Occurrence::Stopping {
@@ -136,6 +143,9 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Rogue { .. }
             | Occurrence::Paused { .. }
             | Occurrence::PauseFailed { .. }
+            | Occurrence::Held {}
+            | Occurrence::Released {}
+            | Occurrence::ReleaseFailed { .. }
             | Occurrence::Reset {}
             | Occurrence::Panicked {}
             | Occurrence::Stopping { .. }

@@ -114,7 +114,10 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
             (Style::Bad, "paused", text)
         }
         Occurrence::PauseFailed { message } => (Style::Bad, "pause_failed", message.clone()),
-        Occurrence::Reset {} => (Style::Changing, "reset", "rebooted itself".to_owned()),
+        Occurrence::Held {} => (Style::Changing, "held", "paused by request".to_owned()),
+        Occurrence::Released {} => (Style::Good, "released", "runs on".to_owned()),
+        Occurrence::ReleaseFailed { message } => (Style::Bad, "release_failed", message.clone()),
+        Occurrence::Reset {} => (Style::Changing, "reset", String::new()),
         Occurrence::Panicked {} => (Style::Bad, "panicked", String::new()),
         Occurrence::Stopping { deadline_seconds } => (
             Style::Changing,

@@ -16,6 +16,7 @@ mod guard;
 mod guest_text;
 mod manual;
 mod output;
+mod spec;
 mod version;
 mod vm;
 

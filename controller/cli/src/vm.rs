@@ -49,6 +49,15 @@ pub async fn run(client: &Client, command: VmCommand, out: &mut Output) -> Resul
             let guest = client.post(&path, &serde_json::json!({})).await?;
             ended(client, guest, shown.format, out).await
         }
+        VmCommand::Pause { name, shown } => {
+            ask(client, route::GUEST_PAUSE, &name, shown.format, out).await
+        }
+        VmCommand::Resume { name, shown } => {
+            ask(client, route::GUEST_RESUME, &name, shown.format, out).await
+        }
+        VmCommand::Reset { name, shown } => {
+            ask(client, route::GUEST_RESET, &name, shown.format, out).await
+        }
         VmCommand::Console { name, linger } => {
             let guest: Guest = client
                 .get(&route::of_guest(route::GUEST, name.as_str()))
@@ -81,6 +90,7 @@ async fn start(client: &Client, args: &RunArgs, out: &mut Output) -> Result<(), 
             GuestState::Running if args.wait.is_none() || guest.public_key.is_some() => break,
             GuestState::Running => {}
             GuestState::Condemned
+            | GuestState::Held
             | GuestState::Suspended
             | GuestState::Stopping
             | GuestState::Ending => break,
@@ -100,6 +110,19 @@ async fn start(client: &Client, args: &RunArgs, out: &mut Output) -> Result<(), 
     }
     progress.end();
     show(&guest, args.shown.format, out)
+}
+
+/// Asks for something of a guest that lives on, and shows it as it is then.
+async fn ask(
+    client: &Client,
+    verb: &str,
+    name: &GuestName,
+    format: Format,
+    out: &mut Output,
+) -> Result<(), VmError> {
+    let path = route::of_guest(verb, name.as_str());
+    let guest = client.post(&path, &serde_json::json!({})).await?;
+    show(&guest, format, out)
 }
 
 /// Follows a guest to its end and shows it. Of a guest that is to be gone, whatever is left is a
@@ -257,6 +280,13 @@ fn details(guest: &Guest) -> Table {
     }
     table.pair("on violation", Cell::new(guest.on_violation));
     table.pair("rogue frames", rogue_frames(guest));
+    if let Some(seconds) = guest.timeout_seconds {
+        table.pair("may run", Cell::new(format_args!("{seconds} s")));
+    }
+    for (index, (label, value)) in guest.labels.iter().enumerate() {
+        let label = format!("{label}={value}");
+        table.pair(if index == 0 { "label" } else { "" }, Cell::new(label));
+    }
     if let Some(pid) = guest.pid {
         table.pair("pid", Cell::new(pid));
     }

@@ -109,8 +109,8 @@ impl Fleet {
         let report = self.acceleration.of(order.image()).await;
         let (id, mut state) = self.admit(&order, &report)?;
         let settled = |state: &GuestState| {
-            use GuestState::{Ended, Running, Stopping, Suspended};
-            matches!(state, Running | Suspended | Stopping | Ended)
+            use GuestState::{Ended, Held, Running, Stopping, Suspended};
+            matches!(state, Running | Held | Suspended | Stopping | Ended)
         };
         // An error means that the record is gone, which `view` then tells.
         let _ = state.wait_for(settled).await;
@@ -310,7 +310,7 @@ impl Fleet {
                 .ok_or_else(|| unknown(order.name.as_str()))?;
             let spec = Arc::clone(&facts.spec);
             (
-                GuestTask::new(id, spec, Arc::clone(self), commands),
+                GuestTask::new(id, spec, Arc::clone(self), commands).ending_after(order.timeout()),
                 actions,
                 id,
                 state,
@@ -322,7 +322,12 @@ impl Fleet {
         Ok((id, state))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Roster> {
+    /// A guest as it is now, known by its id.
+    pub(crate) fn view(&self, id: GuestId, name: &str) -> Result<Guest, ApiError> {
+        self.lock().view(id).ok_or_else(|| unknown(name))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Roster> {
         self.roster.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

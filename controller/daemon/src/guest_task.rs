@@ -15,7 +15,7 @@ use omerta_vm_launcher::{
     ExitStatus, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
 };
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -32,12 +32,18 @@ const STEP_DEADLINE: Duration = Duration::from_secs(60);
 const NEVER: Duration = Duration::from_secs(86_400 * 365);
 
 /// What people want of a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Command {
     /// That it powers down, and is killed if it has not done so in this many seconds.
     Stop { deadline_seconds: u32 },
     /// That it ends at once.
     End(Cause),
+    /// That it stands still. Answered once it does, or cannot.
+    Hold(oneshot::Sender<()>),
+    /// That it runs on. Answered once it does, or cannot.
+    Release(oneshot::Sender<()>),
+    /// That it starts again.
+    Reset(oneshot::Sender<Result<(), String>>),
 }
 
 /// What exists of the guest.
@@ -58,6 +64,11 @@ pub(crate) struct GuestTask {
     commands: mpsc::UnboundedReceiver<Command>,
     stage: Stage,
     stop_deadline: Option<Instant>,
+    /// How long the guest may run, and until when.
+    timeout: Option<Duration>,
+    time_is_over: Option<Instant>,
+    /// Who waits for what was asked to be carried out.
+    asked: Vec<oneshot::Sender<()>>,
     /// The guest has turned its power off; its process is about to end.
     powered_down: bool,
 }
@@ -76,8 +87,17 @@ impl GuestTask {
             commands,
             stage: Stage::Absent,
             stop_deadline: None,
+            timeout: None,
+            time_is_over: None,
+            asked: Vec::new(),
             powered_down: false,
         }
+    }
+
+    /// The same, for a guest that may run only so long.
+    pub(crate) fn ending_after(mut self, timeout: Option<Duration>) -> Self {
+        self.timeout = timeout;
+        self
     }
 
     /// Carries out the first actions and whatever follows, until nothing of the guest is left.
@@ -92,11 +112,17 @@ impl GuestTask {
                 let events = self.execute(action).await;
                 // A guest that someone wants to end takes no further step towards running.
                 while let Some(command) = is_step.then(|| self.commands.try_recv().ok()).flatten() {
-                    queue.extend(self.fleet.tell(self.id, wanted(command)));
+                    if let Some(event) = self.take_up(command).await {
+                        queue.extend(self.fleet.tell(self.id, event));
+                    }
                 }
                 for event in events {
                     queue.extend(self.fleet.tell(self.id, event));
                 }
+            }
+            for asked in self.asked.drain(..) {
+                // Whoever asked may have gone.
+                let _ = asked.send(());
             }
             if matches!(self.stage, Stage::Absent) {
                 return;
@@ -111,7 +137,8 @@ impl GuestTask {
             Action::Launch(_) => self.launch().await,
             Action::Guard(_) => self.guard().await,
             Action::Resume(_) => self.resume().await,
-            Action::Pause(_) => vec![self.pause().await],
+            Action::Pause(_) | Action::Hold(_) => vec![self.pause().await],
+            Action::Release(_) => vec![self.release().await],
             Action::PowerDown {
                 deadline_seconds, ..
             } => {
@@ -193,6 +220,7 @@ impl GuestTask {
                 };
                 match guarded.resume().await {
                     Ok(running) => {
+                        self.time_is_over = self.timeout.map(|timeout| Instant::now() + timeout);
                         self.fleet.note_pid(self.id, running.pid());
                         self.stage = Stage::Running(Box::new(running), watch);
                         vec![GuestEvent::Resumed]
@@ -255,6 +283,51 @@ impl GuestTask {
         }
     }
 
+    async fn release(&self) -> GuestEvent {
+        let Stage::Running(running, _) = &self.stage else {
+            return GuestEvent::ReleaseFailed {
+                message: "the guest does not exist any more".to_owned(),
+            };
+        };
+        match running.control().resume().await {
+            Ok(()) => GuestEvent::Released,
+            Err(error) => GuestEvent::ReleaseFailed {
+                message: report(&error),
+            },
+        }
+    }
+
+    /// What the engine should know of a command. A reset is no affair of the engine's until QEMU
+    /// tells of it.
+    async fn take_up(&mut self, command: Command) -> Option<GuestEvent> {
+        match command {
+            Command::Stop { deadline_seconds } => {
+                Some(GuestEvent::StopRequested { deadline_seconds })
+            }
+            Command::End(cause) => Some(GuestEvent::EndRequested(cause)),
+            Command::Hold(done) => {
+                self.asked.push(done);
+                Some(GuestEvent::HoldRequested)
+            }
+            Command::Release(done) => {
+                self.asked.push(done);
+                Some(GuestEvent::ReleaseRequested)
+            }
+            Command::Reset(done) => {
+                let reset = match &self.stage {
+                    Stage::Running(running, _) => running
+                        .control()
+                        .reset()
+                        .await
+                        .map_err(|error| report(&error)),
+                    _ => Err("it does not run".to_owned()),
+                };
+                let _ = done.send(reset);
+                None
+            }
+        }
+    }
+
     async fn power_down(&mut self, deadline_seconds: u32) {
         self.stop_deadline =
             Some(Instant::now() + Duration::from_secs(u64::from(deadline_seconds)));
@@ -294,39 +367,45 @@ impl GuestTask {
     /// The next thing that the engine should know. Only a stage that exists has one.
     async fn next_event(&mut self) -> GuestEvent {
         loop {
-            let deadline = self.stop_deadline.unwrap_or_else(|| Instant::now() + NEVER);
+            let never = || Instant::now() + NEVER;
+            let deadline = self.stop_deadline.unwrap_or_else(never);
+            let time_is_over = self.time_is_over.unwrap_or_else(never);
             let Stage::Running(running, watch) = &mut self.stage else {
                 // Between steps of a launch there is nothing to wait for but people.
-                return match self.commands.recv().await {
-                    Some(command) => wanted(command),
-                    None => GuestEvent::EndRequested(Cause::Shutdown),
+                let Some(command) = self.commands.recv().await else {
+                    return GuestEvent::EndRequested(Cause::Shutdown);
                 };
+                match self.take_up(command).await {
+                    Some(event) => return event,
+                    None => continue,
+                }
             };
-            tokio::select! {
+            let command = tokio::select! {
                 frame = watch.next() => match frame {
                     Ok(frame) => return GuestEvent::RogueFrameSeen(rogue(&frame)),
                     Err(error) => return lost(&error),
                 },
                 event = running.next_event() => {
                     self.powered_down |= event == LauncherEvent::Shutdown;
-                    if let Some(event) = translate(event, self.powered_down) {
-                        return event;
+                    match translate(event, self.powered_down) {
+                        Some(event) => return event,
+                        None => continue,
                     }
                 }
-                Some(command) = self.commands.recv() => return wanted(command),
+                Some(command) = self.commands.recv() => command,
                 () = sleep_until(deadline) => {
                     self.stop_deadline = None;
                     return GuestEvent::StopDeadlinePassed;
                 }
+                () = sleep_until(time_is_over) => {
+                    self.time_is_over = None;
+                    return GuestEvent::EndRequested(Cause::Timeout);
+                }
+            };
+            if let Some(event) = self.take_up(command).await {
+                return event;
             }
         }
-    }
-}
-
-fn wanted(command: Command) -> GuestEvent {
-    match command {
-        Command::Stop { deadline_seconds } => GuestEvent::StopRequested { deadline_seconds },
-        Command::End(cause) => GuestEvent::EndRequested(cause),
     }
 }
 

@@ -23,6 +23,7 @@ mod record;
 mod room;
 mod roster;
 mod server;
+mod steering;
 mod sweep;
 mod tap_name;
 mod watch;

@@ -1,7 +1,10 @@
 //! A request for a guest, checked.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::num::NonZero;
 use std::path::Path;
+use std::time::Duration;
 
 use omerta_api::{ApiError, ErrorKind, GuestLimits, RunRequest};
 use omerta_dataplane::{DirectionLimits, Limits, OwnerParseError};
@@ -22,6 +25,8 @@ const DEFAULT_MEMORY_MIB: u32 = 256;
 const DEFAULT_TUNNEL: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 66, 0, 2), 24);
 const DEFAULT_PEER: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 1);
 const MAX_IMAGE_NAME_BYTES: usize = 64;
+const MAX_LABELS: usize = 16;
+const MAX_LABEL_BYTES: usize = 63;
 
 /// What is to be run, without what the daemon itself assigns.
 #[derive(Clone, Debug)]
@@ -39,6 +44,8 @@ pub(crate) struct Order {
     cpus: u8,
     memory_mib: u32,
     console_shell: bool,
+    timeout_seconds: Option<NonZero<u32>>,
+    labels: BTreeMap<String, String>,
 }
 
 impl Order {
@@ -81,12 +88,30 @@ impl Order {
             cpus: request.cpus.unwrap_or(DEFAULT_CPUS),
             memory_mib: request.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
             console_shell: request.console_shell,
+            timeout_seconds: checked_timeout(request.timeout_seconds)?,
+            labels: checked_labels(request.labels)?,
         })
     }
 
     /// What it is to boot.
     pub(crate) const fn image(&self) -> &Image {
         &self.image
+    }
+
+    /// Seconds that it may run.
+    pub(crate) fn timeout_seconds(&self) -> Option<u32> {
+        self.timeout_seconds.map(NonZero::get)
+    }
+
+    /// How long it may run.
+    pub(crate) fn timeout(&self) -> Option<Duration> {
+        self.timeout_seconds
+            .map(|seconds| Duration::from_secs(seconds.get().into()))
+    }
+
+    /// What the operator calls it by.
+    pub(crate) const fn labels(&self) -> &BTreeMap<String, String> {
+        &self.labels
     }
 
     /// The launcher's spec, with what the daemon assigns.
@@ -122,6 +147,40 @@ impl Order {
         spec.validate().map_err(|error| usage(format!("{error}")))?;
         Ok(spec)
     }
+}
+
+fn checked_timeout(seconds: Option<u32>) -> Result<Option<NonZero<u32>>, ApiError> {
+    let checked = |seconds| {
+        NonZero::new(seconds)
+            .ok_or_else(|| usage("timeout_seconds is 0: give 1 or more, or leave it out".into()))
+    };
+    seconds.map(checked).transpose()
+}
+
+fn checked_labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, ApiError> {
+    if labels.len() > MAX_LABELS {
+        let count = labels.len();
+        return Err(usage(format!(
+            "{count} labels are too many: give {MAX_LABELS} at most"
+        )));
+    }
+    let in_name = |c: u8| c.is_ascii_alphanumeric() || b"._-/".contains(&c);
+    for (name, value) in &labels {
+        let named = (1..=MAX_LABEL_BYTES).contains(&name.len()) && name.bytes().all(in_name);
+        let printable = value.bytes().all(|c| (b' '..=b'~').contains(&c));
+        if !named || !printable || value.len() > MAX_LABEL_BYTES {
+            let label = format!("{name}={value}");
+            let label: String = label
+                .chars()
+                .take(64)
+                .flat_map(char::escape_default)
+                .collect();
+            return Err(usage(format!(
+                "label `{label}`: a name is 1 to {MAX_LABEL_BYTES} of letters, digits and . _ - /, a value up to {MAX_LABEL_BYTES} printable ASCII characters"
+            )));
+        }
+    }
+    Ok(labels)
 }
 
 fn direction_limits(limits: GuestLimits) -> DirectionLimits {
@@ -248,6 +307,8 @@ pub(crate) mod tests {
             on_violation: None,
             limits: None,
             console_shell: false,
+            timeout_seconds: None,
+            labels: BTreeMap::new(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! What is known of every guest, behind the fleet's lock.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use omerta_api::{ApiError, Guest};
@@ -32,6 +32,8 @@ pub(crate) struct Roster {
 pub(crate) struct Facts {
     pub(crate) spec: Arc<Spec>,
     pub(crate) image_name: String,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) timeout_seconds: Option<u32>,
     /// Held until the guest has ended.
     pub(crate) slot: Option<Slot>,
     pub(crate) pid: Option<u32>,
@@ -127,6 +129,8 @@ impl Roster {
             Facts {
                 spec: Arc::new(spec),
                 image_name: order.image_name.clone(),
+                labels: order.labels().clone(),
+                timeout_seconds: order.timeout_seconds(),
                 slot: Some(slot),
                 pid: None,
                 commands,
@@ -197,6 +201,8 @@ impl Roster {
             image: facts.image_name.clone(),
             cpus: spec.cpus,
             memory_mib: spec.memory_mib,
+            timeout_seconds: facts.timeout_seconds,
+            labels: facts.labels.clone(),
             pid: facts.pid,
             console: file("console.sock"),
             log: file("console.log"),

@@ -62,6 +62,9 @@ fn router(fleet: Arc<Fleet>) -> Router {
         .route(route::GUEST, get(show))
         .route(route::GUEST_STOP, post(stop))
         .route(route::GUEST_KILL, post(kill))
+        .route(route::GUEST_PAUSE, post(pause))
+        .route(route::GUEST_RESUME, post(resume))
+        .route(route::GUEST_RESET, post(reset))
         .route(route::GUEST_LOG, get(log))
         .route(route::EVENTS, get(events))
         .route(route::VERSION, get(version))
@@ -123,6 +126,27 @@ async fn kill(
             .end(&parse_name(name)?, Command::End(Cause::Killed))
             .await?,
     ))
+}
+
+async fn pause(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Answer<Json<Guest>> {
+    Ok(Json(fleet.hold(&parse_name(name)?).await?))
+}
+
+async fn resume(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Answer<Json<Guest>> {
+    Ok(Json(fleet.release(&parse_name(name)?).await?))
+}
+
+async fn reset(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Answer<Json<Guest>> {
+    Ok(Json(fleet.reset(&parse_name(name)?).await?))
 }
 
 async fn log(

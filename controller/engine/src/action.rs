@@ -13,8 +13,12 @@ pub enum Action {
     Guard(GuestId),
     /// Let it run. Answer with `Resumed` or `LaunchFailed`.
     Resume(GuestId),
-    /// Make it stand still, now. Answer with `Paused` or `PauseFailed`.
+    /// Make it stand still, now, for rogue traffic. Answer with `Paused` or `PauseFailed`.
     Pause(GuestId),
+    /// Make it stand still by request. Answer with `Paused` or `PauseFailed`.
+    Hold(GuestId),
+    /// Verify its guard and let it run on. Answer with `Released` or `ReleaseFailed`.
+    Release(GuestId),
     /// Ask it to power down. Answer with `Exited` or, after that many seconds,
     /// `StopDeadlinePassed`.
     PowerDown {
@@ -90,7 +94,16 @@ pub enum Record {
         /// What went wrong.
         message: String,
     },
-    /// It rebooted itself.
+    /// It stands still by request.
+    Held,
+    /// It runs on.
+    Released,
+    /// It could not be made to run on.
+    ReleaseFailed {
+        /// What went wrong.
+        message: String,
+    },
+    /// It was reset, by itself or by request.
     Reset,
     /// Its kernel panicked.
     Panicked,

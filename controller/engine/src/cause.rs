@@ -14,6 +14,8 @@ pub enum Cause {
     Stopped,
     /// It was asked to stop and did not power down in time.
     StopDeadline,
+    /// The time that it was given is over.
+    Timeout,
     /// It was killed by request.
     Killed,
     /// It powered itself down, or its process exited.
@@ -30,10 +32,11 @@ pub enum Cause {
 
 impl Cause {
     /// Every cause.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Rogue,
         Self::Stopped,
         Self::StopDeadline,
+        Self::Timeout,
         Self::Killed,
         Self::Exited,
         Self::Panicked,
@@ -48,6 +51,7 @@ impl Cause {
             Self::Rogue => "rogue",
             Self::Stopped => "stopped",
             Self::StopDeadline => "stop_deadline",
+            Self::Timeout => "timeout",
             Self::Killed => "killed",
             Self::Exited => "exited",
             Self::Panicked => "panicked",

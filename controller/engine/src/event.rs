@@ -55,7 +55,18 @@ pub enum GuestEvent {
         /// What went wrong.
         message: String,
     },
-    /// It rebooted itself.
+    /// Someone asked for it to stand still.
+    HoldRequested,
+    /// Someone asked for it to run on.
+    ReleaseRequested,
+    /// It runs on.
+    Released,
+    /// It could not be made to run on.
+    ReleaseFailed {
+        /// What went wrong.
+        message: String,
+    },
+    /// It was reset, by itself or by request.
     Reset,
     /// Its kernel panicked and it stands still.
     Panicked,

@@ -22,6 +22,8 @@ pub struct Guest {
     pub(crate) reset_limiter: Limiter,
     pub(crate) tally: Tally,
     pub(crate) incident: Option<Incident>,
+    /// It is being paused by request.
+    pub(crate) hold_wanted: bool,
     /// Why it has to end as soon as the step under way is over.
     pub(crate) end_wanted: Option<Cause>,
     pub(crate) ending: Option<Ending>,
@@ -54,6 +56,7 @@ impl Guest {
             reset_limiter: Limiter::default(),
             tally: Tally::default(),
             incident: None,
+            hold_wanted: false,
             end_wanted: None,
             ending: None,
         }

@@ -18,6 +18,8 @@ pub enum GuestState {
     Running,
     /// It sent rogue traffic and is being paused.
     Condemned,
+    /// Paused by request; it runs again when asked to.
+    Held,
     /// Paused by policy or by its own panic; it does not run again.
     Suspended,
     /// It was asked to power down and has until its deadline.
@@ -30,12 +32,13 @@ pub enum GuestState {
 
 impl GuestState {
     /// Every state, in the order of a guest's life.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Launching,
         Self::Paused,
         Self::Guarded,
         Self::Running,
         Self::Condemned,
+        Self::Held,
         Self::Suspended,
         Self::Stopping,
         Self::Ending,
@@ -50,6 +53,7 @@ impl GuestState {
             Self::Guarded => "guarded",
             Self::Running => "running",
             Self::Condemned => "condemned",
+            Self::Held => "held",
             Self::Suspended => "suspended",
             Self::Stopping => "stopping",
             Self::Ending => "ending",

@@ -20,6 +20,28 @@ impl Guest {
             GuestEvent::RogueFrameSeen(frame) => self.rogue_frame_seen(now, frame, out),
             GuestEvent::Paused { at } => self.paused(now, at, out),
             GuestEvent::PauseFailed { message } => self.pause_failed(now, message, out),
+            GuestEvent::HoldRequested => {
+                if self.state == GuestState::Running {
+                    self.hold_wanted = true;
+                    out.push(Action::Hold(self.id));
+                }
+            }
+            GuestEvent::ReleaseRequested => {
+                if self.state == GuestState::Held {
+                    out.push(Action::Release(self.id));
+                }
+            }
+            GuestEvent::Released => {
+                if self.state == GuestState::Held {
+                    self.enter(now, GuestState::Running);
+                    self.publish(now, Record::Released, out);
+                }
+            }
+            GuestEvent::ReleaseFailed { message } => {
+                if self.state == GuestState::Held {
+                    self.publish(now, Record::ReleaseFailed { message }, out);
+                }
+            }
             GuestEvent::Reset => self.reset(now, out),
             GuestEvent::Panicked => self.panicked(now, out),
             GuestEvent::GuardLost { message } => {
@@ -154,9 +176,9 @@ impl Guest {
     }
 
     fn condemn(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
-        use GuestState::{Guarded, Running, Stopping, Suspended};
+        use GuestState::{Guarded, Held, Running, Stopping, Suspended};
         let condemned = match self.state {
-            Guarded | Running => true,
+            Guarded | Running | Held => true,
             Stopping => {
                 self.end_wanted.get_or_insert(Cause::Stopped);
                 true
@@ -169,6 +191,7 @@ impl Guest {
             return;
         }
         self.enter(now, GuestState::Condemned);
+        self.hold_wanted = false;
         out.push(Action::Pause(self.id));
         self.incident = Some(Incident::new(frame.clone()));
         let suppressed = self.tally.pass(frame.reason, now).unwrap_or_default();
@@ -176,6 +199,10 @@ impl Guest {
     }
 
     fn paused(&mut self, now: Monotonic, at: Monotonic, out: &mut Vec<Action>) {
+        if self.state == GuestState::Running && std::mem::take(&mut self.hold_wanted) {
+            self.enter(now, GuestState::Held);
+            self.publish(at, Record::Held, out);
+        }
         if self.state != GuestState::Condemned {
             return;
         }
@@ -203,6 +230,8 @@ impl Guest {
                 out,
             );
             self.kill(now, Cause::Rogue, Some(message), out);
+        } else if std::mem::take(&mut self.hold_wanted) {
+            self.publish(now, Record::PauseFailed { message }, out);
         }
     }
 
@@ -219,16 +248,18 @@ impl Guest {
     }
 
     fn panicked(&mut self, now: Monotonic, out: &mut Vec<Action>) {
-        if self.state == GuestState::Running {
+        if matches!(self.state, GuestState::Running | GuestState::Held) {
+            self.hold_wanted = false;
             self.enter(now, GuestState::Suspended);
             self.publish(now, Record::Panicked, out);
         }
     }
 
     fn stop_requested(&mut self, now: Monotonic, deadline_seconds: u32, out: &mut Vec<Action>) {
-        use GuestState::{Condemned, Guarded, Launching, Paused, Running, Suspended};
+        use GuestState::{Condemned, Guarded, Held, Launching, Paused, Running, Suspended};
         match self.state {
             Running => {
+                self.hold_wanted = false;
                 self.enter(now, GuestState::Stopping);
                 out.push(Action::PowerDown {
                     guest: self.id,
@@ -237,7 +268,7 @@ impl Guest {
                 self.publish(now, Record::Stopping { deadline_seconds }, out);
             }
             // What stands still cannot power down.
-            Suspended => self.kill(now, Cause::Stopped, None, out),
+            Held | Suspended => self.kill(now, Cause::Stopped, None, out),
             Launching | Paused | Guarded | Condemned => {
                 self.end_wanted.get_or_insert(Cause::Stopped);
             }
@@ -262,11 +293,13 @@ impl Guest {
         message: Option<String>,
         out: &mut Vec<Action>,
     ) {
-        use GuestState::{Condemned, Guarded, Launching, Paused, Running, Stopping, Suspended};
+        use GuestState::{
+            Condemned, Guarded, Held, Launching, Paused, Running, Stopping, Suspended,
+        };
         match self.state {
             // The executor is inside a step that owns the half-made guest.
             Launching | Paused | Guarded => self.end_wanted = Some(cause),
-            Running | Suspended | Stopping => self.kill(now, cause, message, out),
+            Running | Held | Suspended | Stopping => self.kill(now, cause, message, out),
             // The pause was ordered and may hang: the end does not wait for it.
             Condemned => self.kill(now, self.condemned_cause(cause), message, out),
             GuestState::Ending | GuestState::Ended => {}
@@ -325,8 +358,11 @@ impl Guest {
     }
 
     const fn has_run(&self) -> bool {
-        use GuestState::{Condemned, Running, Stopping, Suspended};
-        matches!(self.state, Running | Condemned | Suspended | Stopping)
+        use GuestState::{Condemned, Held, Running, Stopping, Suspended};
+        matches!(
+            self.state,
+            Running | Condemned | Held | Suspended | Stopping
+        )
     }
 
     fn enter(&mut self, now: Monotonic, state: GuestState) {

@@ -43,6 +43,10 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         2 => at().prop_map(|at| GuestEvent::Paused { at }),
         1 => Just(GuestEvent::PauseFailed { message: "no".into() }),
         1 => Just(GuestEvent::Reset),
+        1 => Just(GuestEvent::HoldRequested),
+        1 => Just(GuestEvent::ReleaseRequested),
+        1 => Just(GuestEvent::Released),
+        1 => Just(GuestEvent::ReleaseFailed { message: "no".into() }),
         1 => Just(GuestEvent::Panicked),
         1 => Just(GuestEvent::GuardLost { message: "gone".into() }),
         1 => (1u32..600).prop_map(|seconds| GuestEvent::StopRequested { deadline_seconds: seconds }),
@@ -113,6 +117,8 @@ impl Watcher {
                 Action::Guard(id) => (id, "guard"),
                 Action::Resume(id) => (id, "resume"),
                 Action::Pause(id) => (id, "pause"),
+                Action::Hold(id) => (id, "hold"),
+                Action::Release(id) => (id, "release"),
                 Action::PowerDown { guest, .. } => (guest, "power down"),
                 Action::Kill(id) => (id, "kill"),
                 Action::Forget(id) => {
@@ -193,6 +199,16 @@ impl Watcher {
             }
             if policy == OnViolation::Terminate && trace.first("rogue").is_some() {
                 assert_eq!(trace.count("pause"), 1, "{words:?}");
+            }
+            // What was paused for rogue traffic never runs again.
+            if let Some(pause) = trace.first("pause") {
+                assert!(!words[pause..].contains(&"release"), "{words:?}");
+            }
+            if let Some(release) = trace.first("release") {
+                assert!(
+                    trace.first("hold").is_some_and(|hold| hold < release),
+                    "{words:?}"
+                );
             }
             if let Some(kill) = trace.first("kill") {
                 for word in &words[kill + 1..] {
@@ -300,6 +316,8 @@ fn guest_inputs() -> impl Strategy<Value = GuestEvent> {
         2 => Just(GuestEvent::HandshakeSeen),
         1 => Just(GuestEvent::Reset),
         1 => Just(GuestEvent::Panicked),
+        3 => Just(GuestEvent::HoldRequested),
+        3 => Just(GuestEvent::ReleaseRequested),
         1 => Just(GuestEvent::StopRequested { deadline_seconds: 5 }),
         1 => Just(GuestEvent::EndRequested(Cause::Killed)),
         1 => Just(GuestEvent::Exited { message: None }),
@@ -339,8 +357,12 @@ impl Run {
             (Action::Launch(_), false) => vec![GuestEvent::Launched],
             (Action::Guard(_), false) => vec![GuestEvent::Guarded],
             (Action::Resume(_), false) => vec![GuestEvent::Resumed],
-            (Action::Pause(_), true) => vec![GuestEvent::PauseFailed { message: message() }],
-            (Action::Pause(_), false) => vec![GuestEvent::Paused { at }],
+            (Action::Pause(_) | Action::Hold(_), true) => {
+                vec![GuestEvent::PauseFailed { message: message() }]
+            }
+            (Action::Pause(_) | Action::Hold(_), false) => vec![GuestEvent::Paused { at }],
+            (Action::Release(_), true) => vec![GuestEvent::ReleaseFailed { message: message() }],
+            (Action::Release(_), false) => vec![GuestEvent::Released],
             (Action::PowerDown { .. }, true) => vec![GuestEvent::StopDeadlinePassed],
             (Action::PowerDown { .. }, false) => vec![GuestEvent::Exited { message: None }],
             (Action::Kill(_), _) => {

@@ -75,6 +75,13 @@ fn engine_in(state: GuestState, on_violation: OnViolation) -> Engine {
         S::Guarded => vec![Launched, Guarded],
         S::Running => vec![Launched, Guarded, Resumed],
         S::Condemned => vec![Launched, Guarded, Resumed, rogue()],
+        S::Held => vec![
+            Launched,
+            Guarded,
+            Resumed,
+            GuestEvent::HoldRequested,
+            paused(),
+        ],
         S::Suspended => [vec![Launched, Guarded, Resumed], suspended].concat(),
         S::Stopping => vec![Launched, Guarded, Resumed, stop()],
         S::Ending => vec![Launched, Guarded, Resumed, kill()],
@@ -96,6 +103,8 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
             Action::Guard(_) => "guard",
             Action::Resume(_) => "resume",
             Action::Pause(_) => "pause",
+            Action::Hold(_) => "hold",
+            Action::Release(_) => "release",
             Action::PowerDown { .. } => "power down",
             Action::Kill(_) => "kill",
             Action::Forget(_) => "forget",
@@ -110,6 +119,9 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::Rogue { .. } => "rogue",
                 Record::Paused(_) => "paused",
                 Record::PauseFailed { .. } => "pause failed",
+                Record::Held => "held",
+                Record::Released => "released",
+                Record::ReleaseFailed { .. } => "release failed",
                 Record::Reset => "reset",
                 Record::Panicked => "panicked",
                 Record::Stopping { .. } => "stopping",
@@ -173,6 +185,31 @@ fn table_of_transitions_under_terminate() {
         (Running, GuestEvent::HandshakeSeen, Running, &[]),
         (Running, GuestEvent::StopDeadlinePassed, Running, &[]),
         (Running, failed(), Running, &[]),
+        (Running, GuestEvent::HoldRequested, Running, &["hold"]),
+        (Running, GuestEvent::ReleaseRequested, Running, &[]),
+        (Running, GuestEvent::Released, Running, &[]),
+        (Paused, GuestEvent::HoldRequested, Paused, &[]),
+        (Held, GuestEvent::HoldRequested, Held, &[]),
+        (Held, GuestEvent::ReleaseRequested, Held, &["release"]),
+        (Held, GuestEvent::Released, Running, &["released"]),
+        (
+            Held,
+            GuestEvent::ReleaseFailed {
+                message: "no".into(),
+            },
+            Held,
+            &["release failed"],
+        ),
+        (Held, GuestEvent::Resumed, Held, &[]),
+        // Sent before it stood still, and told late.
+        (Held, rogue(), Condemned, &["pause", "rogue"]),
+        (Held, GuestEvent::Panicked, Suspended, &["panicked"]),
+        (Held, guard_lost(), Ending, &["kill"]),
+        (Held, stop(), Ending, &["kill"]),
+        (Held, kill(), Ending, &["kill"]),
+        (Suspended, GuestEvent::ReleaseRequested, Suspended, &[]),
+        (Suspended, GuestEvent::Released, Suspended, &[]),
+        (Condemned, GuestEvent::ReleaseRequested, Condemned, &[]),
         (Condemned, paused(), Ending, &["paused", "kill"]),
         (
             Condemned,
@@ -223,6 +260,32 @@ fn table_of_transitions_under_terminate() {
         assert_eq!(words(&actions), expected, "{label}");
         assert_eq!(engine.find("alpha").unwrap().state(), after, "{label}");
     }
+}
+
+#[test]
+fn a_hold_that_a_rogue_frame_overtakes_is_no_way_back() {
+    let mut engine = engine_in(GuestState::Running, OnViolation::Pause);
+    assert_eq!(
+        words(&tell(&mut engine, GuestEvent::HoldRequested)),
+        ["hold"]
+    );
+    tell(&mut engine, rogue());
+    tell(&mut engine, paused());
+    tell(&mut engine, paused());
+    assert_eq!(engine.find("alpha").unwrap().state(), GuestState::Suspended);
+    assert!(tell(&mut engine, GuestEvent::ReleaseRequested).is_empty());
+}
+
+#[test]
+fn a_hold_that_fails_leaves_the_guest_running_and_says_so() {
+    let mut engine = engine_in(GuestState::Running, OnViolation::Terminate);
+    tell(&mut engine, GuestEvent::HoldRequested);
+    let failed = GuestEvent::PauseFailed {
+        message: "no".into(),
+    };
+    assert_eq!(words(&tell(&mut engine, failed)), ["pause failed"]);
+    assert_eq!(engine.find("alpha").unwrap().state(), GuestState::Running);
+    assert!(tell(&mut engine, paused()).is_empty());
 }
 
 #[test]

@@ -51,6 +51,15 @@ impl Control {
         Ok(())
     }
 
+    /// Presses the guest's reset button. The guard is looked at again, as at any reset.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn reset(&self) -> Result<(), LaunchError> {
+        self.qmp.system_reset().await?;
+        Ok(())
+    }
+
     /// Tells QEMU to end, without asking the guest.
     ///
     /// # Errors

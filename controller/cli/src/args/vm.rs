@@ -1,16 +1,20 @@
 //! Arguments of `omerta vm`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use omerta_api::{OnViolation, RunRequest};
 use omerta_verdict::Mode;
+use serde_json::{Map, Value};
 
 use super::Shown;
 use super::guard::{AttachError, check_limits};
 use super::limit::{self, Limit};
+use crate::spec::{self, SpecError};
 
 /// The verbs of `omerta vm`.
 #[derive(Debug, Subcommand)]
@@ -30,6 +34,33 @@ pub enum VmCommand {
 
     /// Show a guest
     Show {
+        /// The guest
+        name: GuestName,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+
+    /// Make a running guest stand still, as it is
+    Pause {
+        /// The guest
+        name: GuestName,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+
+    /// Let a guest that was paused by request run on, once its guard has been verified
+    Resume {
+        /// The guest
+        name: GuestName,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+
+    /// Press a running guest's reset button
+    Reset {
         /// The guest
         name: GuestName,
 
@@ -92,17 +123,26 @@ pub enum VmCommand {
 /// Arguments of `vm run`, as typed.
 #[derive(Debug, Args)]
 pub struct RunArgs {
+    /// Read what to run from a file of TOML or JSON, with the fields of the API's RunRequest
+    /// (`-`: standard input); options given beside it stand above it
+    #[arg(long, value_name = "FILE")]
+    spec: Option<PathBuf>,
+
     /// The guest's name: up to 32 of a-z, 0-9 and -, starting with a letter
-    #[arg(long)]
-    name: GuestName,
+    #[arg(long, required_unless_present = "spec")]
+    name: Option<GuestName>,
 
     /// The image: a directory below omertad's image directory
-    #[arg(long)]
-    image: String,
+    #[arg(long, required_unless_present = "spec")]
+    image: Option<String>,
 
     /// The consumer's WireGuard: its public key and its only reachable endpoint
-    #[arg(long, value_name = "PUBKEY@ADDR:PORT")]
-    consumer: Consumer,
+    #[arg(
+        long,
+        value_name = "PUBKEY@ADDR:PORT",
+        required_unless_present = "spec"
+    )]
+    consumer: Option<Consumer>,
 
     /// The guest's address inside the tunnel [default: 10.66.0.2/24]
     #[arg(long, value_name = "ADDR/PREFIX")]
@@ -139,6 +179,14 @@ pub struct RunArgs {
     #[arg(long)]
     console_shell: bool,
 
+    /// Kill the guest when it has run so long
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    timeout: Option<u32>,
+
+    /// What to call the guest by, shown with it (repeatable, 16 at most)
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    labels: Vec<Label>,
+
     /// Wait this long for the guest to report its WireGuard public key
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub wait: Option<u32>,
@@ -162,19 +210,68 @@ impl RunArgs {
             }
         }
         check_limits(&self.limits).map_err(RunError::Limits)?;
-        Ok(RunRequest {
-            name: self.name.to_string(),
-            image: self.image.clone(),
-            consumer: self.consumer.to_string(),
-            tunnel_address: self.tunnel_address.map(|address| address.to_string()),
-            tunnel_peer: self.tunnel_peer,
-            cpus: self.cpus,
-            memory_mib: self.memory,
-            mode: self.mode.map(|mode| mode.to_string()),
-            on_violation: self.on_violation,
-            limits: (!self.limits.is_empty()).then(|| limit::requested(&self.limits)),
-            console_shell: self.console_shell,
-        })
+        let given = self.given()?;
+        match &self.spec {
+            Some(path) => Ok(spec::read(path, given)?),
+            None => Ok(serde_json::from_value(Value::Object(given))?),
+        }
+    }
+
+    /// The fields of the request that options give.
+    fn given(&self) -> Result<Map<String, Value>, RunError> {
+        let mut labels = BTreeMap::new();
+        for Label { name, value } in &self.labels {
+            if labels.insert(name, value).is_some() {
+                return Err(RunError::LabelTwice(name.clone()));
+            }
+        }
+        let limits = (!self.limits.is_empty()).then(|| limit::requested(&self.limits));
+        let fields = serde_json::json!({
+            "name": self.name.as_ref().map(GuestName::as_str),
+            "image": self.image,
+            "consumer": self.consumer.as_ref().map(Consumer::to_string),
+            "tunnel_address": self.tunnel_address.map(|address| address.to_string()),
+            "tunnel_peer": self.tunnel_peer,
+            "cpus": self.cpus,
+            "memory_mib": self.memory,
+            "mode": self.mode.map(|mode| mode.to_string()),
+            "on_violation": self.on_violation,
+            "limits": limits,
+            "console_shell": self.console_shell.then_some(true),
+            "timeout_seconds": self.timeout,
+            "labels": (!labels.is_empty()).then_some(labels),
+        });
+        let mut given = Map::new();
+        if let Value::Object(fields) = fields {
+            given.extend(fields.into_iter().filter(|(_, value)| !value.is_null()));
+        }
+        Ok(given)
+    }
+}
+
+/// A label as typed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Label {
+    name: String,
+    value: String,
+}
+
+/// Text that is not a label.
+#[derive(Debug, thiserror::Error)]
+#[error("write NAME=VALUE, as in plan=small")]
+pub struct LabelError;
+
+impl FromStr for Label {
+    type Err = LabelError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some((name, value)) if !name.is_empty() => Ok(Self {
+                name: name.to_owned(),
+                value: value.to_owned(),
+            }),
+            _ => Err(LabelError),
+        }
     }
 }
 
@@ -184,6 +281,15 @@ pub enum RunError {
     /// One thing is limited twice.
     #[error(transparent)]
     Limits(AttachError),
+    /// The file is no spec.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// One label is given twice.
+    #[error("--label {0} is given twice: give it once")]
+    LabelTwice(String),
+    /// The options do not make a request.
+    #[error("these options describe no guest: see `omerta vm run --help`")]
+    Request(#[from] serde_json::Error),
     /// Both ends of the tunnel have one address.
     #[error("--tunnel-peer {0} is also the guest's --tunnel-address: give the consumer's own")]
     SharedTunnelAddress(Ipv4Addr),

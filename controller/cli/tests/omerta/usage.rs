@@ -116,6 +116,20 @@ fn malformed_values_are_named() {
             "vm run --name a --image i --consumer k@192.0.2.1:1",
             &["k@192.0.2.1:1", "44 characters of base64"],
         ),
+        (
+            "vm run --spec /nonexistent/guest.toml",
+            &["/nonexistent/guest.toml", "TOML or JSON"],
+        ),
+        ("vm run --spec /dev/null", &["/dev/null", "name"]),
+        (
+            "vm run --spec /dev/null --label a=b --label a=c",
+            &["--label a", "twice"],
+        ),
+        (
+            "vm run --spec /dev/null --label plan",
+            &["plan", "NAME=VALUE"],
+        ),
+        ("vm run --spec /dev/null --timeout 0", &["--timeout"]),
         ("vm stop a --deadline 0", &["--deadline", "1..=600"]),
         ("events --guest A/b", &["A/b", "a-z"]),
     ] {

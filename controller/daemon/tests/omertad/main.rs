@@ -8,4 +8,5 @@ mod daemon;
 mod guests;
 mod metrics;
 mod start;
+mod steering;
 mod stuck;
