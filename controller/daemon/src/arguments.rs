@@ -59,6 +59,8 @@ impl Arguments {
             on_violation: self.on_violation.or(config.on_violation),
             accel: self.accel.or(config.accel),
             max_guests: self.max_guests.or(config.max_guests),
+            max_vcpus: config.max_vcpus,
+            memory_reserve_mib: config.memory_reserve_mib,
             limits: config.limits,
         }
     }

@@ -24,6 +24,8 @@ pub(crate) struct Config {
     pub(crate) on_violation: Option<String>,
     pub(crate) accel: Option<String>,
     pub(crate) max_guests: Option<usize>,
+    pub(crate) max_vcpus: Option<u64>,
+    pub(crate) memory_reserve_mib: Option<u64>,
     pub(crate) limits: Option<GuestLimits>,
 }
 
@@ -46,6 +48,10 @@ pub(crate) struct Settings {
     pub(crate) accel: Option<Accel>,
     /// How many guests may live at once.
     pub(crate) max_guests: usize,
+    /// How many virtual CPUs living guests may have together.
+    pub(crate) max_vcpus: u64,
+    /// Memory that guests are never given, in MiB.
+    pub(crate) memory_reserve_mib: u64,
     /// How much may pass to and from a guest that does not say.
     pub(crate) limits: GuestLimits,
 }
@@ -142,9 +148,16 @@ impl Config {
             on_violation,
             accel,
             max_guests,
+            max_vcpus: self.max_vcpus.unwrap_or_else(default_vcpus),
+            memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
             limits: self.limits.unwrap_or_default(),
         })
     }
+}
+
+/// Guests of a host mostly wait: 32 to each processor.
+fn default_vcpus() -> u64 {
+    std::thread::available_parallelism().map_or(32, |cpus| cpus.get() as u64 * 32)
 }
 
 fn absolute(what: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {

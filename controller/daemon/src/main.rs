@@ -10,6 +10,7 @@ mod exporter;
 mod failure;
 mod fleet;
 mod guest_task;
+mod host_memory;
 mod instance;
 mod journal;
 mod log;

@@ -16,7 +16,9 @@ use omerta_vm_launcher::{
 
 use crate::config::Settings;
 use crate::failure::{failed, not_found, usage};
+use crate::host_memory::HostMemory;
 use crate::pool::Addresses;
+use crate::room::Share;
 use crate::sweep::OWNER;
 use crate::tap_name::tap_name;
 
@@ -46,6 +48,7 @@ pub(crate) struct Order {
     console_shell: bool,
     timeout_seconds: Option<NonZero<u32>>,
     labels: BTreeMap<String, String>,
+    memory: Option<HostMemory>,
 }
 
 impl Order {
@@ -90,12 +93,27 @@ impl Order {
             console_shell: request.console_shell,
             timeout_seconds: checked_timeout(request.timeout_seconds)?,
             labels: checked_labels(request.labels)?,
+            memory: HostMemory::now(),
         })
     }
 
     /// What it is to boot.
     pub(crate) const fn image(&self) -> &Image {
         &self.image
+    }
+
+    /// What it takes of the host.
+    pub(crate) fn share(&self) -> Share {
+        Share {
+            guests: 1,
+            vcpus: self.cpus.into(),
+            memory_mib: self.memory_mib.into(),
+        }
+    }
+
+    /// The host's memory when the order was checked.
+    pub(crate) const fn memory(&self) -> Option<HostMemory> {
+        self.memory
     }
 
     /// Seconds that it may run.

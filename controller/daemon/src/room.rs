@@ -3,6 +3,7 @@
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::config::Settings;
+use crate::host_memory::HostMemory;
 use crate::{exporter, lookups, server};
 
 /// The most descriptors that a guest takes: twelve while it runs, twenty-three at most were seen while
@@ -14,12 +15,32 @@ const OWN: usize = 48;
 const INOTIFY: &str = "/proc/sys/fs/inotify/max_user_instances";
 /// Inotify instances left to root's other programs.
 const INOTIFY_SPARED: usize = 24;
+/// What QEMU takes beside its guest's memory, in MiB: its own, and TCG's translated code.
+const QEMU_MIB: u64 = 96;
 
 /// How many guests there is room for, and what is short beyond.
 #[derive(Clone, Debug)]
 pub(crate) struct Room {
     guests: usize,
     short: String,
+    max_vcpus: u64,
+    memory_reserve_mib: u64,
+}
+
+/// What guests take, or one more would.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Share {
+    pub(crate) guests: usize,
+    pub(crate) vcpus: u64,
+    /// Of the guests alone, in MiB.
+    pub(crate) memory_mib: u64,
+}
+
+impl Share {
+    /// With QEMU's own memory, in MiB.
+    fn whole_mib(self) -> u64 {
+        self.memory_mib + QEMU_MIB * self.guests as u64
+    }
 }
 
 impl Room {
@@ -31,7 +52,11 @@ impl Room {
             .ok()
             .and_then(|text| text.trim().parse().ok());
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
-        Self::within(settings.max_guests, descriptors, inotify)
+        Self {
+            max_vcpus: settings.max_vcpus,
+            memory_reserve_mib: settings.memory_reserve_mib,
+            ..Self::within(settings.max_guests, descriptors, inotify)
+        }
     }
 
     fn within(max_guests: usize, descriptors: usize, inotify: Option<usize>) -> Self {
@@ -53,7 +78,12 @@ impl Room {
                 "the kernel's limit of inotify instances has room for {guests} guests: raise it with `sysctl -w fs.inotify.max_user_instances={wanted}`, or end one"
             )
         };
-        Self { guests, short }
+        Self {
+            guests,
+            short,
+            max_vcpus: u64::MAX,
+            memory_reserve_mib: 0,
+        }
     }
 
     /// Warns where there is room for fewer guests than are configured.
@@ -63,9 +93,44 @@ impl Room {
         }
     }
 
-    /// What is short for one guest more than `held`.
-    pub(crate) fn short_beyond(&self, held: usize) -> Option<&str> {
-        (held >= self.guests).then_some(self.short.as_str())
+    /// What is short for a guest that takes `wanted`, where living ones take `held`. Memory is never
+    /// promised twice, whether or not guests have touched theirs.
+    pub(crate) fn short_for(
+        &self,
+        wanted: Share,
+        held: Share,
+        memory: Option<HostMemory>,
+    ) -> Option<String> {
+        if held.guests >= self.guests {
+            return Some(self.short.clone());
+        }
+        let vcpus = held.vcpus + wanted.vcpus;
+        if vcpus > self.max_vcpus {
+            return Some(format!(
+                "it and the living guests would have {vcpus} virtual CPUs of {} (`max_vcpus`): give it fewer, or end one",
+                self.max_vcpus
+            ));
+        }
+        let Some(memory) = memory else {
+            return Some(
+                "how much memory the host has cannot be found out: see /proc/meminfo".to_owned(),
+            );
+        };
+        let (whole, reserve) = (wanted.whole_mib(), self.memory_reserve_mib);
+        let for_guests = memory.total_mib.saturating_sub(reserve);
+        let promised = held.whole_mib();
+        if promised + whole > for_guests {
+            return Some(format!(
+                "it takes {whole} MiB with QEMU's own, {promised} MiB are promised to living guests, and the host has {} MiB of which {reserve} are its own (`memory_reserve_mib`): give it less, or end one",
+                memory.total_mib
+            ));
+        }
+        (whole > memory.available_mib).then(|| {
+            format!(
+                "it takes {whole} MiB with QEMU's own, and the host has {} MiB available: give it less, or end what takes the rest",
+                memory.available_mib
+            )
+        })
     }
 }
 
@@ -85,8 +150,49 @@ mod tests {
             let room = Room::within(256, descriptors, inotify);
             assert_eq!(room.guests, guests, "{}", room.short);
             assert!(room.short.contains(named), "{}", room.short);
-            assert_eq!(room.short_beyond(guests), Some(room.short.as_str()));
-            assert!(guests == 0 || room.short_beyond(guests - 1).is_none());
+            let held = |guests| Share {
+                guests,
+                ..Share::default()
+            };
+            let short = |guests| room.short_for(Share::default(), held(guests), PLENTY);
+            assert_eq!(short(guests).as_ref(), Some(&room.short));
+            assert!(guests == 0 || short(guests - 1).is_none());
+        }
+    }
+
+    const PLENTY: Option<HostMemory> = Some(HostMemory {
+        total_mib: 1 << 20,
+        available_mib: 1 << 20,
+    });
+
+    #[test]
+    fn processors_and_memory_are_promised_once_and_what_is_short_is_named() {
+        let room = Room {
+            max_vcpus: 4,
+            memory_reserve_mib: 500,
+            ..Room::within(8, 1 << 20, None)
+        };
+        let guest = |vcpus, memory_mib| Share {
+            guests: 1,
+            vcpus,
+            memory_mib,
+        };
+        let host = |total_mib, available_mib| {
+            Some(HostMemory {
+                total_mib,
+                available_mib,
+            })
+        };
+        let held = guest(3, 1000);
+        assert_eq!(room.short_for(guest(1, 1000), held, host(2692, 1096)), None);
+        for (wanted, memory, named) in [
+            (guest(2, 1000), host(4000, 4000), "5 virtual CPUs of 4"),
+            (guest(1, 1000), host(2691, 2691), "1096 MiB are promised"),
+            (guest(1, 1000), host(4000, 1095), "1095 MiB available"),
+            (guest(1, 1000), None, "/proc/meminfo"),
+        ] {
+            let short = room.short_for(wanted, held, memory).unwrap();
+            assert!(short.contains(named), "{short}");
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::guest_task::Command;
 use crate::order::{Order, consumer_text, guest_limits};
 use crate::pool::{Addresses, Slot, Slots};
 use crate::record::ended;
-use crate::room::Room;
+use crate::room::{Room, Share};
 use crate::tap_name::tap_name;
 
 /// The engine and the facts that it has no use for.
@@ -75,7 +75,7 @@ impl Roster {
         let name = order.name.as_str();
         // A name that is taken is refused for that, by the engine.
         if self.is_free(name)
-            && let Some(short) = room.short_beyond(self.slots.held())
+            && let Some(short) = room.short_for(order.share(), self.held(), order.memory())
         {
             return Err(refused(format!("no room for guest `{name}`: {short}")));
         }
@@ -87,6 +87,19 @@ impl Roster {
         })?;
         self.admit_to(slot, addresses, order, report, settings)
             .inspect_err(|_| self.slots.give_back(slot))
+    }
+
+    /// What living guests take. What is left of others has a slot still.
+    fn held(&self) -> Share {
+        let mut held = Share {
+            guests: self.slots.held(),
+            ..Share::default()
+        };
+        for facts in self.facts.values().filter(|facts| facts.slot.is_some()) {
+            held.vcpus += u64::from(facts.spec.cpus);
+            held.memory_mib += u64::from(facts.spec.memory_mib);
+        }
+        held
     }
 
     /// Whether no living guest has the name.

@@ -86,7 +86,7 @@ pub fn report(context: &TcContext, direction: Direction, reason: u8, length: u32
     }
     let Some(mut entry) = EVENTS.reserve::<EventRecord>(0) else {
         lost(Lost::RingFull, length);
-        tell(Failure::EventRing, direction, 0);
+        tell(Failure::EventRing, 0);
         return;
     };
     let record = entry.as_mut_ptr();

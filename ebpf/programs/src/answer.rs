@@ -81,7 +81,7 @@ pub fn send(context: &TcContext, direction: Direction) -> Option<i32> {
         overwrite(context, frame, advertisement as u32)
     };
     if written != 0 {
-        tell(Failure::Answer, direction, written);
+        tell(Failure::Answer, written);
         return None;
     }
     let flags = match direction {

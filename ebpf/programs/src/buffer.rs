@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::{bpf_check_mtu, bpf_probe_read_kernel},
     programs::TcContext,
 };
-use omerta_verdict::{Frame, PendingChecksum, Segments, SocketBufferLayout};
+use omerta_verdict::{Frame, PendingChecksum, Segments, SocketBufferLayout, solicitation_sum};
 
 /// Set at load.
 #[unsafe(no_mangle)]
@@ -41,13 +41,31 @@ impl<'a> SocketBuffer<'a> {
                 return Err(0);
             }
         }
-        Ok(Self {
+        Ok(Self::as_it_is(context))
+    }
+
+    /// The linear part, however long.
+    #[inline(always)]
+    fn as_it_is(context: &'a TcContext) -> Self {
+        Self {
             context,
             start: context.data(),
             end: context.data_end(),
-        })
+        }
     }
 }
+
+/// [`omerta_verdict::solicitation_sum`] of a frame that was made readable, or [`UNSOUND`]. Nearly all
+/// ways through a verdict lead through its loops: the verifier goes them here once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn solicitation(skb: *mut __sk_buff, count: u32, expected: u64) -> u64 {
+    let context = TcContext::new(skb);
+    solicitation_sum(&SocketBuffer::as_it_is(&context), count, expected).unwrap_or(UNSOUND)
+}
+
+/// More than any sum of a solicitation's few words.
+const UNSOUND: u64 = u64::MAX;
 
 /// What cannot be read counts as a checksum in a place that no header has.
 const NOWHERE: u64 = u64::MAX;
@@ -268,5 +286,13 @@ impl Frame for SocketBuffer<'_> {
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]> {
         // SAFETY: these are the linear part's bounds; the verdict only reads.
         unsafe { linear(self.start, self.end, offset) }
+    }
+
+    #[inline(always)]
+    fn solicitation_sum(&self, count: u32, expected: u64) -> Option<u64> {
+        match solicitation(self.context.skb.skb, count, expected) {
+            UNSOUND => None,
+            sum => Some(sum),
+        }
     }
 }

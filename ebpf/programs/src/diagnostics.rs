@@ -5,7 +5,6 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg};
 
 use aya_ebpf::{helpers::bpf_ktime_get_ns, macros::map, maps::Array};
 use aya_log_ebpf::warn;
-use omerta_verdict::Direction;
 
 /// What failed.
 #[derive(Clone, Copy)]
@@ -27,38 +26,26 @@ const PERIOD_NS: u64 = 10_000_000_000;
 const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
 
 #[inline(always)]
-pub fn tell(failure: Failure, direction: Direction, error: i64) {
-    tell_failure(failure as u32, direction as u32, error);
+pub fn tell(failure: Failure, error: i64) {
+    tell_failure(failure as u32, error);
 }
 
 /// The verifier judges this function once and for itself: see `main`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn tell_failure(failure: u32, direction: u32, error: i64) -> u32 {
+pub extern "C" fn tell_failure(failure: u32, error: i64) -> u32 {
     if !is_due(failure) {
         return 0;
     }
-    // Of one length, so that the verifier sees one.
-    let way = if direction == Direction::Egress as u32 {
-        "of"
-    } else {
-        "to"
-    };
     if failure == Failure::Unreadable as u32 {
-        warn!(
-            (),
-            "a frame {} the guest could not be made readable: error {}", way, error
-        );
+        warn!((), "a frame could not be made readable: error {}", error);
     } else if failure == Failure::Answer as u32 {
         warn!(
             (),
-            "the answer to a frame {} the guest could not be written: error {}", way, error
+            "the answer to a question could not be written: error {}", error
         );
     } else {
-        warn!(
-            (),
-            "no room for the event of a frame {} the guest: events are lost", way
-        );
+        warn!((), "no room for the event of a frame: events are lost");
     }
     1
 }

@@ -33,9 +33,48 @@ const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
 /// Places that one new flow looks at.
 const LOOKS: u32 = 4;
 
-/// When the guest last sent on `flow`.
+/// When the guest last sent on `flow`. Asked by a function of its own, which has the stack for a key.
 #[inline(always)]
-pub fn seen(flow: &Flow) -> Option<u64> {
+pub fn last_seen(flow: &Flow) -> Option<u64> {
+    let ((peer_high, peer_low), (high, low), rest) = numbers(flow);
+    match flow_seen(peer_high, peer_low, high, low, rest) {
+        NEVER => None,
+        seen => Some(seen),
+    }
+}
+
+/// No flow was ever seen then.
+const NEVER: u64 = u64::MAX;
+
+/// [`last_seen`] of the flow of these [`numbers`], or [`NEVER`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn flow_seen(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u64 {
+    seen(&of_numbers(peer_high, peer_low, high, low, rest)).unwrap_or(NEVER)
+}
+
+/// A flow as numbers: the peer's address, the guest's, and ports with the protocol.
+#[inline(always)]
+fn numbers(flow: &Flow) -> ((u64, u64), (u64, u64), u64) {
+    let rest =
+        (flow.peer_port as u64) << 48 | (flow.guest_port as u64) << 32 | flow.protocol as u64;
+    (flow.peer.words(), flow.guest.words(), rest)
+}
+
+#[inline(always)]
+fn of_numbers(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> Flow {
+    Flow {
+        peer: Address::from_words(peer_high, peer_low),
+        guest: Address::from_words(high, low),
+        peer_port: (rest >> 48) as u16,
+        guest_port: (rest >> 32) as u16,
+        protocol: rest as u16,
+        zero: 0,
+    }
+}
+
+#[inline(always)]
+fn seen(flow: &Flow) -> Option<u64> {
     // SAFETY: the value is one aligned word that other CPUs write whole.
     unsafe { FLOWS.get_ptr(flow).map(|seen| seen.read_volatile()) }
 }
@@ -49,9 +88,7 @@ pub fn open(flow: &Flow, now: u64) -> bool {
         unsafe { seen.write_volatile(now) };
         return true;
     }
-    let ((peer_high, peer_low), (high, low)) = (flow.peer.words(), flow.guest.words());
-    let rest =
-        (flow.peer_port as u64) << 48 | (flow.guest_port as u64) << 32 | flow.protocol as u64;
+    let ((peer_high, peer_low), (high, low), rest) = numbers(flow);
     open_new(peer_high, peer_low, high, low, rest) == 1
 }
 
@@ -59,15 +96,7 @@ pub fn open(flow: &Flow, now: u64) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn open_new(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u32 {
-    let flow = Flow {
-        peer: Address::from_words(peer_high, peer_low),
-        guest: Address::from_words(high, low),
-        peer_port: (rest >> 48) as u16,
-        guest_port: (rest >> 32) as u16,
-        protocol: rest as u16,
-        zero: 0,
-    };
-    place(&flow) as u32
+    place(&of_numbers(peer_high, peer_low, high, low, rest)) as u32
 }
 
 #[inline(always)]

@@ -190,7 +190,7 @@ fn judge(context: &TcContext, direction: Direction) -> u32 {
     let frame = match SocketBuffer::readable(context) {
         Ok(frame) => frame,
         Err(error) => {
-            tell(Failure::Unreadable, direction, error);
+            tell(Failure::Unreadable, error);
             return UNREADABLE;
         }
     };

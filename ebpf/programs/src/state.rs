@@ -12,8 +12,8 @@ use aya_ebpf::{
     maps::Array,
 };
 use omerta_verdict::{
-    Address, Bucket, FixedInputs, Flow, Guard, INLINE_BUCKETS, MAX_ADDRESSES, Meter, Mode, Policy,
-    Protocol, Rate, Slot, State, table_holds,
+    Address, AddressClass, Bucket, FixedInputs, Flow, Guard, INLINE_BUCKETS, MAX_ADDRESSES, Meter,
+    Mode, Policy, Protocol, Rate, Slot, State, table_holds,
 };
 
 use crate::flows;
@@ -147,6 +147,17 @@ impl Guard for KernelGuard {
     }
 
     #[inline(always)]
+    fn class(&self, address: Address) -> AddressClass {
+        let (high, low) = address.words();
+        AddressClass::from_bits(address_class(high, low))
+    }
+
+    #[inline(always)]
+    fn may_be_peer(&self, address: Address) -> bool {
+        self.class(address).is_possible_peer()
+    }
+
+    #[inline(always)]
     fn lists(&self, _policy: &Policy, protocol: Protocol, address: Address, port: u16) -> bool {
         let service = (protocol as u32) << 16 | port as u32;
         let (high, low) = address.words();
@@ -186,7 +197,7 @@ impl Guard for KernelGuard {
 
     #[inline(always)]
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
-        flows::seen(flow)
+        flows::last_seen(flow)
     }
 }
 
@@ -297,6 +308,13 @@ pub extern "C" fn guest_owns(slot: u32, high: u64, low: u64) -> u32 {
         Some(guard) => guard.slot().policy.owns(Address::from_words(high, low)) as u32,
         None => 0,
     }
+}
+
+/// [`AddressClass`] of an address.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn address_class(high: u64, low: u64) -> u32 {
+    AddressClass::of(Address::from_words(high, low)).bits()
 }
 
 /// 1 where the allowlist of the policy in `slot` holds the endpoint.

@@ -2,7 +2,7 @@
 //! the guest and for the guest towards its network, so neither learns from the other's frames.
 
 use crate::decide::{Ethernet, Verdict};
-use crate::network::{ETHERNET_HEADER, ETHERNET_MINIMUM, Packet};
+use crate::network::{ETHERNET_HEADER, ETHERNET_MINIMUM, IPV6_HEADER, Packet};
 use crate::reason::Reason;
 use crate::transport::ICMPV6;
 use crate::{Address, Frame, Guard, Mac, Meter, Policy};
@@ -245,7 +245,7 @@ pub(crate) fn is_arp_reply_of_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
 /// The type of a discovery message (133 to 137, which only routers and neighbours may speak), or 0.
 #[inline(always)]
 pub(crate) fn discovery_kind<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> u8 {
-    if packet.source.is_v4() || packet.protocol != ICMPV6 {
+    if packet.v4 || packet.protocol != ICMPV6 {
         return 0;
     }
     match frame.bytes::<1>(packet.payload_offset) {
@@ -273,7 +273,7 @@ pub(crate) fn neighbour_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
     let probe = packet.source.is_unspecified();
     let target = solicited(frame, packet, if probe { None } else { Some(policy.mac) })?;
     let gateway = policy.is_gateway(target);
-    let own = guard.owns(policy, target) || (target.is_link_local() && !gateway);
+    let own = guard.owns(policy, target) || (guard.class(target).is_link_local() && !gateway);
     if !(if probe { own } else { gateway }) {
         return Err(Reason::Neighbour);
     }
@@ -317,7 +317,7 @@ pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
         return if from_gateway
             && ethernet.destination.equals(policy.mac)
             // The guest may have asked from an address of its link.
-            && (guard.owns(policy, packet.destination) || packet.destination.is_link_local())
+            && (guard.owns(policy, packet.destination) || guard.class(packet.destination).is_link_local())
             && is_advertisement_of(frame, packet, packet.source, policy.gateway_mac)
         {
             Ok(Verdict::Allow)
@@ -329,7 +329,7 @@ pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::Neighbour);
     }
     let probe = packet.source.is_unspecified();
-    if !probe && !packet.source.is_unicast() {
+    if !probe && !guard.class(packet.source).is_unicast() {
         return Err(Reason::Neighbour);
     }
     let sender = if probe { None } else { Some(ethernet.source) };
@@ -357,7 +357,7 @@ pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
 /// A solicitation goes to its group's MAC (RFC 2464, 7) or to whom it asks.
 #[inline(always)]
 fn is_sent_to(ethernet: &Ethernet, packet: &Packet, asked: Mac) -> Result<(), Reason> {
-    let expected = if packet.destination.is_multicast() {
+    let expected = if packet.is_to_group() {
         0x3333_0000_0000 | (packet.destination.words().1 & 0xffff_ffff)
     } else {
         asked.number()
@@ -382,31 +382,6 @@ fn solicited<F: Frame + ?Sized>(
     if !options.is_multiple_of(OPTION_LENGTH) || options > MAX_OPTIONS * OPTION_LENGTH {
         return Err(Reason::Neighbour);
     }
-    let mut expected = match sender {
-        Some(mac) => link_option(SOURCE_LINK_OPTION, mac),
-        None => 0,
-    };
-    let count = options / OPTION_LENGTH;
-    let mut next = 0;
-    let mut index = 0;
-    while index < MAX_OPTIONS {
-        if index == next && index < count {
-            let option = option(frame, packet, index)?;
-            let length = (option >> 48) as u8 as u32;
-            match (option >> 56) as u8 {
-                // Once is enough.
-                SOURCE_LINK if option == expected && expected != 0 => expected = 0,
-                SOURCE_LINK | TARGET_LINK => return Err(Reason::Neighbour),
-                // What a receiver does not know, it ignores (RFC 4861, 4.6); nonces are such.
-                _ => {}
-            }
-            if length == 0 || length > count - index {
-                return Err(Reason::Neighbour);
-            }
-            next = index + length;
-        }
-        index += 1;
-    }
     let (_, target_low) = target.words();
     let solicited_node = Address::from_words(
         0xff02 << 48,
@@ -416,30 +391,68 @@ fn solicited<F: Frame + ?Sized>(
     if !direct && !packet.destination.equals(solicited_node) {
         return Err(Reason::Neighbour);
     }
-    if !is_summed_right(frame, packet) {
-        return Err(Reason::Neighbour);
+    let expected = match sender {
+        Some(mac) => link_option(SOURCE_LINK_OPTION, mac),
+        None => 0,
+    };
+    match frame.solicitation_sum(options / OPTION_LENGTH, expected) {
+        Some(sum) if is_summed_right(packet, sum) => Ok(target),
+        _ => Err(Reason::Neighbour),
     }
-    Ok(target)
 }
 
-/// Whether the checksum of a solicitation is right, whose length is a multiple of eight. One's
-/// complement sums are the same in numbers of any size (RFC 1071, 2).
+/// The sum of a solicitation's halves, if its `count` (at most [`MAX_OPTIONS`]) units of options are
+/// sound: each whole, and of those that name a link-layer address none but `expected`, once; where
+/// that is 0, none at all.
 #[inline(always)]
-fn is_summed_right<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> bool {
+pub fn solicitation_sum<F: Frame + ?Sized>(frame: &F, count: u32, expected: u64) -> Option<u64> {
+    const MESSAGE: usize = ETHERNET_HEADER + IPV6_HEADER;
+    let mut expected = expected;
+    // At once: a comparison for each would end in arithmetic on the packet's end.
+    let m = frame.bytes::<{ DISCOVERY_LENGTH as usize }>(MESSAGE)?;
+    let mut sum = halves(u64::from_be_bytes([
+        m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7],
+    ])) + halves(u64::from_be_bytes([
+        m[8], m[9], m[10], m[11], m[12], m[13], m[14], m[15],
+    ])) + halves(u64::from_be_bytes([
+        m[16], m[17], m[18], m[19], m[20], m[21], m[22], m[23],
+    ]));
+    let mut next = 0;
+    let mut index = 0;
+    while index < MAX_OPTIONS {
+        if index >= count {
+            break;
+        }
+        let place = MESSAGE + (DISCOVERY_LENGTH + index * OPTION_LENGTH) as usize;
+        let option = u64::from_be_bytes(*frame.bytes::<8>(place)?);
+        sum += halves(option);
+        if index == next {
+            let length = (option >> 48) as u8 as u32;
+            match (option >> 56) as u8 {
+                // Once is enough.
+                SOURCE_LINK if option == expected && expected != 0 => expected = 0,
+                SOURCE_LINK | TARGET_LINK => return None,
+                // What a receiver does not know, it ignores (RFC 4861, 4.6); nonces are such.
+                _ => {}
+            }
+            if length == 0 || length > count - index {
+                return None;
+            }
+            next = index + length;
+        }
+        index += 1;
+    }
+    Some(sum)
+}
+
+/// Whether the checksum of a solicitation is right, whose halves amount to `message`. One's complement
+/// sums are the same in numbers of any size (RFC 1071, 2).
+#[inline(always)]
+fn is_summed_right(packet: &Packet, message: u64) -> bool {
     let (a, b) = packet.source.words();
     let (c, d) = packet.destination.words();
-    let mut sum = packet.payload_length as u64 + ICMPV6 as u64;
+    let mut sum = message + packet.payload_length as u64 + ICMPV6 as u64;
     sum += halves(a) + halves(b) + halves(c) + halves(d);
-    let mut at = 0;
-    while at < DISCOVERY_LENGTH + MAX_OPTIONS * OPTION_LENGTH {
-        if at < packet.payload_length {
-            match frame.bytes::<8>(packet.payload_offset + at as usize) {
-                Some(bytes) => sum += halves(u64::from_be_bytes(*bytes)),
-                None => return false,
-            }
-        }
-        at += 8;
-    }
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);

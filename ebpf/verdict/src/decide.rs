@@ -86,20 +86,21 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     };
     let discovery = answer::discovery_kind(frame, &packet);
     let owned = guard.owns(policy, packet.source);
+    let source = guard.class(packet.source);
     // A guest's stack names no address of the network where it speaks to its link by itself.
-    if owned || packet.source.is_of_link_alone() {
+    if owned || source.is_of_link_alone() {
         if packet.is_membership(frame) {
             return Err(Reason::MulticastListener);
         }
         if discovery == answer::ROUTER_SOLICITATION
-            && packet.destination.is_multicast()
+            && packet.is_to_group()
             && packet.shape().is_ok()
         {
             return Err(Reason::RouterSolicitation);
         }
     }
     // So it does to find its gateway, and to probe whether its own address is taken.
-    let solicits = discovery == answer::SOLICITATION && packet.source.is_of_link_alone();
+    let solicits = discovery == answer::SOLICITATION && source.is_of_link_alone();
     if !owned && !solicits {
         return Err(Reason::SourceAddress);
     }
@@ -308,7 +309,7 @@ fn admit<G: Guard + ?Sized>(
     segment: &Segment,
     flow: &Flow,
 ) -> Result<(), Reason> {
-    if !flow.peer.is_possible_peer() {
+    if !guard.may_be_peer(flow.peer) {
         return Err(Reason::PeerAddress);
     }
     let listed = match mode {

@@ -1,5 +1,7 @@
 //! The bytes under judgement.
 
+use crate::solicitation_sum;
+
 /// An Ethernet frame as some shell holds it: a socket buffer in the kernel, a slice elsewhere.
 ///
 /// All offsets are from the first byte of the destination MAC.
@@ -27,6 +29,12 @@ pub trait Frame {
 
     /// `N` bytes at `offset`, or `None` where the frame does not reach that far.
     fn bytes<const N: usize>(&self, offset: usize) -> Option<&[u8; N]>;
+
+    /// [`solicitation_sum`] of this frame; a shell may keep it apart.
+    #[inline(always)]
+    fn solicitation_sum(&self, count: u32, expected: u64) -> Option<u64> {
+        solicitation_sum(self, count, expected)
+    }
 }
 
 /// What the host may be asked to cut a frame into (`SKB_GSO_*` in include/linux/skbuff.h) such that

@@ -1,6 +1,6 @@
 //! What a frame is judged against.
 
-use crate::{Address, Bucket, Meter, Policy, Protocol, Rate, table};
+use crate::{Address, AddressClass, Bucket, Meter, Policy, Protocol, Rate, table};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -68,6 +68,18 @@ pub trait Guard {
     #[inline(always)]
     fn owns(&self, policy: &Policy, address: Address) -> bool {
         policy.owns(address)
+    }
+
+    /// What may be said of an address; a shell may keep it apart.
+    #[inline(always)]
+    fn class(&self, address: Address) -> AddressClass {
+        AddressClass::of(address)
+    }
+
+    /// [`Address::is_possible_peer`], where nothing else is asked of the address.
+    #[inline(always)]
+    fn may_be_peer(&self, address: Address) -> bool {
+        address.is_possible_peer()
     }
 
     /// Whether the allowlist that belongs to `policy` holds (protocol, address, port).

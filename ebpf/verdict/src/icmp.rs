@@ -52,7 +52,7 @@ pub(crate) fn segment<F: Frame + ?Sized>(
     packet: &Packet,
     direction: Direction,
 ) -> Result<Segment, Reason> {
-    let v4 = packet.source.is_v4();
+    let v4 = packet.v4;
     let numbers = if v4 { V4 } else { V6 };
     let message = header::<F, 8>(frame, packet)?;
     let (kind, code) = (message[0], message[1]);

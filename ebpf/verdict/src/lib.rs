@@ -26,7 +26,7 @@ mod state;
 mod table;
 mod transport;
 
-pub use answer::{ANSWER_CAPACITY, Answer};
+pub use answer::{ANSWER_CAPACITY, Answer, solicitation_sum};
 pub use decide::{Verdict, egress, ingress, is_answer_for_guest, usual_egress, usual_ingress};
 pub use endpoint::{Endpoint, EndpointParseError, Protocol};
 pub use event::{EVENT_FRAME_BYTES, EventRecord};
@@ -34,7 +34,7 @@ pub use frame::{Frame, PendingChecksum, Segments};
 pub use guard::{Flow, Guard, MemoryGuard};
 pub use layout::{FixedInputs, SocketBufferLayout};
 pub use link::{Mac, MacParseError};
-pub use network::Address;
+pub use network::{Address, AddressClass};
 pub use policy::{MAX_ADDRESSES, MAX_GATEWAYS, Mode, Policy};
 pub use rate::{Meter, Rate};
 pub use reason::{DIRECTION_COUNTERS, Direction, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason};

@@ -11,7 +11,8 @@ pub(crate) const ETHERNET_HEADER: usize = 14;
 /// Ethernet pads frames up to this length (without the check sequence).
 pub(crate) const ETHERNET_MINIMUM: u32 = 60;
 const IPV4_HEADER: usize = 20;
-const IPV6_HEADER: usize = 40;
+/// Length of an IPv6 header without extensions.
+pub(crate) const IPV6_HEADER: usize = 40;
 const MAPPED_PREFIX: u64 = 0xffff_0000_0000;
 
 /// An IPv4 or IPv6 address as two words, so that the kernel compares it in two instructions.
@@ -103,16 +104,6 @@ impl Address {
         self.high | (self.low >> 48) != 0 && self.high >> 56 != 0xff
     }
 
-    /// Whether this names a group (RFC 5771, RFC 4291).
-    #[inline(always)]
-    pub(crate) const fn is_multicast(self) -> bool {
-        if self.is_v4() {
-            (self.low >> 28) as u8 & 0xf == 0xe
-        } else {
-            self.high >> 56 == 0xff
-        }
-    }
-
     /// Whether a station that has no address of the network may speak from this one.
     #[inline(always)]
     pub(crate) const fn is_of_link_alone(self) -> bool {
@@ -148,6 +139,73 @@ impl Address {
     }
 }
 
+/// What may be said of an address without asking anybody. A kernel program finds it out in one call:
+/// each question has two answers for each family, and the verifier would go all ways through them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressClass(u32);
+
+impl AddressClass {
+    const UNICAST: u32 = 1;
+    const LINK_LOCAL: u32 = 1 << 1;
+    const OF_LINK_ALONE: u32 = 1 << 2;
+    const POSSIBLE_PEER: u32 = 1 << 3;
+
+    /// The class of an address.
+    #[inline(always)]
+    pub const fn of(address: Address) -> Self {
+        let mut bits = 0;
+        if address.is_unicast() {
+            bits |= Self::UNICAST;
+        }
+        if address.is_link_local() {
+            bits |= Self::LINK_LOCAL;
+        }
+        if address.is_of_link_alone() {
+            bits |= Self::OF_LINK_ALONE;
+        }
+        if address.is_possible_peer() {
+            bits |= Self::POSSIBLE_PEER;
+        }
+        Self(bits)
+    }
+
+    /// As a number, and back.
+    #[inline(always)]
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// The class whose [`AddressClass::bits`] these are.
+    #[inline(always)]
+    pub const fn from_bits(bits: u32) -> Self {
+        Self(bits)
+    }
+
+    /// [`Address::is_unicast`].
+    #[inline(always)]
+    pub(crate) const fn is_unicast(self) -> bool {
+        self.0 & Self::UNICAST != 0
+    }
+
+    /// [`Address::is_link_local`].
+    #[inline(always)]
+    pub(crate) const fn is_link_local(self) -> bool {
+        self.0 & Self::LINK_LOCAL != 0
+    }
+
+    /// [`Address::is_of_link_alone`].
+    #[inline(always)]
+    pub(crate) const fn is_of_link_alone(self) -> bool {
+        self.0 & Self::OF_LINK_ALONE != 0
+    }
+
+    /// [`Address::is_possible_peer`].
+    #[inline(always)]
+    pub const fn is_possible_peer(self) -> bool {
+        self.0 & Self::POSSIBLE_PEER != 0
+    }
+}
+
 impl From<IpAddr> for Address {
     fn from(address: IpAddr) -> Self {
         match address {
@@ -175,6 +233,8 @@ impl fmt::Display for Address {
 
 /// An IP header whose version is proven and nothing else yet.
 pub(crate) struct Packet {
+    /// Whether this is IPv4: what both addresses are, told by one bit.
+    pub(crate) v4: bool,
     pub(crate) source: Address,
     pub(crate) destination: Address,
     pub(crate) protocol: u8,
@@ -194,16 +254,27 @@ impl Packet {
         self.shape
     }
 
+    /// Whether the destination names a group (RFC 5771, RFC 4291).
+    #[inline(always)]
+    pub(crate) const fn is_to_group(&self) -> bool {
+        let (high, low) = self.destination.words();
+        if self.v4 {
+            (low >> 28) as u8 & 0xf == 0xe
+        } else {
+            high >> 56 == 0xff
+        }
+    }
+
     /// Whether this is a whole message of multicast membership, to a group, as a host's stack sends
     /// it: an IGMP report (versions 1 to 3) or leave (RFC 3376, 4), which may have the router alert,
     /// or MLD behind the hop-by-hop header that it must have (RFC 3810, 5).
     #[inline(always)]
     pub(crate) fn is_membership<F: Frame + ?Sized>(&self, frame: &F) -> bool {
         const IGMP: u8 = 2;
-        if !self.destination.is_multicast() {
+        if !self.is_to_group() {
             return false;
         }
-        if self.source.is_v4() {
+        if self.v4 {
             return self.protocol == IGMP
                 && !is_fragment(frame)
                 && matches!(self.igmp_type(frame), Some(0x12 | 0x16 | 0x17 | 0x22));
@@ -246,6 +317,7 @@ impl Packet {
         }
         let total = u16::from_be_bytes([header[2], header[3]]) as u32;
         Ok(Self {
+            v4: true,
             source: Address::v4([header[12], header[13], header[14], header[15]]),
             destination: Address::v4([header[16], header[17], header[18], header[19]]),
             protocol: header[9],
@@ -297,6 +369,7 @@ impl Packet {
             _ => length_fits(payload_length + IPV6_HEADER as u32, frame.length()),
         };
         Ok(Self {
+            v4: false,
             source: Address::v6_on_wire(address_at(header, 8)),
             destination: Address::v6_on_wire(address_at(header, 24)),
             protocol: header[6],

@@ -32,7 +32,7 @@ impl Segment {
         packet: &Packet,
         direction: Direction,
     ) -> Result<Self, Reason> {
-        let v4 = packet.source.is_v4();
+        let v4 = packet.v4;
         match packet.protocol {
             UDP => Self::udp(frame, packet, direction),
             TCP => Self::tcp(frame, packet, direction),
@@ -138,7 +138,7 @@ impl Segment {
             size => {
                 // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's
                 // offload header asks.
-                let kind = match (packet.protocol, packet.source.is_v4()) {
+                let kind = match (packet.protocol, packet.v4) {
                     (TCP, true) => Segments::TcpV4,
                     (TCP, false) => Segments::TcpV6,
                     (UDP, _) => Segments::Udp,

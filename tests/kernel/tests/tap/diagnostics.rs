@@ -28,10 +28,7 @@ fn a_full_ring_of_events_is_told_once_however_many_are_lost() {
     let most = 1 + begun.elapsed().as_secs() / PERIOD_SECONDS;
     assert!((1..=most).contains(&(lines.len() as u64)), "{lines:?}");
     for line in &lines {
-        assert_eq!(
-            line,
-            "no room for the event of a frame of the guest: events are lost"
-        );
+        assert_eq!(line, "no room for the event of a frame: events are lost");
     }
     // What has been read is told to nobody else.
     assert!(stage.guarded(Guard::diagnostics).read().is_empty());
