@@ -104,7 +104,7 @@ check_kernel() {
 }
 
 check_rust() {
-    has cargo || fail "cargo is missing: install Rust from https://rustup.rs, then run 'make setup' again"
+    has cargo || fail "cargo is missing: install Rust from https://rustup.rs for the user who runs this (with sudo that is root: or name its place, as in CARGO_HOME=~/.cargo RUSTUP_HOME=~/.rustup), then run 'make setup' again"
     local version
     version=$(rustc --version | cut -d' ' -f2)
     version_at_least "${version%%-*}" "$MINIMUM_RUST" ||

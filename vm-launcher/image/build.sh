@@ -156,6 +156,8 @@ done <"$recipe/modules"
 
 say "packing"
 cp -R "$recipe/rootfs/." "$image/"
+# A clone has the modes of whoever made it.
+chmod -R u=rwX,go=rX "$image"
 chmod 755 "$image/init" "$image/usr/lib/omerta/"* "$image/etc/acpi/PWRF/"*
 # Names, owners and times that do not depend on who builds when, so that equal inputs give an
 # equal image.

@@ -3,25 +3,27 @@
 //! so the only proof is a kernel that booted.
 
 use std::ffi::OsString;
-use std::io;
-use std::os::unix::process::ExitStatusExt;
+use std::io::{self, Read};
 use std::path::Path;
-use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
-use tokio::process::Command;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
-use crate::Accel;
 use crate::command::{QEMU, SANDBOX};
+use crate::error::report;
 use crate::image::{Image, ImageError};
 use crate::memory_file::MemoryFile;
+use crate::process::{ProcessError, QemuProcess};
+use crate::{Accel, ExitStatus};
 
 /// How long the probe guest may take; where KVM works it needs a few tenths of a second.
-const DEADLINE: Duration = Duration::from_secs(3);
-/// How long a kernel may take to find that it has no root. One that is no Linux never does.
-const KERNEL_DEADLINE: Duration = Duration::from_secs(4);
+const DEADLINE: Duration = Duration::from_secs(8);
+/// How long a Linux may take to find that it has no root; where KVM works it needs a second.
+const KERNEL_DEADLINE: Duration = Duration::from_secs(15);
+/// The most that is read of what a probe prints, in bytes.
+const MAX_SAID: usize = 256 << 10;
 
 /// What the probe guest writes to the exit port; QEMU then exits with twice that plus one.
 const EXIT_VALUE: u8 = 0x2a;
@@ -30,6 +32,8 @@ const EXIT_CODE: i32 = EXIT_VALUE as i32 * 2 + 1;
 /// How QEMU begins to say that KVM gave up on a guest (accel/kvm/kvm-all.c). The guest then stands
 /// still for good.
 const GAVE_UP: &str = "KVM internal error";
+/// What a Linux says that has come up far enough to look for its root.
+const CAME_UP: &str = "Kernel panic - not syncing: VFS";
 
 /// What the probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +66,7 @@ pub async fn probe_accel() -> AccelReport {
     }
     let started = Instant::now();
     match run_tiny(Accel::Kvm, DEADLINE).await {
-        Ok(Outcome::Exited(status, _)) if status.code() == Some(EXIT_CODE) => AccelReport {
+        Ok(Outcome::Exited(ExitStatus::Code(EXIT_CODE), _)) => AccelReport {
             accel: Accel::Kvm,
             why: format!(
                 "KVM ran a test guest in {} ms",
@@ -73,81 +77,106 @@ pub async fn probe_accel() -> AccelReport {
             "/dev/kvm opens but a test guest did not get through its firmware in {} s",
             DEADLINE.as_secs()
         )),
-        Ok(Outcome::GaveUp(said)) => tcg(format!("KVM does not run guests here ({said})")),
+        Ok(Outcome::Heard(said)) => tcg(format!("KVM does not run guests here ({said})")),
         Ok(Outcome::Exited(status, said)) => tcg(format!(
             "KVM does not run guests here ({})",
             end(status, &said)
         )),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Err(ProcessError::QemuMissing) => {
             tcg(format!("KVM could not be tried: {QEMU} is not installed"))
         }
-        Err(error) => tcg(format!("KVM could not be tried ({error})")),
+        Err(error) => tcg(format!("KVM could not be tried ({})", report(&error))),
     }
 }
 
-/// Boots the image's kernel under KVM, without a root, and tells what to use instead where KVM does
-/// not run it: `None` where it does, or where nothing speaks against it (a kernel that is no Linux
-/// does not end by itself). Takes under a second where KVM works, 4 s at most.
+/// What KVM makes of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KernelProbe {
+    /// It came up.
+    Runs,
+    /// KVM does not run it: what to use instead, for this kernel and any other.
+    Fails(AccelReport),
+    /// It could not be found out, and why: this is no Linux, or QEMU did not start.
+    Unknown(String),
+}
+
+/// Boots the image's kernel under KVM, without a root. Takes about a second where KVM works, 15 s at
+/// most.
 ///
 /// # Errors
 /// When the kernel cannot be read.
-pub async fn probe_kernel(image: &Image) -> Result<Option<AccelReport>, ImageError> {
+pub async fn probe_kernel(image: &Image) -> Result<KernelProbe, ImageError> {
     let kernel = image.copy_kernel()?;
-    let why = match run(kernel_arguments(&kernel.path()), KERNEL_DEADLINE).await {
-        Ok(Outcome::StillRuns) => return Ok(None),
-        Ok(Outcome::Exited(status, _)) if status.success() => return Ok(None),
-        Ok(Outcome::Exited(status, said)) => end(status, &said),
-        Ok(Outcome::GaveUp(said)) => said,
-        Err(error) => error.to_string(),
+    if !is_linux(&kernel.path()) {
+        return Ok(KernelProbe::Unknown("it is no Linux".to_owned()));
+    }
+    let arguments = kernel_arguments(&kernel.path());
+    let why = match run(&arguments, &[GAVE_UP, CAME_UP], KERNEL_DEADLINE).await {
+        Ok(Outcome::Heard(said)) if said.contains(CAME_UP) => return Ok(KernelProbe::Runs),
+        Ok(Outcome::Heard(said)) => said,
+        Ok(Outcome::StillRuns) => {
+            format!("it did not come up in {} s", KERNEL_DEADLINE.as_secs())
+        }
+        // A triple fault, which resets.
+        Ok(Outcome::Exited(ExitStatus::Code(0), _)) => "it was reset before it came up".to_owned(),
+        Ok(Outcome::Exited(status @ ExitStatus::Signal(_), said)) => end(status, &said),
+        // It refuses the kernel, or lacks memory: that says nothing of KVM.
+        Ok(Outcome::Exited(status, said)) => return Ok(KernelProbe::Unknown(end(status, &said))),
+        Err(error) => return Ok(KernelProbe::Unknown(report(&error))),
     };
     let kernel = image.kernel.display();
-    Ok(Some(AccelReport::tcg(&format!(
+    Ok(KernelProbe::Fails(AccelReport::tcg(&format!(
         "KVM runs a few instructions but not {kernel} ({why})"
     ))))
+}
+
+/// Whether the file has the magic number of Linux's boot protocol
+/// (Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header").
+fn is_linux(kernel: &Path) -> bool {
+    let mut head = [0; 0x206];
+    let read = std::fs::File::open(kernel).and_then(|mut file| file.read_exact(&mut head));
+    read.is_ok() && head.ends_with(b"HdrS")
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
     /// QEMU ended, and the first line it printed.
     Exited(ExitStatus, String),
-    /// KVM gave up, in QEMU's words.
-    GaveUp(String),
+    /// The line that was listened for.
+    Heard(String),
     StillRuns,
 }
 
 fn end(status: ExitStatus, said: &str) -> String {
-    match (said.is_empty(), status.signal()) {
-        (false, _) => said.to_owned(),
-        (true, Some(signal)) => format!("{QEMU} died of signal {signal}"),
-        (true, None) => format!("{QEMU} ended with {status}"),
+    if said.is_empty() {
+        format!("{QEMU} ended with {status}")
+    } else {
+        said.to_owned()
     }
 }
 
 /// Boots the probe guest: SeaBIOS, QEMU's multiboot loader, then our few instructions.
-async fn run_tiny(accel: Accel, deadline: Duration) -> io::Result<Outcome> {
-    let kernel = MemoryFile::copy_of(tiny_kernel().as_slice(), c"omerta-probe")?;
-    run(tiny_arguments(accel, &kernel.path()), deadline).await
+async fn run_tiny(accel: Accel, deadline: Duration) -> Result<Outcome, ProcessError> {
+    let kernel = MemoryFile::copy_of(tiny_kernel().as_slice(), c"omerta-probe")
+        .map_err(ProcessError::Spawn)?;
+    run(&tiny_arguments(accel, &kernel.path()), &[GAVE_UP], deadline).await
 }
 
-async fn run(arguments: Vec<OsString>, deadline: Duration) -> io::Result<Outcome> {
-    let mut child = Command::new(QEMU)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true)
-        .spawn()?;
-    let said = child.stderr.take();
+/// Runs QEMU, confined as for a guest, until it prints one of `words`, ends, or `deadline` has passed.
+/// Nothing of it is left.
+async fn run(
+    arguments: &[OsString],
+    words: &[&str],
+    deadline: Duration,
+) -> Result<Outcome, ProcessError> {
+    let (said, output) = io::pipe().map_err(ProcessError::Spawn)?;
+    let said = pipe::Receiver::from_owned_fd(said.into()).map_err(ProcessError::Spawn)?;
+    let process = QemuProcess::spawn(arguments, None, output.into())?;
     let watched = async {
-        let first = match said {
-            Some(said) => match hear(said).await? {
-                Heard::GaveUp(line) => return Ok(Outcome::GaveUp(line)),
-                Heard::End(first) => first,
-            },
-            None => String::new(),
-        };
-        Ok(Outcome::Exited(child.wait().await?, first))
+        match hear(said, words).await {
+            Heard::Word(line) => Ok(Outcome::Heard(line)),
+            Heard::End(first) => Ok(Outcome::Exited(process.wait().await?, first)),
+        }
     };
     timeout(deadline, watched)
         .await
@@ -155,24 +184,39 @@ async fn run(arguments: Vec<OsString>, deadline: Duration) -> io::Result<Outcome
 }
 
 enum Heard {
-    /// The line that says so.
-    GaveUp(String),
+    /// The line with the word.
+    Word(String),
     /// Nothing more follows; the first line.
     End(String),
 }
 
-/// Reads what QEMU prints until it says that KVM gave up, or ends.
-async fn hear(said: impl AsyncRead + Unpin) -> io::Result<Heard> {
-    let mut lines = BufReader::new(said).lines();
-    let mut first = None;
-    while let Some(line) = lines.next_line().await? {
-        let line: String = line.chars().filter(|c| !c.is_control()).take(200).collect();
-        if line.starts_with(GAVE_UP) {
-            return Ok(Heard::GaveUp(line));
+/// Reads what is printed until a line has one of `words`, or to the end. What is beyond
+/// [`MAX_SAID`] is read and not looked at.
+async fn hear(mut said: impl AsyncRead + Unpin, words: &[&str]) -> Heard {
+    let mut text = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let Ok(length @ 1..) = said.read(&mut buffer).await else {
+            break;
+        };
+        let kept = length.min(MAX_SAID.saturating_sub(text.len()));
+        text.extend_from_slice(buffer.get(..kept).unwrap_or_default());
+        let lines = String::from_utf8_lossy(&text);
+        let whole = lines.rfind('\n').and_then(|end| lines.get(..end));
+        let found = whole
+            .unwrap_or_default()
+            .lines()
+            .find(|line| words.iter().any(|word| line.contains(word)));
+        if let Some(line) = found {
+            return Heard::Word(printable(line));
         }
-        first.get_or_insert(line);
     }
-    Ok(Heard::End(first.unwrap_or_default()))
+    let lines = String::from_utf8_lossy(&text);
+    Heard::End(printable(lines.lines().next().unwrap_or_default()))
+}
+
+fn printable(line: &str) -> String {
+    line.chars().filter(|c| !c.is_control()).take(200).collect()
 }
 
 fn common_arguments(accel: Accel) -> Vec<OsString> {
@@ -215,7 +259,15 @@ fn tiny_arguments(accel: Accel, kernel: &Path) -> Vec<OsString> {
 
 /// A Linux that finds no root panics, and so reboots at once, which here ends QEMU.
 fn kernel_arguments(kernel: &Path) -> Vec<OsString> {
-    let own = ["-m", "256M", "-append", "panic=-1 quiet", "-kernel"];
+    let own = [
+        "-m",
+        "256M",
+        "-serial",
+        "stdio",
+        "-append",
+        "console=ttyS0 panic=-1",
+        "-kernel",
+    ];
     let mut arguments = common_arguments(Accel::Kvm);
     arguments.extend(own.map(OsString::from));
     arguments.push(kernel.into());
@@ -261,8 +313,9 @@ mod tests {
     #[tokio::test]
     async fn the_probe_guest_runs_where_a_guest_can_run() {
         let outcome = run_tiny(Accel::Tcg, Duration::from_secs(60)).await.unwrap();
+        let expected = ExitStatus::Code(EXIT_CODE);
         assert!(
-            matches!(&outcome, Outcome::Exited(status, _) if status.code() == Some(EXIT_CODE)),
+            matches!(&outcome, Outcome::Exited(status, _) if *status == expected),
             "{outcome:?}"
         );
     }
@@ -282,10 +335,37 @@ mod tests {
         tokio::io::AsyncWriteExt::write_all(&mut qemu, text)
             .await
             .unwrap();
-        let heard = timeout(Duration::from_secs(60), hear(said)).await.unwrap();
-        let Ok(Heard::GaveUp(line)) = heard else {
+        let hearing = hear(said, &[GAVE_UP]);
+        let heard = timeout(Duration::from_secs(60), hearing).await.unwrap();
+        let Heard::Word(line) = heard else {
             panic!("not heard");
         };
         assert_eq!(line, "KVM internal error. Suberror: 1");
+    }
+
+    #[tokio::test]
+    async fn a_flood_is_read_to_its_end_and_its_first_line_told() {
+        let (mut qemu, said) = tokio::io::duplex(1024);
+        let flood = async move {
+            let mut text = b"first\n".to_vec();
+            text.resize(2 * MAX_SAID, b'x');
+            tokio::io::AsyncWriteExt::write_all(&mut qemu, &text)
+                .await
+                .unwrap();
+        };
+        let (heard, ()) = tokio::join!(hear(said, &[GAVE_UP]), flood);
+        assert!(matches!(heard, Heard::End(line) if line == "first"));
+    }
+
+    /// An image that is at fault itself says nothing of KVM.
+    #[tokio::test]
+    async fn what_is_no_linux_is_not_tried() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, bytes) in [("vmlinuz", vec![7; 5000]), ("initrd.img", vec![0; 1])] {
+            std::fs::write(directory.path().join(name), bytes).unwrap();
+        }
+        let image = Image::open(directory.path()).unwrap();
+        let probe = probe_kernel(&image).await.unwrap();
+        assert!(matches!(probe, KernelProbe::Unknown(_)), "{probe:?}");
     }
 }

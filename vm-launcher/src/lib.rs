@@ -30,7 +30,7 @@ mod spec;
 mod tap;
 mod wg_public_key;
 
-pub use accel::{AccelReport, probe_accel, probe_kernel};
+pub use accel::{AccelReport, KernelProbe, probe_accel, probe_kernel};
 pub use canary::CanaryError;
 pub use control_port::{ControlPort, Report};
 pub use error::LaunchError;

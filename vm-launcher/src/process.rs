@@ -116,14 +116,13 @@ pub(crate) struct QemuProcess {
 }
 
 impl QemuProcess {
-    /// Starts QEMU with `arguments`, the descriptor `tap` inherited under the same number and
-    /// nothing else of ours, what it prints going to `log`.
-    pub(crate) fn spawn(
+    /// As [`QemuProcess::spawn`], what it prints going to the end of `log`.
+    pub(crate) fn spawn_logged(
         arguments: &[OsString],
         tap: BorrowedFd<'_>,
         log: &Path,
     ) -> Result<Self, ProcessError> {
-        let log = File::options()
+        let output = File::options()
             .create(true)
             .append(true)
             .mode(0o600)
@@ -132,17 +131,27 @@ impl QemuProcess {
                 path: log.to_owned(),
                 source,
             })?;
+        Self::spawn(arguments, Some(tap), output.into())
+    }
+
+    /// Starts QEMU with `arguments`, the descriptor `tap` inherited under the same number and
+    /// nothing else of ours, what it prints going to `output`.
+    pub(crate) fn spawn(
+        arguments: &[OsString],
+        tap: Option<BorrowedFd<'_>>,
+        output: OwnedFd,
+    ) -> Result<Self, ProcessError> {
         let mut command = Command::new(QEMU);
         command
             .args(arguments)
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
             .stdin(Stdio::null())
-            .stdout(log.try_clone().map_err(ProcessError::Spawn)?)
-            .stderr(log)
+            .stdout(output.try_clone().map_err(ProcessError::Spawn)?)
+            .stderr(output)
             // A terminal's Ctrl-C is for the controller, which ends its guests in order.
             .process_group(0);
-        let tap = tap.as_raw_fd();
+        let tap = tap.map(|tap| tap.as_raw_fd());
         let parent = std::process::id();
         // SAFETY: `confine` only makes system calls that are async-signal-safe, and allocates
         // nothing.
@@ -276,7 +285,7 @@ impl Drop for QemuProcess {
 }
 
 /// Runs in the child between fork and exec.
-fn confine(tap: RawFd, parent: u32) -> io::Result<()> {
+fn confine(tap: Option<RawFd>, parent: u32) -> io::Result<()> {
     // SAFETY: prctl with integer arguments only.
     Errno::result(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
     // The parent may have died before the line above took effect.
@@ -299,8 +308,20 @@ fn confine(tap: RawFd, parent: u32) -> io::Result<()> {
     if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `tap` is open in the parent for the whole of `spawn`, so it is here.
-    Errno::result(unsafe { libc::fcntl(tap, libc::F_SETFD, 0) })?;
+    // What this process was itself given by whoever started it, and not marked, would go on to QEMU.
+    // SAFETY: integer arguments only; descriptors are marked, none is closed before exec.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    })?;
+    if let Some(tap) = tap {
+        // SAFETY: `tap` is open in the parent for the whole of `spawn`, so it is here.
+        Errno::result(unsafe { libc::fcntl(tap, libc::F_SETFD, 0) })?;
+    }
     Ok(())
 }
 

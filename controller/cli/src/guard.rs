@@ -80,6 +80,8 @@ fn attach(args: AttachArgs, out: &mut Output) -> Result<(), GuardCommandError> {
             last_words(error);
         }
     })?;
+    // A good moment; what cannot be removed is in nobody's way.
+    let _ = Guard::sweep_gone_namespaces();
     let status = guard.status()?;
     let endpoints = match status.allow.len() {
         1 => "1 endpoint".to_owned(),

@@ -89,11 +89,11 @@ async fn start(client: &Client, args: &RunArgs, out: &mut Output) -> Result<(), 
             GuestState::Launching | GuestState::Paused | GuestState::Guarded => {}
             GuestState::Running if args.wait.is_none() || guest.public_key.is_some() => break,
             GuestState::Running => {}
-            GuestState::Condemned
-            | GuestState::Held
-            | GuestState::Suspended
-            | GuestState::Stopping
-            | GuestState::Ending => break,
+            // It stands still until someone wants it otherwise.
+            GuestState::Held | GuestState::Suspended if args.wait.is_none() => break,
+            GuestState::Held | GuestState::Suspended => {}
+            // What is on its way to its end has not come to run: the end says why.
+            GuestState::Condemned | GuestState::Stopping | GuestState::Ending => {}
             GuestState::Ended => return Err(VmError::ended(guest)),
         }
         if let Some(seconds) = args.wait

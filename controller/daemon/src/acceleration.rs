@@ -6,14 +6,14 @@ use std::path::Path;
 use std::sync::{Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
-use omerta_vm_launcher::{Accel, AccelReport, Image, probe_accel, probe_kernel};
+use omerta_vm_launcher::{Accel, AccelReport, Image, KernelProbe, probe_accel, probe_kernel};
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 /// How long finding out may take.
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// What is known of it. A kernel that KVM does not run speaks against KVM, not against the image:
 /// from then on guests are emulated.
@@ -60,10 +60,18 @@ impl Acceleration {
         self.lock().clone()
     }
 
-    /// Finds out, without a guest at hand. The first call may take seconds.
-    pub(crate) async fn find(&self) -> AccelReport {
-        let _turn = self.tried.lock().await;
-        self.found().await
+    /// Finds out before there is a guest, with the kernel of one of the images in `image_dir`, if there
+    /// is any. May take seconds.
+    pub(crate) async fn find(&self, image_dir: &Path) -> AccelReport {
+        let image_dir = image_dir.to_owned();
+        let looking = spawn_blocking(move || first_image(&image_dir));
+        match timeout(DEADLINE, looking).await {
+            Ok(Ok(Some(image))) => self.of(&image).await,
+            _ => {
+                let _turn = self.tried.lock().await;
+                self.found().await
+            }
+        }
     }
 
     /// How guests of `image` execute. May take seconds for a kernel that has not been seen before.
@@ -73,25 +81,28 @@ impl Acceleration {
         if self.configured.is_some() || report.accel != Accel::Kvm {
             return report;
         }
-        let (probed, handle) = (image.clone(), Handle::current());
-        let trying = spawn_blocking(move || {
-            let kernel = Kernel::at(&probed.kernel).ok()?;
-            Some((kernel, probed))
-        });
-        let Ok(Ok(Some((kernel, probed)))) = timeout(DEADLINE, trying).await else {
+        let path = image.kernel.clone();
+        let looking = spawn_blocking(move || Kernel::at(&path).ok());
+        let Ok(Ok(Some(kernel))) = timeout(DEADLINE, looking).await else {
             // The launch finds the same, and says so.
             return report;
         };
         if tried.contains(&kernel) {
             return report;
         }
+        let (probed, handle) = (image.clone(), Handle::current());
         let trying = spawn_blocking(move || handle.block_on(probe_kernel(&probed)));
         match timeout(DEADLINE, trying).await {
-            Ok(Ok(Ok(None))) => {
+            Ok(Ok(Ok(KernelProbe::Runs))) => {
                 tried.insert(kernel);
                 report
             }
-            Ok(Ok(Ok(Some(found)))) => self.settle(found),
+            Ok(Ok(Ok(KernelProbe::Fails(found)))) => self.settle(found),
+            Ok(Ok(Ok(KernelProbe::Unknown(why)))) => {
+                let kernel = image.kernel.display();
+                tracing::info!(%kernel, why, "whether KVM runs it cannot be found out before");
+                report
+            }
             // The launch finds the same, and says so.
             _ => report,
         }
@@ -119,6 +130,19 @@ impl Acceleration {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<AccelReport>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The first image by name that can be opened.
+fn first_image(image_dir: &Path) -> Option<Image> {
+    let mut directories: Vec<_> = std::fs::read_dir(image_dir)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    directories.sort();
+    directories
+        .iter()
+        .find_map(|directory| Image::open(directory).ok())
 }
 
 /// How guests execute, found out on a thread that may be kept waiting.

@@ -1,8 +1,8 @@
 //! One omertad for each socket and each run directory: the locks, and the socket itself.
 
-use std::fs::{DirBuilder, Permissions};
+use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +11,8 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
 use omerta_vm_launcher::{LockError, LockFile, PathError};
 use thiserror::Error;
+
+use crate::made_directories::MadeDirectories;
 
 /// The lock of a run directory; no guest's name has a dot.
 const RUN_DIR_LOCK: &str = "omertad.lock";
@@ -40,13 +42,15 @@ pub(crate) enum InstanceError {
 }
 
 /// The right to serve a socket and to make guests in a run directory, held until dropped, which
-/// removes the socket and the locks.
+/// removes the socket, the locks, and what directories it made for them.
 #[derive(Debug)]
 pub(crate) struct Instance {
     socket: PathBuf,
     /// Whether the socket is this process's.
     bound: AtomicBool,
     locks: Vec<LockFile>,
+    /// Dropped after the locks are removed.
+    directories: Vec<MadeDirectories>,
 }
 
 impl Instance {
@@ -62,6 +66,7 @@ impl Instance {
             socket: socket.to_owned(),
             bound: AtomicBool::new(false),
             locks: Vec::new(),
+            directories: Vec::new(),
         };
         instance.lock(Path::new(&lock_path), socket, "--socket")?;
         if let Ok(found) = std::fs::metadata(run_dir)
@@ -74,12 +79,10 @@ impl Instance {
     }
 
     fn lock(&mut self, lock: &Path, of: &Path, option: &'static str) -> Result<(), InstanceError> {
-        if let Some(directory) = lock.parent().filter(|directory| !directory.exists()) {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(directory)
-                .map_err(PathError::of("create", directory))?;
+        if let Some(directory) = lock.parent() {
+            let made =
+                MadeDirectories::make(directory).map_err(PathError::of("create", directory))?;
+            self.directories.push(made);
         }
         let lock = LockFile::acquire(lock).map_err(|error| match error {
             LockError::Held { pid, .. } => InstanceError::Running {
@@ -168,9 +171,8 @@ mod tests {
             "a refused one removes nothing of the first"
         );
         drop((first, listener));
-        for left in ["socket", "socket2", "run"] {
-            assert_eq!(std::fs::read_dir(at(left)).unwrap().count(), 0, "{left}");
-        }
+        let left = std::fs::read_dir(directory.path()).unwrap().count();
+        assert_eq!(left, 0, "what it made, a refused one too, it removes");
         Instance::claim(&socket, &run_dir)
             .unwrap()
             .listen()

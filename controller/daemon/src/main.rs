@@ -15,6 +15,7 @@ mod instance;
 mod journal;
 mod log;
 mod lookups;
+mod made_directories;
 mod metrics;
 mod order;
 mod pool;
@@ -136,9 +137,9 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
         "omertad {} is ready",
         env!("CARGO_PKG_VERSION"),
     );
-    let probing = Arc::clone(&fleet);
+    let (probing, image_dir) = (Arc::clone(&fleet), settings.image_dir.clone());
     tokio::spawn(async move {
-        probing.acceleration().find().await;
+        probing.acceleration().find(&image_dir).await;
     });
 
     let (stop, stopped) = notice::channel(false);

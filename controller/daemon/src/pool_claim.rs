@@ -1,8 +1,8 @@
 //! One omertad for each guest's address in a network namespace.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -11,6 +11,7 @@ use nix::libc;
 use nix::unistd::geteuid;
 use thiserror::Error;
 
+use crate::made_directories::MadeDirectories;
 use crate::pool::GuestPool;
 
 /// Where every omertad has its claims, whatever its own directories are. The unit may write there
@@ -41,9 +42,16 @@ pub(crate) enum PoolClaimError {
 }
 
 /// The right to give out a pool's addresses in this network namespace, held until dropped or until
-/// this process ends, however it ends.
+/// this process ends, however it ends. The last to be dropped removes the file, and each the
+/// directories that it made.
 #[derive(Debug)]
-pub(crate) struct PoolClaim(#[expect(dead_code, reason = "open is held")] File);
+pub(crate) struct PoolClaim {
+    file: File,
+    path: PathBuf,
+    /// Dropped after the file is removed.
+    #[expect(dead_code, reason = "made is held")]
+    directories: MadeDirectories,
+}
 
 impl PoolClaim {
     /// Claims the pool, or fails where another process has claimed any part of it: two pools
@@ -57,15 +65,28 @@ impl PoolClaim {
         let inode = namespace.metadata().map_err(failed("read", namespace))?;
         let inode = inode.ino();
         let path = directory.join(FILE);
-        let file = open_private(directory, &path)?;
-        let mut range: libc::flock = Self::range(inode, pool);
-        range.l_type = libc::F_WRLCK as libc::c_short;
-        // Of the open file, not of the process: it goes with the last descriptor and never with
-        // another's close.
-        match fcntl(&file, FcntlArg::F_OFD_SETLK(&range)) {
-            Ok(_) => Ok(Self(file)),
-            Err(Errno::EAGAIN | Errno::EACCES) => Err(PoolClaimError::Taken(pool)),
-            Err(errno) => Err(failed("lock", &path)(errno.into())),
+        let range = Self::range(inode, pool);
+        loop {
+            let directories =
+                MadeDirectories::make(directory).map_err(failed("create", directory))?;
+            let file = open_private(directory, &path)?;
+            let claimed = lock(&file, &range).map_err(failed("lock", &path))?;
+            // Another may have removed the file between the two; what is locked then binds nobody.
+            let there = path.metadata().is_ok_and(|there| {
+                file.metadata()
+                    .is_ok_and(|own| (own.dev(), own.ino()) == (there.dev(), there.ino()))
+            });
+            match (claimed, there) {
+                (true, true) => {
+                    return Ok(Self {
+                        file,
+                        path,
+                        directories,
+                    });
+                }
+                (false, true) => return Err(PoolClaimError::Taken(pool)),
+                (_, false) => {}
+            }
         }
     }
 
@@ -74,7 +95,7 @@ impl PoolClaim {
     fn range(inode: u64, pool: GuestPool) -> libc::flock {
         let start = (inode & 0x7fff_ffff) << 32 | u64::from(pool.base());
         libc::flock {
-            l_type: 0,
+            l_type: libc::F_WRLCK as libc::c_short,
             l_whence: libc::SEEK_SET as libc::c_short,
             l_start: start as libc::off_t,
             l_len: (pool.capacity() * 4) as libc::off_t,
@@ -83,13 +104,36 @@ impl PoolClaim {
     }
 }
 
+impl Drop for PoolClaim {
+    fn drop(&mut self) {
+        // All of the file can be had by its last user alone.
+        let whole = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        if matches!(lock(&self.file, &whole), Ok(true))
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "left behind");
+        }
+    }
+}
+
+/// Whether the range could be locked: by the open file, not the process, so that the lock goes with
+/// the last descriptor and never with another's close.
+fn lock(file: &File, range: &libc::flock) -> io::Result<bool> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(range)) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Opens the file that nobody else may open: whoever may could lock it for good.
 fn open_private(directory: &Path, path: &Path) -> Result<File, PoolClaimError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .map_err(failed("create", directory))?;
     let user = geteuid().as_raw();
     let of_directory = directory.metadata().map_err(failed("read", directory))?;
     // Others may look into it, for the images are there, but not put another file in place.
@@ -159,6 +203,20 @@ mod tests {
         namespace.enter(|| take("10.77.0.0/16")).unwrap().unwrap();
     }
 
+    #[test]
+    fn the_last_to_go_removes_the_file_and_what_was_made_for_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("state");
+        let first = take(&directory, "10.77.0.0/16").unwrap();
+        let second = take(&directory, "10.78.0.0/16").unwrap();
+        take(&directory, "10.78.0.0/16").unwrap_err();
+        drop(second);
+        assert!(directory.join(FILE).exists(), "the first still claims");
+        take(&directory, "10.77.0.0/16").unwrap_err();
+        drop(first);
+        assert!(!directory.exists());
+    }
+
     /// Whoever may open the file may lock all of it, and no omertad would start.
     #[test]
     fn nobody_else_can_open_what_is_locked() {
@@ -173,7 +231,7 @@ mod tests {
     fn a_place_that_others_have_access_to_is_refused() {
         let parent = tempfile::tempdir().unwrap();
         let directory = parent.path().join("state");
-        drop(take(&directory, "10.77.0.0/16").unwrap());
+        let _other = take(&directory, "10.78.0.0/16").unwrap();
         let file = directory.join(FILE);
         for (path, open, private) in [(&file, 0o644, 0o600), (&directory, 0o777, 0o755)] {
             std::fs::set_permissions(path, Permissions::from_mode(open)).unwrap();

@@ -23,6 +23,14 @@ pub(crate) fn sweep(run_dir: &Path) {
 }
 
 fn sweep_guards() {
+    match Guard::sweep_gone_namespaces() {
+        Ok(0) => {}
+        Ok(guards) => tracing::info!(guards, "removed guards of namespaces that are gone"),
+        Err(error) => tracing::warn!(
+            error = report(&error),
+            "cannot remove guards of namespaces that are gone"
+        ),
+    }
     let pinned = match Guard::pinned() {
         Ok(pinned) => pinned,
         Err(error) => {

@@ -24,8 +24,9 @@ const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// the first does not open every tap.
 const ANCHOR: &str = "/run/omerta-bpf";
 
-/// How long one process waits for another that mounts.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long one process waits for another that mounts. It takes milliseconds: one that takes longer
+/// hangs, and holds nobody up for it.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What is pinned for this thread's network namespace is below it. It need not exist.
 pub fn namespace_directory() -> Result<PathBuf, GuardError> {
@@ -68,7 +69,7 @@ pub fn root() -> Result<PathBuf, GuardError> {
 pub fn anchor() -> Result<(), GuardError> {
     root()?;
     let mounts = Mounts::outermost();
-    let _turn = mounts.turn()?;
+    let _turn = mounts.turn(PATIENCE)?;
     if mounts.is_anchored()? {
         return Ok(());
     }
@@ -81,7 +82,10 @@ pub fn anchor() -> Result<(), GuardError> {
 pub fn remove_anchor() -> Result<(), GuardError> {
     let root = root()?;
     let mounts = Mounts::outermost();
-    let _turn = mounts.turn()?;
+    // Where another is at it, it stays: whoever removes the next last guard comes by.
+    let Some(_turn) = mounts.turn(Duration::ZERO)? else {
+        return Ok(());
+    };
     let is_empty = |mut entries: fs::ReadDir| entries.next().is_none();
     if fs::read_dir(&root).is_ok_and(is_empty) && mounts.is_anchored()? {
         mounts.unmount(ANCHOR)?;
@@ -111,17 +115,19 @@ impl Mounts {
         }
     }
 
-    /// Held while mounting: two processes that both mount would hide each other's pins.
-    fn turn(&self) -> Result<File, GuardError> {
+    /// Held while mounting: two processes that both mount would hide each other's pins. `None` where
+    /// another has not let go of it within `patience`.
+    fn turn(&self, patience: Duration) -> Result<Option<File>, GuardError> {
         let path = self.path(MOUNT_POINT);
         let file = File::open(&path).map_err(failed("open", &path))?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience;
         loop {
             match file.try_lock() {
-                Ok(()) => return Ok(file),
+                Ok(()) => return Ok(Some(file)),
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
                     thread::sleep(Duration::from_millis(1));
                 }
+                Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(error) => return Err(failed("lock", &path)(error.into())),
             }
         }
@@ -138,7 +144,7 @@ impl Mounts {
 
     /// bpffs, mounted if need be: the one of which there is a second mount, where there is one.
     fn mounted(&self) -> Result<PathBuf, GuardError> {
-        let _turn = self.turn()?;
+        let _turn = self.turn(PATIENCE)?;
         let (mut place, anchor) = (self.path(MOUNT_POINT), self.path(ANCHOR));
         let is_anchored = self.is_anchored()?;
         if !is_bpffs(&place)? {

@@ -30,12 +30,17 @@ pub struct Lock {
 impl Lock {
     /// Waits for the lock of the guard that was attached under the name `interface`.
     pub fn of(interface: &str) -> Result<Self, GuardError> {
-        Self::until(interface, Instant::now() + PATIENCE)
+        Self::until(namespace_directory()?, interface, Instant::now() + PATIENCE)
     }
 
     /// As [`Lock::of`], but `None` where somebody else is at work on that guard.
     pub fn try_of(interface: &str) -> Result<Option<Self>, GuardError> {
-        match Self::until(interface, Instant::now()) {
+        Self::try_in(namespace_directory()?, interface)
+    }
+
+    /// As [`Lock::try_of`], of a guard whose namespace has its pins in `namespace`.
+    pub fn try_in(namespace: PathBuf, interface: &str) -> Result<Option<Self>, GuardError> {
+        match Self::until(namespace, interface, Instant::now()) {
             Ok(lock) => Ok(Some(lock)),
             Err(GuardError::Busy { .. }) => Ok(None),
             Err(error) => Err(error),
@@ -47,8 +52,8 @@ impl Lock {
         self.interface == interface
     }
 
-    fn until(interface: &str, deadline: Instant) -> Result<Self, GuardError> {
-        let directory = namespace_directory()?.join(format!("{}{LOCK}", encode(interface)));
+    fn until(namespace: PathBuf, interface: &str, deadline: Instant) -> Result<Self, GuardError> {
+        let directory = namespace.join(format!("{}{LOCK}", encode(interface)));
         loop {
             let made = match directory.parent() {
                 Some(parent) => fs::create_dir_all(parent),

@@ -1,7 +1,7 @@
 //! What is pinned for this network namespace, and where it is in force.
 
 use crate::lock::Lock;
-use crate::pins::Pins;
+use crate::pins::{self, Pins};
 use crate::standing::{Look, look};
 use crate::{Guard, GuardError, Owner, Standing, interface};
 
@@ -60,6 +60,12 @@ impl Guard {
             .filter(|guard| guard.standing.is_whole())
             .map(|guard| guard.interface)
             .collect())
+    }
+
+    /// Removes what is pinned for guards of other network namespaces whose interfaces are gone, which
+    /// no other call reaches. Gives how many there were.
+    pub fn sweep_gone_namespaces() -> Result<usize, GuardError> {
+        pins::remove_of_gone_namespaces()
     }
 
     /// Removes what is pinned for `interface` where its guard is not whole, and what a process

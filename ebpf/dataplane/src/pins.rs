@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use omerta_verdict::Direction;
 
-use crate::bpffs::{failed, namespace_directory, shown};
+use crate::bpffs::{failed, namespace_directory, root, shown};
 use crate::clsact;
 use crate::link::{self, LinkInfo};
 use crate::lock::Lock;
@@ -143,6 +143,19 @@ impl Pins {
             .then(|| link::info(&path))
             .transpose()
             .map_err(failed("read the link", &path))
+    }
+
+    /// Whether there are links and none is on an interface. Filters go with theirs and tell nothing.
+    fn is_of_gone_interface(&self) -> Result<bool, GuardError> {
+        let mut links = 0;
+        for direction in Direction::ALL {
+            match self.link(direction)? {
+                Some(link) if link.ifindex == 0 => links += 1,
+                Some(_) => return Ok(false),
+                None => {}
+            }
+        }
+        Ok(links > 0 && self.filters()?.is_none())
     }
 
     /// The id of the program that the link of `direction` was made with.
@@ -348,11 +361,44 @@ fn is_pin(path: &Path) -> Result<bool, GuardError> {
 
 /// The directories of this thread's network namespace and their encoded names, sorted.
 fn directories() -> Result<Vec<(String, Pins)>, GuardError> {
-    let directory = namespace_directory()?;
+    directories_in(&namespace_directory()?)
+}
+
+/// Removes the pins of guards of other network namespaces whose interfaces are gone for good, as with
+/// a namespace that is gone itself: nobody can come back to them. What somebody is at work on is left
+/// alone. Gives how many there were.
+pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
+    let own = namespace_directory()?;
+    let mut removed = 0;
+    for namespace in read(&root()?)? {
+        if namespace == own || !namespace.is_dir() {
+            continue;
+        }
+        for (name, pins) in directories_in(&namespace)? {
+            if name.contains(LOCK) {
+                continue;
+            }
+            let Some(_lock) = Lock::try_in(namespace.clone(), &pins.made_for())? else {
+                continue;
+            };
+            if !pins.exist() || !pins.is_of_gone_interface()? {
+                continue;
+            }
+            match name.contains(ASIDE) {
+                true => pins.remove_aside()?,
+                false => pins.remove()?,
+            }
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+fn directories_in(directory: &Path) -> Result<Vec<(String, Pins)>, GuardError> {
     if !directory.is_dir() {
         return Ok(Vec::new());
     }
-    let mut found: Vec<_> = read(&directory)?
+    let mut found: Vec<_> = read(directory)?
         .into_iter()
         .filter(|path| path.is_dir())
         .filter_map(|directory| {

@@ -41,7 +41,7 @@ pub fn play(
     report: &mut Report,
     leftovers: &mut Leftovers,
 ) -> Result<()> {
-    leftovers.note_links();
+    leftovers.note_machine();
     report.act("A provider, its LAN, the internet, two consumers: namespaces with no way out");
     let directory = tempfile::Builder::new()
         .prefix("omerta-demo-")

@@ -14,6 +14,14 @@ use crate::traces;
 /// How long the kernel may take to let go of the last process.
 const GRACE: Duration = Duration::from_secs(3);
 
+/// Where an omertad keeps what no option moves, and a guard what no namespace has.
+const PLACES: [&str; 4] = [
+    "/run/omerta",
+    "/run/omerta-bpf",
+    "/var/lib/omerta",
+    "/var/lib/omerta/guest-pools.lock",
+];
+
 /// Everything that the demo set up, by name.
 #[derive(Default)]
 pub struct Leftovers {
@@ -22,6 +30,8 @@ pub struct Leftovers {
     /// kernel uses the numbers of namespaces again.
     pins: Vec<(PathBuf, Vec<String>)>,
     paths: Vec<PathBuf>,
+    /// The product's own places on this machine that were not there before.
+    places: Vec<PathBuf>,
     links_before: Option<Vec<String>>,
 }
 
@@ -31,8 +41,13 @@ impl Leftovers {
         !self.namespaces.is_empty() || !self.paths.is_empty()
     }
 
-    /// Notes the machine's own interfaces, before the first change.
-    pub fn note_links(&mut self) {
+    /// Notes the machine's own interfaces and places, before the first change.
+    pub fn note_machine(&mut self) {
+        let new = PLACES
+            .iter()
+            .map(PathBuf::from)
+            .filter(|path| !path.exists());
+        self.places = new.collect();
         self.links_before = traces::entries(Path::new("/sys/class/net")).ok();
     }
 
@@ -66,7 +81,12 @@ impl Leftovers {
         tell(
             report,
             "file",
-            &names(self.paths.iter().filter(|path| path.exists())),
+            &names(
+                self.paths
+                    .iter()
+                    .chain(&self.places)
+                    .filter(|path| path.exists()),
+            ),
         );
     }
 

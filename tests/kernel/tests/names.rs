@@ -172,3 +172,41 @@ fn a_guard_that_moved_out_of_a_namespace_is_not_its_successors() {
     })
     .unwrap();
 }
+
+/// Nobody can enter a namespace that is gone, so nobody could remove what is pinned for it.
+#[test]
+fn guards_of_namespaces_that_are_gone_are_removed_and_those_of_others_are_not() {
+    if omerta_dataplane::Hook::of_this_kernel().unwrap() != omerta_dataplane::Hook::Tcx {
+        println!("skipped: Linux 6.1: this kernel has no TCX");
+        return;
+    }
+    let [gone, living, own] =
+        ["ot-gone", "ot-living", "ot-own"].map(|name| Namespace::new(name).unwrap());
+    let guarded = |namespace: &Namespace| {
+        namespace
+            .enter(|| {
+                remove_left_overs().unwrap();
+                let tap = Tap::create("tap0").unwrap();
+                Guard::attach("tap0", &config(Mode::Filtered)).unwrap();
+                tap
+            })
+            .unwrap()
+    };
+    let inode = gone.inode().unwrap();
+    let pins = std::path::PathBuf::from(format!("/sys/fs/bpf/omerta/{inode}/tap0"));
+    drop(guarded(&gone));
+    let _tap = guarded(&living);
+    assert!(pins.is_dir());
+    drop(gone);
+    // The kernel takes its time to take a namespace apart.
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while pins.exists() {
+        assert!(std::time::Instant::now() < end, "still pinned");
+        own.enter(|| Guard::sweep_gone_namespaces().unwrap())
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    living
+        .enter(|| Guard::open("tap0").unwrap().verify().unwrap())
+        .unwrap();
+}

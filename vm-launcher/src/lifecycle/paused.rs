@@ -90,7 +90,7 @@ impl Paused {
         };
         let arguments = command::arguments(spec, paths, &files, tap.descriptor());
         let tap = machine.tap.insert(tap);
-        let process = Arc::new(QemuProcess::spawn(
+        let process = Arc::new(QemuProcess::spawn_logged(
             &arguments,
             std::os::fd::AsFd::as_fd(tap),
             &files.qemu_log,
