@@ -6,9 +6,9 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
     programs::TcContext,
 };
-use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord};
+use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Failure};
 
-use crate::diagnostics::{Failure, tell};
+use crate::diagnostics::tell;
 use crate::state::may_tell;
 
 #[repr(C)]

@@ -7,9 +7,9 @@ use aya_ebpf::{
     maps::PerCpuArray,
     programs::TcContext,
 };
-use omerta_verdict::{ANSWER_CAPACITY, Answer, Direction};
+use omerta_verdict::{ANSWER_CAPACITY, Answer, Direction, Failure};
 
-use crate::diagnostics::{Failure, tell};
+use crate::diagnostics::tell;
 
 /// Marks answers given for the guest, which enter by the interface's ingress hook and so pass
 /// `guest_egress`. Random for each guard, set at load; 0 marks nothing. No guest can set a mark,

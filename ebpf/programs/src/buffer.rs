@@ -46,7 +46,7 @@ impl<'a> SocketBuffer<'a> {
 
     /// The linear part, however long.
     #[inline(always)]
-    fn as_it_is(context: &'a TcContext) -> Self {
+    pub fn as_it_is(context: &'a TcContext) -> Self {
         Self {
             context,
             start: context.data(),

@@ -1,26 +1,17 @@
-//! What fails in the programs themselves, told in words by aya-log. Frames that are allowed never
-//! come here.
+//! What fails in the programs themselves, told by aya-log as two numbers: the failure's and the
+//! helper's error. (Words, in a line for each, are thousands of instructions to verify.) Frames that
+//! are allowed never come here.
 
 use core::intrinsics::{AtomicOrdering, atomic_cxchg};
 
 use aya_ebpf::{helpers::bpf_ktime_get_ns, macros::map, maps::Array};
 use aya_log_ebpf::warn;
-
-/// What failed.
-#[derive(Clone, Copy)]
-pub enum Failure {
-    /// The headers of a frame could not be made readable.
-    Unreadable = 0,
-    /// The guard's answer could not be written.
-    Answer = 1,
-    /// The ring of events has no room.
-    EventRing = 2,
-}
+use omerta_verdict::Failure;
 
 /// When each failure was told last, nanoseconds of `CLOCK_MONOTONIC`. A guest may bring about as many
 /// as it likes: of each, one in [`PERIOD_NS`] is told, whatever the policy's rate of events.
 #[map]
-static TOLD: Array<u64> = Array::with_max_entries(3, 0);
+static TOLD: Array<u64> = Array::with_max_entries(Failure::ALL.len() as u32, 0);
 
 const PERIOD_NS: u64 = 10_000_000_000;
 const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
@@ -37,16 +28,7 @@ pub extern "C" fn tell_failure(failure: u32, error: i64) -> u32 {
     if !is_due(failure) {
         return 0;
     }
-    if failure == Failure::Unreadable as u32 {
-        warn!((), "a frame could not be made readable: error {}", error);
-    } else if failure == Failure::Answer as u32 {
-        warn!(
-            (),
-            "the answer to a question could not be written: error {}", error
-        );
-    } else {
-        warn!((), "no room for the event of a frame: events are lost");
-    }
+    warn!((), "{} {}", failure, error);
     1
 }
 

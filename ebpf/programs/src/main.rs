@@ -14,13 +14,14 @@ mod state;
 
 use aya_ebpf::{bindings::__sk_buff, macros::classifier, programs::TcContext};
 use omerta_verdict::{
-    Direction, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason, Verdict, egress, ingress,
-    is_answer_for_guest, usual_egress, usual_ingress,
+    Direction, Failure, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason, Verdict, general_egress,
+    general_ingress, is_answer_for_guest, question_egress, question_ingress, usual_egress,
+    usual_ingress,
 };
 
 use crate::accounting::Counters;
 use crate::buffer::{PlainBuffer, SocketBuffer};
-use crate::diagnostics::{Failure, tell};
+use crate::diagnostics::tell;
 use crate::state::KernelGuard;
 
 /// `TCX_NEXT` (`TC_ACT_UNSPEC`): the guard objects to nothing; what else the operator attached
@@ -38,6 +39,8 @@ const ANSWER_FAILED: u32 = Outcome::Dropped(Reason::AnswerFailed).index() as u32
 const POLICY_CHANGING: u32 = Outcome::Dropped(Reason::PolicyChanging).index() as u32;
 /// No outcome: the frame is to be judged (again).
 const OPEN: u32 = u32::MAX;
+/// No outcome: the frame asks for a neighbour.
+const QUESTION: u32 = u32::MAX - 1;
 /// How often a frame is judged while its policy changes.
 const TRIES: u32 = 4;
 
@@ -74,6 +77,12 @@ fn carry_out(context: &TcContext, counters: Counters, direction: Direction) -> i
             Direction::Egress => judge_egress(skb),
             Direction::Ingress => judge_ingress(skb),
         });
+        if outcome == QUESTION {
+            outcome = settled(|| match direction {
+                Direction::Egress => answer_egress(skb),
+                Direction::Ingress => answer_ingress(skb),
+            });
+        }
     }
     if outcome == ALLOWED {
         counters.count(ALLOWED, length);
@@ -143,6 +152,18 @@ pub extern "C" fn judge_ingress(skb: *mut __sk_buff) -> u32 {
     judge(&TcContext::new(skb), Direction::Ingress)
 }
 
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn answer_egress(skb: *mut __sk_buff) -> u32 {
+    judge_question(&TcContext::new(skb), Direction::Egress)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn answer_ingress(skb: *mut __sk_buff) -> u32 {
+    judge_question(&TcContext::new(skb), Direction::Ingress)
+}
+
 /// 1 where the frame is no more than an answer that this guard could have given for its guest;
 /// [`OPEN`] where the policy has changed meanwhile.
 #[unsafe(no_mangle)]
@@ -183,8 +204,7 @@ fn named(direction: u32) -> Direction {
     }
 }
 
-/// The outcome's index; an answer is kept for [`send_answer`]. [`OPEN`] where the policy has changed
-/// meanwhile.
+/// The outcome's index, or [`QUESTION`]; [`OPEN`] where the policy has changed meanwhile.
 #[inline(always)]
 fn judge(context: &TcContext, direction: Direction) -> u32 {
     let frame = match SocketBuffer::readable(context) {
@@ -198,8 +218,27 @@ fn judge(context: &TcContext, direction: Direction) -> u32 {
         return FIRST_REASON;
     };
     let verdict = match direction {
-        Direction::Egress => egress(&frame, &guard),
-        Direction::Ingress => ingress(&frame, &guard),
+        Direction::Egress => general_egress(&frame, &guard),
+        Direction::Ingress => general_ingress(&frame, &guard),
+    };
+    let outcome = match verdict {
+        Some(verdict) => verdict.outcome().index() as u32,
+        None => QUESTION,
+    };
+    if guard.holds() { outcome } else { OPEN }
+}
+
+/// The outcome's index for a frame that [`judge`] has found to be a question, whose headers it has
+/// made readable; an answer is kept for [`send_answer`].
+#[inline(always)]
+fn judge_question(context: &TcContext, direction: Direction) -> u32 {
+    let frame = SocketBuffer::as_it_is(context);
+    let Some(guard) = KernelGuard::read() else {
+        return FIRST_REASON;
+    };
+    let verdict = match direction {
+        Direction::Egress => question_egress(&frame, &guard),
+        Direction::Ingress => question_ingress(&frame, &guard),
     };
     let outcome = match &verdict {
         Verdict::Answer(answer) if !answer::keep(answer) => ANSWER_FAILED,

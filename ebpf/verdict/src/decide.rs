@@ -48,13 +48,13 @@ impl From<Result<Verdict, Reason>> for Verdict {
 /// Judges a frame that the guest sent.
 #[inline(always)]
 pub fn egress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Verdict {
-    judge_egress(frame, guard).into()
+    general_egress(frame, guard).unwrap_or_else(|| question_egress(frame, guard))
 }
 
 /// Judges a frame on its way to the guest.
 #[inline(always)]
 pub fn ingress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Verdict {
-    judge_ingress(frame, guard).into()
+    general_ingress(frame, guard).unwrap_or_else(|| question_ingress(frame, guard))
 }
 
 /// The policy in force, with a mode that this program knows, while the lease lasts.
@@ -69,12 +69,56 @@ fn in_force<G: Guard + ?Sized>(guard: &G) -> Result<(&Policy, Mode), Reason> {
     Ok((policy, mode))
 }
 
+/// [`egress`] of every frame but ARP and neighbour discovery, which are for [`question_egress`]: a
+/// kernel program judges each of the two in a function of its own.
+#[inline(always)]
+pub fn general_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+) -> Option<Verdict> {
+    judge_egress(frame, guard).map_or_else(|reason| Some(Verdict::Drop(reason)), |passed| passed)
+}
+
+/// [`general_egress`]; `Ok(None)` for a question.
 #[inline(always)]
 fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
-) -> Result<Verdict, Reason> {
+) -> Result<Option<Verdict>, Reason> {
     let (policy, mode) = in_force(guard)?;
+    let ethernet = Ethernet::read(frame)?.of_guest(policy)?;
+    let Payload::Ip(packet) = ethernet.payload(frame)? else {
+        return Ok(None);
+    };
+    if answer::discovery_kind(frame, &packet) != 0 {
+        return Ok(None);
+    }
+    let owned = guard.owns(policy, packet.source);
+    // A guest's stack names no address of the network where it speaks to its link by itself.
+    if packet.is_membership(frame) && (owned || guard.class(packet.source).is_of_link_alone()) {
+        return Err(Reason::MulticastListener);
+    }
+    if !owned {
+        return Err(Reason::SourceAddress);
+    }
+    // Of what extension headers and fragments hide the shape is judged before the MAC: it may be
+    // discovery, which goes to groups.
+    packet.shape(frame)?;
+    to_peer(frame, guard, policy, mode, &ethernet, &packet).map(Some)
+}
+
+/// [`egress`] of ARP and neighbour discovery.
+#[inline(always)]
+pub fn question_egress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Verdict {
+    judge_question_egress(frame, guard).into()
+}
+
+#[inline(always)]
+fn judge_question_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+) -> Result<Verdict, Reason> {
+    let (policy, _) = in_force(guard)?;
     let ethernet = Ethernet::read(frame)?.of_guest(policy)?;
     let packet = match ethernet.payload(frame)? {
         Payload::Arp => {
@@ -86,34 +130,24 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     };
     let discovery = answer::discovery_kind(frame, &packet);
     let owned = guard.owns(policy, packet.source);
-    let source = guard.class(packet.source);
-    // A guest's stack names no address of the network where it speaks to its link by itself.
-    if owned || source.is_of_link_alone() {
-        if packet.is_membership(frame) {
-            return Err(Reason::MulticastListener);
-        }
-        if discovery == answer::ROUTER_SOLICITATION
-            && packet.is_to_group()
-            && packet.shape().is_ok()
-        {
-            return Err(Reason::RouterSolicitation);
-        }
+    let of_link = guard.class(packet.source).is_of_link_alone();
+    // A guest's stack looks for a router by itself, with an address of the network or without.
+    if discovery == answer::ROUTER_SOLICITATION
+        && (owned || of_link)
+        && packet.is_to_group()
+        && packet.shape(frame).is_ok()
+    {
+        return Err(Reason::RouterSolicitation);
     }
     // So it does to find its gateway, and to probe whether its own address is taken.
-    let solicits = discovery == answer::SOLICITATION && source.is_of_link_alone();
-    if !owned && !solicits {
+    if !owned && !(of_link && discovery == answer::SOLICITATION) {
         return Err(Reason::SourceAddress);
     }
-    // What extension headers and fragments hide may be discovery, which goes to groups: the shape
-    // is judged before the MAC.
-    packet.shape()?;
-    if discovery != 0 {
-        unchanged(frame)?;
-        let answer =
-            answer::neighbour_for_gateway(frame, guard, policy, &ethernet, &packet, discovery)?;
-        return consume(frame, guard, policy, answer);
-    }
-    to_peer(frame, guard, policy, mode, &ethernet, &packet)
+    packet.shape(frame)?;
+    unchanged(frame)?;
+    let answer =
+        answer::neighbour_for_gateway(frame, guard, policy, &ethernet, &packet, discovery)?;
+    consume(frame, guard, policy, answer)
 }
 
 /// [`egress`] of IPv4 with UDP or TCP under the guest's MAC, which nearly all that a guest sends is;
@@ -157,33 +191,62 @@ fn to_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
     Ok(Verdict::Allow)
 }
 
+/// As [`general_egress`].
+#[inline(always)]
+pub fn general_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+) -> Option<Verdict> {
+    judge_ingress(frame, guard).map_or_else(|reason| Some(Verdict::Drop(reason)), |passed| passed)
+}
+
 #[inline(always)]
 fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
-) -> Result<Verdict, Reason> {
+) -> Result<Option<Verdict>, Reason> {
     let (policy, mode) = in_force(guard)?;
     let ethernet = Ethernet::read(frame)?.of_others(policy)?;
-    let packet = match ethernet.payload(frame)? {
-        Payload::Arp => {
-            let verdict = answer::arp_to_guest(frame, guard, policy, &ethernet)?;
-            unchanged(frame)?;
-            return finish(frame, guard, policy, verdict);
-        }
-        Payload::Ip(packet) => packet,
+    let Payload::Ip(packet) = ethernet.payload(frame)? else {
+        return Ok(None);
     };
+    if answer::discovery_kind(frame, &packet) != 0 {
+        return Ok(None);
+    }
     if packet.is_membership(frame) {
         return Err(Reason::MulticastListener);
     }
-    packet.shape()?;
-    let discovery = answer::discovery_kind(frame, &packet);
-    if discovery != 0 {
-        unchanged(frame)?;
-        let verdict =
-            answer::neighbour_to_guest(frame, guard, policy, &ethernet, &packet, discovery)?;
-        return finish(frame, guard, policy, verdict);
-    }
-    from_peer(frame, guard, policy, mode, &ethernet, &packet)
+    packet.shape(frame)?;
+    from_peer(frame, guard, policy, mode, &ethernet, &packet).map(Some)
+}
+
+/// [`ingress`] of ARP and neighbour discovery.
+#[inline(always)]
+pub fn question_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guard: &G) -> Verdict {
+    judge_question_ingress(frame, guard).into()
+}
+
+#[inline(always)]
+fn judge_question_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
+    frame: &F,
+    guard: &G,
+) -> Result<Verdict, Reason> {
+    let (policy, _) = in_force(guard)?;
+    let ethernet = Ethernet::read(frame)?.of_others(policy)?;
+    let verdict = match ethernet.payload(frame)? {
+        Payload::Arp => {
+            let verdict = answer::arp_to_guest(frame, guard, policy, &ethernet)?;
+            unchanged(frame)?;
+            verdict
+        }
+        Payload::Ip(packet) => {
+            packet.shape(frame)?;
+            let discovery = answer::discovery_kind(frame, &packet);
+            unchanged(frame)?;
+            answer::neighbour_to_guest(frame, guard, policy, &ethernet, &packet, discovery)?
+        }
+    };
+    finish(frame, guard, policy, verdict)
 }
 
 /// As [`usual_egress`].
@@ -352,7 +415,7 @@ pub fn is_answer_for_guest<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guar
     match ethernet.payload(frame) {
         Ok(Payload::Arp) => answer::is_arp_reply_of_guest(frame, guard, policy, &ethernet),
         Ok(Payload::Ip(packet)) => {
-            packet.shape().is_ok()
+            packet.shape(frame).is_ok()
                 && answer::discovery_kind(frame, &packet) == answer::ADVERTISEMENT
                 && guard.owns(policy, packet.source)
                 && answer::is_advertisement_of(frame, &packet, packet.source, policy.mac)
@@ -420,7 +483,7 @@ impl Ethernet {
         }
         let packet = Packet::read_v4(frame).ok()?;
         let usual = matches!(packet.protocol, transport::UDP | transport::TCP);
-        (usual && packet.shape().is_ok()).then_some(packet)
+        (usual && packet.shape(frame).is_ok()).then_some(packet)
     }
 
     #[inline(always)]

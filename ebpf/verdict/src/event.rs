@@ -1,4 +1,4 @@
-//! The record that a program writes to the ring buffer for a dropped frame.
+//! What programs tell: the record of a dropped frame in the ring buffer, and failures of their own.
 
 use crate::reason::{Direction, Reason};
 
@@ -65,3 +65,29 @@ impl EventRecord {
 }
 
 const _: () = assert!(core::mem::size_of::<EventRecord>() == EventRecord::SIZE);
+
+/// What fails in the programs themselves. They tell its number; userspace has the words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Failure {
+    /// The headers of a frame could not be made readable.
+    Unreadable = 0,
+    /// The guard's answer could not be written.
+    Answer = 1,
+    /// The ring of events has no room.
+    EventRing = 2,
+}
+
+impl Failure {
+    /// Every failure, in index order.
+    pub const ALL: [Self; 3] = [Self::Unreadable, Self::Answer, Self::EventRing];
+
+    /// What has failed; the helper's error follows where there is one.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Unreadable => "a frame could not be made readable",
+            Self::Answer => "the answer to a question could not be written",
+            Self::EventRing => "no room for the event of a frame: events are lost",
+        }
+    }
+}

@@ -27,9 +27,12 @@ mod table;
 mod transport;
 
 pub use answer::{ANSWER_CAPACITY, Answer, solicitation_sum};
-pub use decide::{Verdict, egress, ingress, is_answer_for_guest, usual_egress, usual_ingress};
+pub use decide::{
+    Verdict, egress, general_egress, general_ingress, ingress, is_answer_for_guest,
+    question_egress, question_ingress, usual_egress, usual_ingress,
+};
 pub use endpoint::{Endpoint, EndpointParseError, Protocol};
-pub use event::{EVENT_FRAME_BYTES, EventRecord};
+pub use event::{EVENT_FRAME_BYTES, EventRecord, Failure};
 pub use frame::{Frame, PendingChecksum, Segments};
 pub use guard::{Flow, Guard, MemoryGuard};
 pub use layout::{FixedInputs, SocketBufferLayout};

@@ -243,15 +243,25 @@ pub(crate) struct Packet {
     pub(crate) payload_offset: usize,
     /// Length of transport header and data in bytes, by the IP header.
     pub(crate) payload_length: u32,
-    shape: Result<(), Reason>,
 }
 
 impl Packet {
     /// Judges lengths, options, fragments and extension headers. Kept apart from reading the
-    /// addresses, so that a sender is proven before the shape is named.
+    /// addresses, so that a sender is proven before the shape is named; and asked of the frame when
+    /// it is needed: what it says, kept, would multiply the ways through a kernel program.
     #[inline(always)]
-    pub(crate) fn shape(&self) -> Result<(), Reason> {
-        self.shape
+    pub(crate) fn shape<F: Frame + ?Sized>(&self, frame: &F) -> Result<(), Reason> {
+        if self.v4 {
+            let header = frame
+                .bytes::<IPV4_HEADER>(ETHERNET_HEADER)
+                .ok_or(Reason::Runt)?;
+            Self::shape_v4(header, frame.length())
+        } else {
+            let header = frame
+                .bytes::<IPV6_HEADER>(ETHERNET_HEADER)
+                .ok_or(Reason::Runt)?;
+            Self::shape_v6(header, frame.length())
+        }
     }
 
     /// Whether the destination names a group (RFC 5771, RFC 4291).
@@ -279,7 +289,7 @@ impl Packet {
                 && !is_fragment(frame)
                 && matches!(self.igmp_type(frame), Some(0x12 | 0x16 | 0x17 | 0x22));
         }
-        if self.protocol != 0 || !matches!(self.shape, Err(Reason::ExtensionHeader)) {
+        if self.protocol != 0 || !matches!(self.shape(frame), Err(Reason::ExtensionHeader)) {
             return false;
         }
         match frame.bytes::<9>(self.payload_offset) {
@@ -291,7 +301,7 @@ impl Packet {
     /// The type of an IGMP message without options, or with the router alert (RFC 2113) alone.
     #[inline(always)]
     fn igmp_type<F: Frame + ?Sized>(&self, frame: &F) -> Option<u8> {
-        match self.shape {
+        match self.shape(frame) {
             Ok(()) => {}
             Err(Reason::IpOptions) => {
                 if frame.bytes::<1>(ETHERNET_HEADER)?[0] & 0x0f != 6 {
@@ -324,12 +334,11 @@ impl Packet {
             hop_limit: header[8],
             payload_offset: ETHERNET_HEADER + IPV4_HEADER,
             payload_length: total.wrapping_sub(IPV4_HEADER as u32),
-            shape: Self::shape_v4(header, total, frame.length()),
         })
     }
 
     #[inline(always)]
-    fn shape_v4(header: &[u8; IPV4_HEADER], total: u32, frame: u32) -> Result<(), Reason> {
+    fn shape_v4(header: &[u8; IPV4_HEADER], frame: u32) -> Result<(), Reason> {
         const RESERVED_FLAG: u16 = 0x8000;
         match header[0] & 0x0f {
             5 => {}
@@ -343,6 +352,7 @@ impl Packet {
         if fragment & RESERVED_FLAG != 0 || header[8] == 0 {
             return Err(Reason::IpHeader);
         }
+        let total = u16::from_be_bytes([header[2], header[3]]) as u32;
         if total < IPV4_HEADER as u32 {
             return Err(Reason::IpLength);
         }
@@ -358,16 +368,6 @@ impl Packet {
             return Err(Reason::IpHeader);
         }
         let payload_length = u16::from_be_bytes([header[4], header[5]]) as u32;
-        let shape = match header[6] {
-            _ if header[7] == 0 => Err(Reason::IpHeader),
-            44 => Err(Reason::Fragment),
-            // Hop-by-hop, routing, ESP, AH, no next header, destination options, mobility, HIP,
-            // shim6, experiments (IANA "IPv6 Extension Header Types").
-            0 | 43 | 50 | 51 | 59 | 60 | 135 | 139 | 140 | 253 | 254 => {
-                Err(Reason::ExtensionHeader)
-            }
-            _ => length_fits(payload_length + IPV6_HEADER as u32, frame.length()),
-        };
         Ok(Self {
             v4: false,
             source: Address::v6_on_wire(address_at(header, 8)),
@@ -376,8 +376,22 @@ impl Packet {
             hop_limit: header[7],
             payload_offset: ETHERNET_HEADER + IPV6_HEADER,
             payload_length,
-            shape,
         })
+    }
+
+    #[inline(always)]
+    fn shape_v6(header: &[u8; IPV6_HEADER], frame: u32) -> Result<(), Reason> {
+        let payload_length = u16::from_be_bytes([header[4], header[5]]) as u32;
+        match header[6] {
+            _ if header[7] == 0 => Err(Reason::IpHeader),
+            44 => Err(Reason::Fragment),
+            // Hop-by-hop, routing, ESP, AH, no next header, destination options, mobility, HIP,
+            // shim6, experiments (IANA "IPv6 Extension Header Types").
+            0 | 43 | 50 | 51 | 59 | 60 | 135 | 139 | 140 | 253 | 254 => {
+                Err(Reason::ExtensionHeader)
+            }
+            _ => length_fits(payload_length + IPV6_HEADER as u32, frame),
+        }
     }
 }
 
