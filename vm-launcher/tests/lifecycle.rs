@@ -10,6 +10,7 @@
 mod stage;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use omerta_dataplane::Guard;
@@ -85,6 +86,18 @@ fn is_up(interface: &str) -> bool {
 #[test]
 fn qemu_is_confined() {
     let stage = Stage::new(IDLE);
+    // As whoever started the launcher may have left one open: an unmarked descriptor.
+    let secret = tempfile::tempfile().unwrap();
+    nix::fcntl::fcntl(
+        &secret,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+    )
+    .unwrap();
+    let inode = |path: &std::path::Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    let secret_file = secret
+        .metadata()
+        .map(|found| (found.dev(), found.ino()))
+        .unwrap();
     stage.run(|spec| async {
         let running = run(spec).await;
         let proc = std::path::PathBuf::from(format!("/proc/{}", running.pid()));
@@ -129,6 +142,10 @@ fn qemu_is_confined() {
             })
             .count();
         assert_eq!(taps, 1);
+        let inherited = fs::read_dir(proc.join("fd"))
+            .unwrap()
+            .any(|fd| inode(&fd.unwrap().path()).is_ok_and(|found| found == secret_file));
+        assert!(!inherited, "a descriptor of the launcher's went on to QEMU");
         running.kill().await;
     });
     stage.assert_nothing_is_left();

@@ -179,7 +179,7 @@ fn run_waits_for_the_public_key_and_not_for_ever() {
 
 #[test]
 fn guest_that_does_not_come_to_run_is_a_failure_with_its_reason() {
-    let omertad = passing_through(&["launching", "ended"], 9);
+    let omertad = passing_through(&["launching", "condemned", "ending", "ended"], 9);
     omertad
         .omerta(&format!(
             "vm run --name alpha --image demo --consumer {CONSUMER}"
