@@ -184,10 +184,11 @@ fn to_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
     let count = segment.offload(frame, packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
-    police(frame, guard, policy, Direction::Egress, count)?;
+    // Before the rates, which only frames that would pass use up.
     if matches!(mode, Mode::Conntrack) && !guard.open_flow(&flow) {
         return Err(Reason::FlowQuota);
     }
+    police(frame, guard, policy, Direction::Egress, count)?;
     Ok(Verdict::Allow)
 }
 

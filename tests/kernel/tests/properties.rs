@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, allowlist, config};
 use omerta_verdict::{
-    Bucket, Direction, Endpoint, Frame, MemoryGuard, Mode, PendingChecksum, Policy, Protocol,
-    Reason, Segments, Table, Verdict, egress, ingress,
+    Bucket, Direction, Endpoint, Frame, MemoryGuard, Meter, Mode, PendingChecksum, Policy,
+    Protocol, Rate, Reason, Segments, Table, Verdict, egress, ingress,
 };
 
 const FRAMES: usize = 300_000;
@@ -288,14 +288,22 @@ fn an_empty_allowlist_allows_nothing() {
 fn conntrack_lets_in_only_what_the_guest_opened() {
     let (policy, buckets) = guard_state(Mode::Conntrack);
     let guard = memory(&policy, &buckets);
+    let mut limited = policy;
+    limited.rates[Meter::EgressPackets as usize] = Rate::per_second(1, 1);
     let full = MemoryGuard {
         flows_have_room: false,
-        ..guard
+        meters_have_room: false,
+        ..memory(&limited, &buckets)
     };
     let mut generator = Generator::new(14);
     for _ in 0..FRAMES / 10 {
         let frame = generator.frame();
         assert_ne!(egress(&frame[..], &full), Verdict::Allow, "{frame:02x?}");
+        if egress(&frame[..], &guard) == Verdict::Allow {
+            // A frame that finds no room takes nothing from the rates.
+            let refused = Verdict::Drop(Reason::FlowQuota);
+            assert_eq!(egress(&frame[..], &full), refused, "{frame:02x?}");
+        }
         if ingress(&frame[..], &guard) == Verdict::Allow {
             assert!(
                 frame[12..14] == [8, 6] || frame.get(54) == Some(&136),
