@@ -293,7 +293,8 @@ impl Packet {
             return false;
         }
         match frame.bytes::<9>(self.payload_offset) {
-            Some(h) => h[0] == 58 && h[1] == 0 && matches!(h[8], 130..=132 | 143),
+            // Reports and done; a query (130) is a router's.
+            Some(h) => h[0] == 58 && h[1] == 0 && matches!(h[8], 131 | 132 | 143),
             None => false,
         }
     }

@@ -108,7 +108,7 @@ reasons! {
     IcmpType = "icmp_type",
     /// An ICMP error that quotes no packet that the guest could have sent, or reports a smaller MTU than its IP version allows.
     IcmpQuote = "icmp_quote",
-    /// A multicast membership report (IGMP, MLD), leave or MLD query, which leads nowhere here.
+    /// A multicast membership report (IGMP, MLD) or leave, which leads nowhere here.
     MulticastListener = "multicast_listener",
     /// A guest's router solicitation: no router is there to find.
     RouterSolicitation = "router_solicitation",
