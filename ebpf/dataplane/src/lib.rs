@@ -21,6 +21,7 @@ mod hook;
 mod interface;
 mod lease;
 mod link;
+mod living;
 mod lock;
 mod netlink;
 mod object;

@@ -62,8 +62,8 @@ impl Guard {
             .collect())
     }
 
-    /// Removes what is pinned for guards of other network namespaces whose interfaces are gone, which
-    /// no other call reaches. Gives how many there were.
+    /// Removes what is pinned for guards whose network namespaces are gone, which no other call reaches.
+    /// Gives how many there were.
     pub fn sweep_gone_namespaces() -> Result<usize, GuardError> {
         pins::remove_of_gone_namespaces()
     }

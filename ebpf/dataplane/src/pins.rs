@@ -17,6 +17,7 @@ use omerta_verdict::Direction;
 use crate::bpffs::{failed, namespace_directory, root, shown};
 use crate::clsact;
 use crate::link::{self, LinkInfo};
+use crate::living;
 use crate::lock::Lock;
 use crate::{GuardError, Owner};
 
@@ -364,14 +365,15 @@ fn directories() -> Result<Vec<(String, Pins)>, GuardError> {
     directories_in(&namespace_directory()?)
 }
 
-/// Removes the pins of guards of other network namespaces whose interfaces are gone for good, as with
-/// a namespace that is gone itself: nobody can come back to them. What somebody is at work on is left
-/// alone. Gives how many there were.
+/// Removes the pins of guards whose network namespaces are gone, and their interfaces: nobody can come
+/// back to them. What somebody is at work on is left alone. Gives how many there were.
 pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
-    let own = namespace_directory()?;
     let mut removed = 0;
+    let living = living::namespaces();
     for namespace in read(&root()?)? {
-        if namespace == own || !namespace.is_dir() {
+        let name = namespace.file_name().unwrap_or_default().to_string_lossy();
+        let is_gone = name.parse().is_ok_and(|inode| !living.contains(&inode));
+        if !is_gone || !namespace.is_dir() {
             continue;
         }
         for (name, pins) in directories_in(&namespace)? {

@@ -1,0 +1,42 @@
+//! Which network namespaces live.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+/// The inodes of the network namespaces that a process is in or a mount of this mount namespace holds
+/// (`ip netns`). One that is held by a descriptor alone, or by a mount elsewhere, is not found.
+pub fn namespaces() -> HashSet<u64> {
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
+    let mut living: HashSet<u64> = mounts.lines().filter_map(of_mount).collect();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    // Of a process that ends meanwhile there is nothing to tell.
+    let of_processes = processes.filter_map(|process| {
+        let namespace = fs::metadata(process.path().join("ns/net")).ok()?;
+        Some(namespace.ino())
+    });
+    living.extend(of_processes);
+    living
+}
+
+/// The namespace of a line of mountinfo whose fourth field, the root of the mount, is `net:[INODE]`
+/// (proc_pid_mountinfo(5)).
+fn of_mount(line: &str) -> Option<u64> {
+    let root = line.split(' ').nth(3)?;
+    root.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_threads_namespace_lives_and_mounts_are_read() {
+        let own = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+        assert!(namespaces().contains(&own));
+        let line = "620 27 0:4 net:[4026532178] /run/netns/a rw shared:9 - nsfs nsfs rw";
+        assert_eq!(of_mount(line), Some(4_026_532_178));
+        let other = "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw";
+        assert_eq!(of_mount(other), None);
+    }
+}
