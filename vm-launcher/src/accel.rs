@@ -195,10 +195,7 @@ enum Heard {
 async fn hear(mut said: impl AsyncRead + Unpin, words: &[&str]) -> Heard {
     let mut text = Vec::new();
     let mut buffer = [0; 4096];
-    loop {
-        let Ok(length @ 1..) = said.read(&mut buffer).await else {
-            break;
-        };
+    while let Ok(length @ 1..) = said.read(&mut buffer).await {
         let kept = length.min(MAX_SAID.saturating_sub(text.len()));
         text.extend_from_slice(buffer.get(..kept).unwrap_or_default());
         let lines = String::from_utf8_lossy(&text);

@@ -76,7 +76,7 @@ pub fn general_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
 ) -> Option<Verdict> {
-    judge_egress(frame, guard).map_or_else(|reason| Some(Verdict::Drop(reason)), |passed| passed)
+    judge_egress(frame, guard).unwrap_or_else(|reason| Some(Verdict::Drop(reason)))
 }
 
 /// [`general_egress`]; `Ok(None)` for a question.
@@ -140,7 +140,8 @@ fn judge_question_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::RouterSolicitation);
     }
     // So it does to find its gateway, and to probe whether its own address is taken.
-    if !owned && !(of_link && discovery == answer::SOLICITATION) {
+    let solicits = of_link && discovery == answer::SOLICITATION;
+    if !owned && !solicits {
         return Err(Reason::SourceAddress);
     }
     packet.shape(frame)?;
@@ -198,7 +199,7 @@ pub fn general_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     frame: &F,
     guard: &G,
 ) -> Option<Verdict> {
-    judge_ingress(frame, guard).map_or_else(|reason| Some(Verdict::Drop(reason)), |passed| passed)
+    judge_ingress(frame, guard).unwrap_or_else(|reason| Some(Verdict::Drop(reason)))
 }
 
 #[inline(always)]
