@@ -46,7 +46,7 @@ kernel_programs() {
     fi
     "${run[@]}" RUSTC_BOOTSTRAP=1 RUSTFLAGS="--cfg=bpf_target_arch=\"$(uname -m)\" -Dwarnings" \
         cargo "$verb" --quiet --release --locked --manifest-path ebpf/programs/Cargo.toml \
-        -Z build-std=core --target bpfel-unknown-none --target-dir target/lint-programs
+        --features bench -Z build-std=core --target bpfel-unknown-none --target-dir target/lint-programs
 }
 
 dependencies() {

@@ -9,6 +9,7 @@ use std::borrow::{Borrow, BorrowMut};
 use std::io;
 use std::os::fd::AsFd;
 
+use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
 use omerta_verdict::{
     Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Policy, Slot, SocketBufferLayout, State,
@@ -71,7 +72,13 @@ impl PolicyStore<MapData> {
 impl<'a> PolicyStore<&'a mut MapData> {
     /// The store of programs that are not pinned.
     pub fn of(programs: &'a mut Programs, interface: &str) -> Result<Self, GuardError> {
-        match programs.ebpf().maps_disjoint_mut(POLICY_MAPS) {
+        Self::of_object(programs.ebpf(), interface)
+    }
+
+    /// The store of other programs that judge by a guard's maps: of a bench. `interface` is for
+    /// messages only.
+    pub fn of_object(object: &'a mut Ebpf, interface: &str) -> Result<Self, GuardError> {
+        match object.maps_disjoint_mut(POLICY_MAPS) {
             [Some(state), Some(rules)] => Self::build(interface, [state, rules]),
             _ => {
                 let missing = MapError::InvalidName {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
+const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 const BPF_LINK_CREATE: libc::c_int = 28;
 /// `BPF_ALU64 | BPF_MOV | BPF_K`, register 0.
 const MOVE_TO_R0: u64 = 0xb7;
@@ -60,6 +61,20 @@ struct LinkAttributes {
     attach_type: u32,
     flags: u32,
     unused: [u64; 6],
+}
+
+/// `union bpf_attr` of BPF_MAP_UPDATE_BATCH.
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttributes {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
 }
 
 /// `bpf(2)`.
@@ -141,4 +156,17 @@ pub fn test_run(program: impl AsFd, frame: &[u8], repeat: u32) -> Result<(i32, f
         attributes.return_value as i32,
         f64::from(attributes.duration),
     ))
+}
+
+/// Writes `keys` with their `values` into `map`, whose keys and values these are in size.
+pub fn fill<K: aya::Pod, V: aya::Pod>(map: impl AsFd, keys: &[K], values: &[V]) -> Result<()> {
+    let mut attributes = BatchAttributes {
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: u32::try_from(keys.len().min(values.len()))?,
+        map: map.as_fd().as_raw_fd() as u32,
+        ..BatchAttributes::default()
+    };
+    bpf(BPF_MAP_UPDATE_BATCH, &mut attributes).context("fill a map")?;
+    Ok(())
 }

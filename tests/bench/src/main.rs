@@ -9,6 +9,7 @@ mod plot;
 mod policy;
 mod report;
 mod rounds;
+mod table;
 mod tap;
 mod verdict;
 
@@ -39,7 +40,7 @@ struct Arguments {
     out: PathBuf,
 }
 
-const NAMES: [&str; 3] = ["verdict", "tap", "policy"];
+const NAMES: [&str; 4] = ["verdict", "table", "tap", "policy"];
 
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
@@ -86,6 +87,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 fn measure(name: &str, rounds: Rounds) -> Result<Vec<Bench>> {
     Ok(match name {
         "verdict" => vec![verdict::measure(rounds)?],
+        "table" => vec![table::measure(rounds)?],
         "tap" => vec![tap::measure(rounds)?],
         _ => vec![policy::measure(rounds)?],
     })

@@ -62,6 +62,11 @@ impl Rounds {
         self.count
     }
 
+    /// Whether the case was asked for: those that are not need not be set up.
+    pub fn wants(&self, case: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == case)
+    }
+
     /// Runs all cases, after one round that does not count.
     pub fn run(&self, mut cases: Vec<Case>) -> Result<Vec<Samples>> {
         if !self.only.is_empty() {

@@ -1,0 +1,167 @@
+//! `table`: one lookup of a random key that is listed, in the guard's allowlist, a BPF hash and a BPF
+//! trie, each as long. The keys are of the same 20 bytes.
+//!
+//! Random keys are made in the kernel, by a program that looks up many in a run; what making them
+//! takes is measured beside each figure and taken off. Successive lookups do not wait for each other,
+//! so a processor may have several misses of its caches under way at once, in all three alike.
+
+use anyhow::{Context, Result, bail};
+use aya::maps::{Array, MapData};
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader};
+use omerta_dataplane::PolicyStore;
+use omerta_kernel_tests::config;
+use omerta_verdict::{Address, Endpoint, Mode, Protocol};
+
+use crate::kernel;
+use crate::report::Bench;
+use crate::rounds::{Case, Rounds};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_BENCH_PROGRAMS"));
+
+/// As in ebpf/programs/bench/table.rs.
+const LOOKUPS: i32 = 64;
+const PORT: u16 = 51820;
+/// Runs in one measurement: a million lookups.
+const REPEAT: u32 = 16_384;
+
+/// What is looked up in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Guard,
+    Hash,
+    Trie,
+}
+
+const BASE: &str = "guard-1k";
+const CASES: [(&str, Kind, u32); 7] = [
+    (BASE, Kind::Guard, 1_000),
+    ("guard-100k", Kind::Guard, 100_000),
+    ("guard-1m", Kind::Guard, 1_000_000),
+    ("hash-1k", Kind::Hash, 1_000),
+    ("hash-1m", Kind::Hash, 1_000_000),
+    ("lpm-1k", Kind::Trie, 1_000),
+    ("lpm-1m", Kind::Trie, 1_000_000),
+];
+
+/// The table of one case, and the programs that look up in it.
+struct Table {
+    object: Ebpf,
+    program: &'static str,
+}
+
+/// The IPv4 address of key `index`.
+fn address(index: u32) -> u32 {
+    index.wrapping_mul(0x9e37_79b1)
+}
+
+impl Table {
+    fn new(kind: Kind, entries: u32) -> Result<Self> {
+        let (program, map) = match kind {
+            Kind::Guard => ("guard", None),
+            Kind::Hash => ("hash", Some("HASH")),
+            Kind::Trie => ("trie", Some("TRIE")),
+        };
+        let mut loader = EbpfLoader::new();
+        loader.btf(None).override_global("ENTRIES", &entries, true);
+        // Nothing here opens flows, but a map must have room for one.
+        for flows in ["FLOWS", "FLOW_PLACES"] {
+            loader.map_max_entries(flows, 1);
+        }
+        if let Some(map) = map {
+            loader.map_max_entries(map, entries);
+        }
+        let mut object = loader.load(OBJECT).context("load the bench's programs")?;
+        let mut random: Array<&mut MapData, u64> = object
+            .map_mut("RANDOM")
+            .context("the map RANDOM")?
+            .try_into()?;
+        random.set(0, 0x9e37_79b9_7f4a_7c15, 0)?;
+        match kind {
+            Kind::Guard => {
+                let endpoints: Vec<_> = (0..entries)
+                    .map(|index| Endpoint {
+                        protocol: Protocol::Udp,
+                        address: Address::from(std::net::IpAddr::from(
+                            std::net::Ipv4Addr::from_bits(address(index)),
+                        )),
+                        port: PORT,
+                    })
+                    .collect();
+                PolicyStore::of_object(&mut object, "bench")?
+                    .commit(config(Mode::Filtered).policy("bench")?, &endpoints)?;
+            }
+            Kind::Hash | Kind::Trie => {
+                let service = (Protocol::Udp as u32) << 16 | u32::from(PORT);
+                let words = |index| [0, 0, 0xffff, address(index), service];
+                let ones = vec![1_u32; entries as usize];
+                let name = map.context("the table's map")?;
+                let data = match object.map(name).context("the table's map")? {
+                    aya::maps::Map::HashMap(data) | aya::maps::Map::LpmTrie(data) => data,
+                    _ => bail!("the map {name} is of another kind"),
+                };
+                if kind == Kind::Hash {
+                    let keys: Vec<_> = (0..entries).map(words).collect();
+                    kernel::fill(data.fd(), &keys, &ones)?;
+                } else {
+                    /// Bits of the key, ahead of it.
+                    const BITS: u32 = 160;
+                    let key = |index| {
+                        let [a, b, c, d, e] = words(index);
+                        [BITS, a, b, c, d, e]
+                    };
+                    let keys: Vec<_> = (0..entries).map(key).collect();
+                    kernel::fill(data.fd(), &keys, &ones)?;
+                }
+            }
+        }
+        for name in ["keys", program] {
+            let program: &mut SchedClassifier = object
+                .program_mut(name)
+                .with_context(|| format!("the program {name}"))?
+                .try_into()?;
+            program
+                .load()
+                .with_context(|| format!("load the program {name}"))?;
+        }
+        Ok(Self { object, program })
+    }
+
+    /// Nanoseconds a key of the program `name`, which must find every key.
+    fn run(&self, name: &str) -> Result<f64> {
+        let program: &SchedClassifier = self
+            .object
+            .program(name)
+            .with_context(|| format!("the program {name}"))?
+            .try_into()?;
+        // Whatever the frame is, it is not looked at.
+        let (found, nanoseconds) = kernel::test_run(program.fd()?, &[0; 64], REPEAT)?;
+        if found != LOOKUPS {
+            bail!("{name} found {found} of {LOOKUPS} keys");
+        }
+        Ok(nanoseconds / f64::from(LOOKUPS))
+    }
+
+    /// Nanoseconds of one lookup.
+    fn look_up(&self) -> Result<f64> {
+        let keys = self.run("keys")?;
+        Ok(self.run(self.program)? - keys)
+    }
+}
+
+pub fn measure(rounds: Rounds) -> Result<Bench> {
+    let mut tables = Vec::new();
+    for (name, kind, entries) in CASES {
+        if rounds.wants(name) || name == BASE {
+            println!("bench: table: filling {name}");
+            let table = Table::new(kind, entries).with_context(|| format!("case {name}"))?;
+            tables.push((name, table));
+        }
+    }
+    let cases = tables
+        .iter()
+        .map(|(name, table)| Case::new(name, BASE, || table.look_up()))
+        .collect();
+    let samples = rounds.run(cases)?;
+    Ok(Bench::of("table", "ns", &rounds, &samples, Vec::new()))
+}
