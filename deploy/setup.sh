@@ -4,7 +4,7 @@
 #
 #   deploy/setup.sh           everything that `make build`, `make demo` and `make test` need
 #   deploy/setup.sh --lint    the same, and what only `make lint` needs (cargo-deny, shellcheck)
-#   deploy/setup.sh --bench   the same, and the filters that `make bench` compares with (nftables, iptables, ipset)
+#   deploy/setup.sh --bench   the same, and what `make bench` compares and sends with (nftables, iptables, ipset, iperf3)
 #
 # OMERTA_BPF_RUSTC=PATH       use this rustc (it needs its rust-src) for the BPF programs
 set -euo pipefail
@@ -121,6 +121,12 @@ qemu-system-x86_64 qemu-system-x86
 ip iproute2
 ethtool ethtool
 ping iputils-ping
+clang clang
+llc llvm
+m4 m4
+pkg-config pkg-config
+/usr/include/libelf.h libelf-dev
+/usr/include/zlib.h zlib1g-dev
 wg wireguard-tools
 zstd zstd
 /etc/ssl/certs/ca-certificates.crt ca-certificates
@@ -247,15 +253,15 @@ install_lint_tools() {
 
 install_bench_tools() {
     local tool missing=()
-    for tool in nftables/nft iptables/iptables ipset/ipset; do
+    for tool in nftables/nft iptables/iptables ipset/ipset iperf3/iperf3; do
         PATH=$PATH:/usr/sbin:/sbin has "${tool#*/}" || missing+=("${tool%/*}")
     done
     if [ ${#missing[@]} = 0 ]; then
-        step ok "nft, iptables, ipset"
+        step ok "nft, iptables, ipset, iperf3"
     elif apt_install "${missing[@]}"; then
         step installed "${missing[*]}"
     else
-        step warning "${missing[*]} could not be installed: the rows that compare with them will be missing"
+        step warning "${missing[*]} could not be installed: the rows that need them will be missing"
     fi
 }
 

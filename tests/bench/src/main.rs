@@ -2,6 +2,7 @@
 //! so that a busy machine slows all cases alike, and is given beside its ratio to the case that
 //! the table names. Load goes to namespaces that the benches make, without a way out.
 
+mod capture;
 mod kernel;
 mod machine;
 mod network;
@@ -40,7 +41,7 @@ struct Arguments {
     out: PathBuf,
 }
 
-const NAMES: [&str; 4] = ["verdict", "table", "tap", "policy"];
+const NAMES: [&str; 5] = ["verdict", "table", "tap", "policy", "capture"];
 
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
@@ -89,6 +90,7 @@ fn measure(name: &str, rounds: Rounds) -> Result<Vec<Bench>> {
         "verdict" => vec![verdict::measure(rounds)?],
         "table" => vec![table::measure(rounds)?],
         "tap" => vec![tap::measure(rounds)?],
+        "capture" => vec![capture::measure(rounds)?],
         _ => vec![policy::measure(rounds)?],
     })
 }
