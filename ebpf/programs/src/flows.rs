@@ -74,18 +74,27 @@ fn of_numbers(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> 
 }
 
 #[inline(always)]
-fn seen(flow: &Flow) -> Option<u64> {
+pub fn seen(flow: &Flow) -> Option<u64> {
     // SAFETY: the value is one aligned word that other CPUs write whole.
     unsafe { FLOWS.get_ptr(flow).map(|seen| seen.read_volatile()) }
 }
 
-/// Remembers that the guest sends on `flow` now; false where it has no room for one more.
+/// Remembers that the guest sends on `flow` now; false where nothing is known of the flow.
+#[inline(always)]
+pub fn refresh(flow: &Flow, now: u64) -> bool {
+    let Some(seen) = FLOWS.get_ptr_mut(flow) else {
+        return false;
+    };
+    // SAFETY: one aligned word. An entry that is being given to another flow of the same guest
+    // meanwhile is one that this guest sends on now, too.
+    unsafe { seen.write_volatile(now) };
+    true
+}
+
+/// As [`refresh`], and opens a flow that is not known; false where there is no room for one more.
 #[inline(always)]
 pub fn open(flow: &Flow, now: u64) -> bool {
-    if let Some(seen) = FLOWS.get_ptr_mut(flow) {
-        // SAFETY: one aligned word. An entry that is being given to another flow of the same guest
-        // meanwhile is one that this guest sends on now, too.
-        unsafe { seen.write_volatile(now) };
+    if refresh(flow, now) {
         return true;
     }
     let ((peer_high, peer_low), (high, low), rest) = numbers(flow);

@@ -214,22 +214,22 @@ fn bucket_in(buckets: &[Bucket; INLINE_BUCKETS], index: u32) -> &Bucket {
     }
 }
 
-/// A guard that needs no call to judge: filtered mode, a short allowlist, no lease and no limits.
+/// A guard that judges with hardly a call: filtered or conntrack mode, a short allowlist and no limits.
 /// In a program's straight line a call costs more than the rest of the verdict.
 pub struct StraightGuard<'a> {
+    whole: &'a KernelGuard,
     policy: &'a Policy,
     buckets: &'a [Bucket; INLINE_BUCKETS],
 }
 
 impl KernelGuard {
-    /// `None` where a judgement may need a call.
+    /// `None` where a judgement may need calls.
     #[inline(always)]
     pub fn straight(&self) -> Option<StraightGuard<'_>> {
         let Slot { policy, buckets } = self.slot();
         let limited = |meter: Meter| !policy.rates[meter as usize].is_unlimited();
-        if policy.mode != Mode::Filtered as u32
+        if (policy.mode != Mode::Filtered as u32 && policy.mode != Mode::Conntrack as u32)
             || policy.table_mask >= INLINE_BUCKETS as u32
-            || self.lease_until() != 0
             || limited(Meter::EgressPackets)
             || limited(Meter::EgressBytes)
             || limited(Meter::IngressPackets)
@@ -237,7 +237,11 @@ impl KernelGuard {
         {
             return None;
         }
-        Some(StraightGuard { policy, buckets })
+        Some(StraightGuard {
+            whole: self,
+            policy,
+            buckets,
+        })
     }
 }
 
@@ -273,12 +277,12 @@ impl Guard for StraightGuard<'_> {
 
     #[inline(always)]
     fn now(&self) -> u64 {
-        0
+        self.whole.now()
     }
 
     #[inline(always)]
     fn lease_until(&self) -> u64 {
-        0
+        self.whole.lease_until()
     }
 
     #[inline(always)]
@@ -286,14 +290,15 @@ impl Guard for StraightGuard<'_> {
         rate.is_unlimited()
     }
 
+    /// Whether the flow was known; one that is not is for the general way to open.
     #[inline(always)]
-    fn open_flow(&self, _flow: &Flow) -> bool {
-        false
+    fn open_flow(&self, flow: &Flow) -> bool {
+        self.whole.holds() && flows::refresh(flow, self.now())
     }
 
     #[inline(always)]
-    fn flow_seen(&self, _flow: &Flow) -> Option<u64> {
-        None
+    fn flow_seen(&self, flow: &Flow) -> Option<u64> {
+        flows::seen(flow)
     }
 }
 
