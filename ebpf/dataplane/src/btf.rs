@@ -23,6 +23,7 @@ const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
 const KIND_ENUM: u32 = 6;
+const KIND_FUNCTION: u32 = 12;
 const ENUMERATOR: usize = 8;
 const HEAD: usize = 12;
 const MEMBER: usize = 12;
@@ -62,10 +63,7 @@ impl<'a> Btf<'a> {
 
     /// The fields of `structure` called `names`, also those within its anonymous members.
     pub fn fields<const N: usize>(&self, structure: &str, names: [&str; N]) -> Option<[Field; N]> {
-        let holder = *self.types.iter().find(|of| {
-            word(of, 4).is_some_and(|info| kind(info) == KIND_STRUCT)
-                && self.is_called(of, 0, structure)
-        })?;
+        let holder = *self.types.get(self.place(KIND_STRUCT, structure)?)?;
         let mut found = [Field {
             bit_offset: 0,
             bits: 0,
@@ -74,6 +72,22 @@ impl<'a> Btf<'a> {
             *field = self.member(holder, name, 0, DEEPEST)?;
         }
         Some(found)
+    }
+
+    /// The number of the type of the structure called `name`.
+    pub fn structure(&self, name: &str) -> Option<usize> {
+        Some(self.place(KIND_STRUCT, name)? + 1)
+    }
+
+    /// The number of the type of the function called `name`.
+    pub fn function(&self, name: &str) -> Option<usize> {
+        Some(self.place(KIND_FUNCTION, name)? + 1)
+    }
+
+    fn place(&self, of_kind: u32, name: &str) -> Option<usize> {
+        self.types.iter().position(|of| {
+            word(of, 4).is_some_and(|info| kind(info) == of_kind) && self.is_called(of, 0, name)
+        })
     }
 
     /// The values of the constants called `names`, from enumerations of up to 32 bits; `None` for
@@ -201,6 +215,7 @@ mod tests {
         );
         assert_eq!(btf.fields("box", ["lo"]), None);
         assert_eq!(btf.fields("bo", ["low"]), None);
+        assert_eq!((btf.structure("box"), btf.function("box")), (Some(4), None));
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod error;
 mod events;
 mod guard;
 mod hook;
+mod in_place;
 mod interface;
 mod lease;
 mod link;

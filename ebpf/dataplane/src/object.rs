@@ -1,6 +1,7 @@
 //! The kernel programs: one instance, with maps of its own, for each guard.
 
 use std::io;
+use std::sync::OnceLock;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
@@ -9,12 +10,13 @@ use omerta_verdict::{Direction, FixedInputs, Flow, Mode, SocketBufferLayout};
 
 use crate::btf::Btf;
 use crate::events::EventStream;
+use crate::in_place::read_in_place;
 use crate::pins::Pins;
 use crate::random::Random;
 use crate::store::{Value, map_error};
 use crate::{GuardError, Hook, diagnostics};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
 /// Flows that one guest may have open in conntrack mode; a power of two.
 const FLOWS: u32 = 4096;
@@ -55,17 +57,36 @@ impl Programs {
     /// the same verdicts again. Never for a guard.
     pub fn load_with(interface: &str, mode: Mode, inputs: FixedInputs) -> Result<Self, GuardError> {
         Hook::of_this_kernel()?;
-        let inputs = Value(inputs);
-        let mark = random_mark().map_err(|source| GuardError::System {
-            action: "read random numbers",
+        let failed = |action, source| GuardError::System {
+            action,
             interface: interface.to_owned(),
             source,
+        };
+        let mark = random_mark().map_err(|source| failed("read random numbers", source))?;
+        let kernel = Fitted::to_this_kernel().map_err(|source| {
+            let action =
+                "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux";
+            failed(action, source)
         })?;
-        let layout = Value(socket_buffer_layout().map_err(|source| GuardError::System {
-            action: "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux",
-            interface: interface.to_owned(),
-            source,
-        })?);
+        let load =
+            |object| Self::load_object(object, interface, mode, &kernel.layout, inputs, mark);
+        match &kernel.object {
+            // A kernel that does not take it (without a just-in-time compiler, for one) says more
+            // of the object as it was compiled.
+            Some(object) => load(object).or_else(|_| load(OBJECT)),
+            None => load(OBJECT),
+        }
+    }
+
+    fn load_object(
+        object: &[u8],
+        interface: &str,
+        mode: Mode,
+        layout: &SocketBufferLayout,
+        inputs: FixedInputs,
+        mark: u32,
+    ) -> Result<Self, GuardError> {
+        let (layout, inputs) = (Value(*layout), Value(inputs));
         let mut loader = EbpfLoader::new();
         // The programs are built against no kernel's types; what they need of them is set here.
         loader
@@ -81,7 +102,7 @@ impl Programs {
                 .map_max_entries("FLOW_PLACES", FLOWS)
                 .override_global("FLOW_MASK", &mask, true);
         }
-        let ebpf = loader.load(OBJECT).map_err(|source| {
+        let ebpf = loader.load(object).map_err(|source| {
             if is_permission(&source) {
                 GuardError::NotPermitted
             } else {
@@ -199,11 +220,35 @@ fn random_mark() -> io::Result<u32> {
     Ok(mark)
 }
 
+/// What is found once of the running kernel, whose types do not change.
+struct Fitted {
+    layout: SocketBufferLayout,
+    /// The object with its reads in place, where the kernel can have them so.
+    object: Option<Vec<u8>>,
+}
+
+impl Fitted {
+    fn to_this_kernel() -> io::Result<&'static Self> {
+        static FITTED: OnceLock<Fitted> = OnceLock::new();
+        if let Some(fitted) = FITTED.get() {
+            return Ok(fitted);
+        }
+        let types = std::fs::read("/sys/kernel/btf/vmlinux")?;
+        let types = Btf::parse(&types).ok_or_else(unknown)?;
+        let fitted = Self {
+            layout: socket_buffer_layout(&types)?,
+            object: read_in_place(OBJECT, &types),
+        };
+        Ok(FITTED.get_or_init(|| fitted))
+    }
+}
+
+fn unknown() -> io::Error {
+    io::Error::other("this kernel's type information lacks them")
+}
+
 /// Where this kernel keeps what the programs read of a socket buffer.
-fn socket_buffer_layout() -> io::Result<SocketBufferLayout> {
-    let types = std::fs::read("/sys/kernel/btf/vmlinux")?;
-    let unknown = || io::Error::other("this kernel's type information lacks them");
-    let btf = Btf::parse(&types).ok_or_else(unknown)?;
+fn socket_buffer_layout(btf: &Btf<'_>) -> io::Result<SocketBufferLayout> {
     let names = [
         "head",
         "data",

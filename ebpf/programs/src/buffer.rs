@@ -1,11 +1,15 @@
 //! A socket buffer as a [`Frame`].
 
+use core::arch::asm;
+
 use aya_ebpf::{
-    bindings::__sk_buff,
-    helpers::{bpf_check_mtu, bpf_probe_read_kernel},
+    bindings::{__sk_buff, bpf_func_id},
+    helpers::bpf_probe_read_kernel,
     programs::TcContext,
 };
-use omerta_verdict::{Frame, PendingChecksum, Segments, SocketBufferLayout, solicitation_sum};
+use omerta_verdict::{
+    Frame, PendingChecksum, ReadInPlace, Segments, SocketBufferLayout, solicitation_sum,
+};
 
 /// Set at load.
 #[unsafe(no_mangle)]
@@ -105,10 +109,39 @@ pub extern "C" fn checksum_places(skb: *mut __sk_buff) -> u64 {
 }
 
 /// Whether a checksum is still to be written; what cannot be read counts so.
+///
+/// A helper reads the byte of `ip_summed`, unless the loader has put a load in its place: see
+/// [`ReadInPlace`].
 #[inline(always)]
 fn is_checksum_pending(skb: *mut __sk_buff) -> bool {
-    let mask = fixed(&raw const SKB.summed_mask);
-    kernel::<u8>(skb, fixed(&raw const SKB.summed)).is_none_or(|byte| byte as u32 & mask == mask)
+    let field = (skb as u64).wrapping_add(fixed(&raw const SKB.summed) as u64);
+    let mut byte = 0_u8;
+    let mut result: u64;
+    // SAFETY: `bpf_probe_read_kernel(&byte, 1, field)`: it writes one byte, and takes any address. At
+    // run time the context is the address of the `struct sk_buff` itself. What stands before the call
+    // are marks for the loader in a register that the call sets.
+    unsafe {
+        asm!(
+            "r0 = {mark}",
+            "r0 = {mark}",
+            "call {helper}",
+            "r0 = r0",
+            mark = const ReadInPlace::SUMMED,
+            helper = const bpf_func_id::BPF_FUNC_probe_read_kernel,
+            out("r0") result,
+            inout("r1") &raw mut byte => _,
+            inout("r2") 1_u64 => _,
+            inout("r3") field => _,
+            inout("r4") skb => _,
+            out("r5") _,
+            options(nostack),
+        );
+    }
+    // One of the two is 0: the helper's result, or what it has not written. More than a byte is an
+    // error.
+    let byte = result | byte as u64;
+    let mask = fixed(&raw const SKB.summed_mask) as u64;
+    byte > u8::MAX as u64 || byte & mask == mask
 }
 
 #[inline(always)]
@@ -130,15 +163,36 @@ fn kernel<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
     unsafe { bpf_probe_read_kernel(field.cast::<T>().cast_const()).ok() }
 }
 
+/// The MTU of the interface that the frame is on, or 0. A helper tells it, unless the loader has put
+/// loads in its place: see [`ReadInPlace`].
 #[inline(always)]
 fn mtu(context: &TcContext) -> u32 {
-    let mut mtu = 0;
-    // SAFETY: the context's socket buffer is valid for the whole run of the program, and the
-    // helper writes one word: the MTU of the interface that the frame is on, or nothing where
-    // it fails. What it answers takes a frame that is yet to be cut as fitting
-    // (bpf_skb_check_mtu in net/core/filter.c), so only the MTU is of use.
-    unsafe { bpf_check_mtu(context.skb.skb.cast(), 0, &raw mut mtu, 0, 0) };
-    mtu
+    let mut told = 0_u32;
+    let mut read: u64;
+    // SAFETY: `bpf_check_mtu(context, 0, &told, 0, 0)`: the context's socket buffer is valid for the
+    // whole run of the program, and the helper writes one word: the MTU, or nothing where it fails.
+    // What it answers takes a frame that is yet to be cut as fitting (bpf_skb_check_mtu in
+    // net/core/filter.c), so only the MTU is of use. What stands before the call is a mark for the
+    // loader in a register that the call sets.
+    unsafe {
+        asm!(
+            "r0 = {mark}",
+            "call {helper}",
+            "r0 = 0",
+            "r0 = r0",
+            mark = const ReadInPlace::MTU,
+            helper = const bpf_func_id::BPF_FUNC_check_mtu,
+            out("r0") read,
+            inout("r1") context.skb.skb => _,
+            inout("r2") 0_u64 => _,
+            inout("r3") &raw mut told => _,
+            inout("r4") 0_u64 => _,
+            inout("r5") 0_u64 => _,
+            options(nostack),
+        );
+    }
+    // One of the two is 0.
+    told | read as u32
 }
 
 #[inline(always)]

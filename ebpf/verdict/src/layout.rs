@@ -56,6 +56,23 @@ impl SocketBufferLayout {
     }
 }
 
+/// Marks in the compiled programs where the loader may put loads from the kernel's own structures in
+/// the place of a helper's call, which costs more than what it reads. Each mark is the constant of a
+/// `r0 = mark`.
+///
+/// The kernel must have `bpf_rdonly_cast` (Linux 6.2), which makes an address one of a structure that
+/// may be read, at no cost.
+pub struct ReadInPlace;
+
+impl ReadInPlace {
+    /// `r0 = mark; r0 = mark; call bpf_probe_read_kernel; r0 = r0`, the `struct sk_buff` in `r4`, becomes
+    /// `r1 = r4; r2 = (type of struct sk_buff); call bpf_rdonly_cast; r0 = (its byte of ip_summed)`.
+    pub const SUMMED: i32 = 0x6f6d_7301;
+    /// `r0 = mark; call bpf_check_mtu; r0 = 0; r0 = r0`, the `struct sk_buff` in `r1`, becomes
+    /// `r2 = (type of struct sk_buff); call bpf_rdonly_cast; r0 = dev; r0 = (its mtu)`.
+    pub const MTU: i32 = 0x6f6d_7302;
+}
+
 /// What a program takes from the world besides frames and maps. Tests fix it at load, so that the
 /// same verdict can be computed again; otherwise clock and chance are the kernel's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

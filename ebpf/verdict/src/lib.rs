@@ -35,7 +35,7 @@ pub use endpoint::{Endpoint, EndpointParseError, Protocol};
 pub use event::{EVENT_FRAME_BYTES, EventRecord, Failure};
 pub use frame::{Frame, PendingChecksum, Segments};
 pub use guard::{Flow, Guard, MemoryGuard};
-pub use layout::{FixedInputs, SocketBufferLayout};
+pub use layout::{FixedInputs, ReadInPlace, SocketBufferLayout};
 pub use link::{Mac, MacParseError};
 pub use network::{Address, AddressClass};
 pub use policy::{MAX_ADDRESSES, MAX_GATEWAYS, Mode, Policy};
