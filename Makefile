@@ -11,6 +11,7 @@
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
 #   make bench    what a guard costs, against no filter and nftables; BENCH="tap --rounds 31" chooses
+#   make bench-readme  all benches, and the README's table of their results
 #   make lab      not built yet: it says so and fails
 
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ SHELL := /bin/bash
 # cargo, rustup and bpf-linker may not be on PATH (sudo, services).
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 
-.PHONY: help setup build image demo test bench fuzz soak lab prove lint clean
+.PHONY: help setup build image demo test bench bench-readme fuzz soak lab prove lint clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -60,6 +61,11 @@ bench:
 	@deploy/setup.sh --bench
 	@cargo build --release --locked -p omerta-bench
 	@target/release/omerta-bench $(BENCH)
+
+bench-readme:
+	@$(MAKE) --no-print-directory bench
+	@target/release/omerta-bench --readme README.md
+	@echo "bench-readme: wrote the table in README.md"
 
 lab:
 	@echo "make $@: not built yet" >&2

@@ -116,6 +116,27 @@ pub fn guard(_context: TcContext) -> i32 {
     })
 }
 
+/// Reads one word of a random bucket of the guard's table: the least that a lookup can cost.
+#[classifier]
+pub fn floor(_context: TcContext) -> i32 {
+    let Some(guard) = KernelGuard::read() else {
+        return -1;
+    };
+    let Some(policy) = guard.policy() else {
+        return -1;
+    };
+    let mask = policy.table_mask;
+    count(|address| {
+        let Some(bucket) = guard.bucket(address & mask) else {
+            return false;
+        };
+        // SAFETY: a bucket begins with an aligned word.
+        let word = unsafe { core::ptr::from_ref(bucket).cast::<u64>().read_volatile() };
+        // No address has this upper half, which the compiler does not know.
+        word != u64::MAX
+    })
+}
+
 /// Looks them up in a hash.
 #[classifier]
 pub fn hash(_context: TcContext) -> i32 {

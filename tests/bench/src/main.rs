@@ -3,13 +3,18 @@
 //! the table names. Load goes to namespaces that the benches make, without a way out.
 
 mod capture;
+mod fleet;
+mod iperf;
 mod kernel;
 mod machine;
+mod many;
 mod network;
 mod plot;
 mod policy;
+mod readme;
 mod report;
 mod rounds;
+mod scale;
 mod table;
 mod tap;
 mod verdict;
@@ -20,6 +25,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 
+use crate::many::Host;
 use crate::report::Bench;
 use crate::rounds::Rounds;
 
@@ -39,9 +45,14 @@ struct Arguments {
     /// Where the results go.
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
+    /// Measure nothing: write the table in this file from the results of former runs.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["names", "rounds", "cases"])]
+    readme: Option<PathBuf>,
 }
 
-const NAMES: [&str; 5] = ["verdict", "table", "tap", "policy", "capture"];
+const NAMES: [&str; 8] = [
+    "verdict", "table", "tap", "policy", "capture", "scale", "iperf", "fleet",
+];
 
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
@@ -53,7 +64,24 @@ fn main() -> ExitCode {
     }
 }
 
+/// The result files that the README shows.
+const SHOWN: [&str; 10] = [
+    "verdict",
+    "table",
+    "tap",
+    "policy",
+    "capture",
+    "scale",
+    "scale-load",
+    "scale-memory",
+    "iperf",
+    "fleet",
+];
+
 fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(readme) = &arguments.readme {
+        return readme::write(readme, &arguments.out, &SHOWN);
+    }
     if !nix::unistd::geteuid().is_root() {
         bail!("benches load kernel programs and make namespaces: run as root (sudo make bench)");
     }
@@ -67,10 +95,11 @@ fn run(arguments: &Arguments) -> Result<()> {
     if let Some(load) = machine::load().filter(|load| *load > 0.5) {
         println!("bench: the machine is busy (load {load:.1}): ratios hold better than figures");
     }
+    let mut host = None;
     let mut written = 0;
     for name in &wanted {
         let rounds = Rounds::new(name, arguments.rounds, &arguments.cases);
-        for bench in measure(name, rounds).with_context(|| format!("bench {name}"))? {
+        for bench in measure(name, rounds, &mut host).with_context(|| format!("bench {name}"))? {
             bench.print();
             bench.write(&arguments.out)?;
             written += 1;
@@ -85,12 +114,23 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn measure(name: &str, rounds: Rounds) -> Result<Vec<Bench>> {
+/// `host` is made by the first bench that needs it: attaching its guards takes minutes.
+fn measure(name: &str, rounds: Rounds, host: &mut Option<Host>) -> Result<Vec<Bench>> {
     Ok(match name {
         "verdict" => vec![verdict::measure(rounds)?],
         "table" => vec![table::measure(rounds)?],
         "tap" => vec![tap::measure(rounds)?],
         "capture" => vec![capture::measure(rounds)?],
+        "scale" => scale::measure(rounds, many(host)?)?,
+        "iperf" => vec![iperf::measure(rounds)?],
+        "fleet" => vec![fleet::measure(rounds, many(host)?)?],
         _ => vec![policy::measure(rounds)?],
     })
+}
+
+fn many(host: &mut Option<Host>) -> Result<&Host> {
+    if host.is_none() {
+        *host = Some(Host::new()?);
+    }
+    host.as_ref().context("a host of many guards")
 }
