@@ -97,7 +97,7 @@ enum Source {
         PacketSocket,
         #[expect(dead_code, reason = "blocks while it lives")] Option<BlockedStack>,
     ),
-    Xdp(XdpSocket),
+    Xdp(Box<XdpSocket>),
 }
 
 impl Reader {
@@ -158,7 +158,9 @@ impl Reader {
                 let socket = PacketSocket::open(interface)?;
                 Source::Packet(socket, Some(BlockedStack::behind(interface)?))
             }
-            BackEnd::AfXdp => Source::Xdp(XdpSocket::open(interface, ifindex(interface)?)?),
+            BackEnd::AfXdp => {
+                Source::Xdp(Box::new(XdpSocket::open(interface, ifindex(interface)?)?))
+            }
         };
         Ok(Self {
             source,

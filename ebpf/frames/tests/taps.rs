@@ -1,5 +1,12 @@
 //! Readers on taps of namespaces of their own.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
 use std::time::Duration;
 
 use omerta_frames::{BATCH, BackEnd, Choice, Reader, cost_ns};
