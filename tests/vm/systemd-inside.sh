@@ -41,7 +41,19 @@ check "a guest runs" run alpha
 check "its guard is seen from outside the unit" sh -c 'omerta guard show omalpha -o json | jq -e ".owner == \"omertad\""'
 check "its pins are in the host's bpffs" sh -c 'ls -d /sys/fs/bpf/omerta/*/omalpha'
 check "IPv6 is off on its tap" sh -c '[ ! -e /proc/sys/net/ipv6 ] || grep -q 1 /proc/sys/net/ipv6/conf/omalpha/disable_ipv6'
-check "QEMU has its own network namespace" sh -c '[ "$(readlink /proc/$(pgrep -x qemu-system-x86)/ns/net)" != "$(readlink /proc/1/ns/net)" ]'
+qemu=$(omerta vm show alpha -o json | jq -r .pid)
+status=/proc/$qemu/status
+for namespace in net mnt ipc uts; do
+    check "QEMU has its own $namespace namespace" sh -c "its=\$(readlink /proc/$qemu/ns/$namespace) && [ \$its != \$(readlink /proc/1/ns/$namespace) ]"
+done
+check "QEMU has a user of its own" grep -qP '^Uid:(\t19000\d{5}){4}$' "$status"
+check "QEMU has no capability" sh -c "[ \$(grep -cP '^Cap(Inh|Prm|Eff|Bnd|Amb):\t0+$' $status) = 5 ]"
+check "QEMU gets no privileges back, behind seccomp" sh -c "grep -qP '^NoNewPrivs:\t1' $status && grep -qP '^Seccomp:\t2' $status"
+cgroup=/sys/fs/cgroup$(cut -d : -f 3 "/proc/$qemu/cgroup")
+unit=/sys/fs/cgroup$(systemctl show -p ControlGroup --value omertad)
+tell "QEMU's cgroup: $cgroup, at most $(cat "$cgroup/memory.max") bytes, $(cat "$cgroup/pids.max") tasks, cpu $(cat "$cgroup/cpu.max")"
+check "QEMU is limited in the unit's cgroup" sh -c "[ $(dirname "$cgroup") = $unit ] && grep -qv max $cgroup/memory.max $cgroup/pids.max && grep -q ^150000 $cgroup/cpu.max"
+check "omertad is beside it" sh -c "[ \$(cat $unit/omertad/cgroup.procs) = $(systemctl show -p MainPID --value omertad) ]"
 check "its log is read" sh -c 'sleep 2; omerta vm logs alpha | grep -q AAAA'
 
 ip tuntap add dev tap9 mode tap
@@ -50,6 +62,7 @@ check "another tap is guarded beside it" omerta guard attach tap9 --mac 52:54:00
 check "omertad's guard is not changed by others" sh -c '! omerta guard allow omalpha udp:198.51.100.9:53'
 
 check "a guest is ended" omerta vm kill alpha
+check "its cgroup and its user are given back" sh -c "[ ! -e $cgroup ] && [ ! -e /var/lib/omerta/guest-uids/19* ]"
 check "a second one runs" run beta
 ip link delete omalpha 2> /dev/null
 ip link delete ombeta
@@ -68,7 +81,7 @@ check "a third one runs" run delta
 
 check "the unit stops" systemctl stop omertad
 check "it ended well" sh -c '[ "$(systemctl show -p Result --value omertad)" = success ]'
-check "no QEMU is left" sh -c '! pgrep -x qemu-system-x86'
+check "no QEMU is left" sh -c '! pgrep -f qemu-system-x86_64'
 check "no tap is left" sh -c '! ip -o link | grep -q ": om"'
 check "no pin of its is left" sh -c '! ls -d /sys/fs/bpf/omerta/*/om*'
 check "its run directory is gone" sh -c '[ ! -e /run/omerta ]'

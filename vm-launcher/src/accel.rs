@@ -171,7 +171,7 @@ async fn run(
 ) -> Result<Outcome, ProcessError> {
     let (said, output) = io::pipe().map_err(ProcessError::Spawn)?;
     let said = pipe::Receiver::from_owned_fd(said.into()).map_err(ProcessError::Spawn)?;
-    let process = QemuProcess::spawn(arguments, None, output.into())?;
+    let process = QemuProcess::spawn_probe(arguments, output.into())?;
     let watched = async {
         match hear(said, words).await {
             Heard::Word(line) => Ok(Outcome::Heard(line)),

@@ -1,14 +1,12 @@
 //! From a [`Spec`] to QEMU's arguments: pure, so that every guarantee in it is unit tested.
 //!
-//! No text of the spec reaches QEMU's option parser unescaped: names and addresses come from types
-//! that hold no comma, paths have theirs doubled, and what the guest is told goes through a file.
+//! No free text of the spec reaches QEMU's option parser: names and addresses come from types that
+//! hold no comma, paths are the jail's own, and what the guest is told goes through a file.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
 
-use crate::run_dir::RunFiles;
+use crate::jail::{CONFIG, INITRD, KERNEL};
 use crate::{Accel, Spec};
 
 /// The program that runs guests.
@@ -29,20 +27,20 @@ pub(crate) const SANDBOX: &str =
 /// 1 GiB for each guest, whatever the guest's own memory. When it is full, QEMU starts it anew.
 const TCG_CACHE_MIB: u32 = 32;
 
-/// What `-kernel` and `-initrd` name.
-#[derive(Clone, Copy)]
-pub(crate) struct Boot<'a> {
-    pub(crate) kernel: &'a Path,
-    pub(crate) initrd: &'a Path,
+/// Under which numbers QEMU finds what is open for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Descriptors {
+    pub(crate) tap: RawFd,
+    /// A socket that listens, as the next two.
+    pub(crate) qmp: RawFd,
+    pub(crate) console: RawFd,
+    pub(crate) control: RawFd,
+    /// A file, open for appending.
+    pub(crate) console_log: RawFd,
 }
 
-/// QEMU's arguments for `spec`, with the tap open at descriptor `tap` in the child.
-pub(crate) fn arguments(
-    spec: &Spec,
-    boot: Boot<'_>,
-    files: &RunFiles,
-    tap: RawFd,
-) -> Vec<OsString> {
+/// QEMU's arguments for `spec`, in its jail.
+pub(crate) fn arguments(spec: &Spec, open: &Descriptors) -> Vec<OsString> {
     let mut args = Arguments::default();
     args.flag("-no-user-config").flag("-nodefaults");
     args.option(
@@ -73,37 +71,25 @@ pub(crate) fn arguments(
     args.flag("-S");
     args.option("-action", "panic=pause");
 
-    args.option("-kernel", boot.kernel);
-    args.option("-initrd", boot.initrd);
+    args.option("-kernel", KERNEL);
+    args.option("-initrd", INITRD);
     args.option("-append", kernel_line(spec.accel));
-    args.path_option(
-        "-fw_cfg",
-        &format!("name={CONFIG_FW_CFG},file="),
-        &files.config,
-        "",
-    );
+    args.option("-fw_cfg", format!("name={CONFIG_FW_CFG},file={CONFIG}"));
 
-    args.path_option(
-        "-chardev",
-        "socket,id=qmp,path=",
-        &files.qmp,
-        ",server=on,wait=off",
-    );
+    let socket = |id, fd| format!("socket,id={id},fd={fd},server=on,wait=off");
+    args.option("-chardev", socket("qmp", open.qmp));
     args.option("-mon", "chardev=qmp,mode=control");
 
-    let mut console = OsString::from("socket,id=console,path=");
-    console.push(escaped(files.console.as_os_str()));
-    console.push(",server=on,wait=off,logappend=off,logfile=");
-    console.push(escaped(files.console_log.as_os_str()));
-    args.option("-chardev", console);
+    // By number, for the jail has no path to the log.
+    args.option("-add-fd", format!("set=1,fd={}", open.console_log));
+    let console = socket("console", open.console);
+    args.option(
+        "-chardev",
+        format!("{console},logappend=on,logfile=/dev/fdset/1"),
+    );
     args.option("-serial", "chardev:console");
 
-    args.path_option(
-        "-chardev",
-        "socket,id=control,path=",
-        &files.control,
-        ",server=on,wait=off",
-    );
+    args.option("-chardev", socket("control", open.control));
     args.option("-device", "virtio-serial-pci,id=ports,max_ports=2");
     args.option(
         "-device",
@@ -112,7 +98,10 @@ pub(crate) fn arguments(
 
     // Everything the guest sends goes through this one descriptor. vhost is off: its kernel worker
     // sends without QEMU, so that `stop` would have to be trusted to reach two places.
-    args.option("-netdev", format!("tap,id=uplink,fd={tap},vhost=off"));
+    args.option(
+        "-netdev",
+        format!("tap,id=uplink,fd={},vhost=off", open.tap),
+    );
     args.option(
         "-device",
         format!("virtio-net-pci,netdev=uplink,mac={},romfile=", spec.mac),
@@ -148,39 +137,22 @@ impl Arguments {
         self.0.push(value.as_ref().to_owned());
         self
     }
-
-    fn path_option(&mut self, name: &str, before: &str, path: &Path, after: &str) -> &mut Self {
-        let mut value = OsString::from(before);
-        value.push(escaped(path.as_os_str()));
-        value.push(after);
-        self.option(name, value)
-    }
-}
-
-/// `text` with its commas doubled, as QEMU's option parser wants them.
-pub(crate) fn escaped(text: &OsStr) -> OsString {
-    let mut bytes = Vec::with_capacity(text.len());
-    for &byte in text.as_bytes() {
-        bytes.push(byte);
-        if byte == b',' {
-            bytes.push(b',');
-        }
-    }
-    OsString::from_vec(bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::spec::tests::spec;
-    use proptest::prelude::*;
 
     fn lines(spec: &Spec) -> Vec<String> {
-        let boot = Boot {
-            kernel: Path::new("/boot/kernel"),
-            initrd: Path::new("/boot/initrd"),
+        let open = Descriptors {
+            tap: 9,
+            qmp: 10,
+            console: 11,
+            control: 12,
+            console_log: 13,
         };
-        arguments(spec, boot, &RunFiles::within(&spec.run_dir), 9)
+        arguments(spec, &open)
             .into_iter()
             .map(|argument| argument.into_string().unwrap())
             .collect()
@@ -256,46 +228,22 @@ mod tests {
         assert_eq!(values(&lines(&with), "-cpu"), ["max"]);
     }
 
-    /// Splits as QEMU's option parser does: at single commas, `,,` being one literal comma.
-    fn parsed(value: &str) -> Vec<String> {
-        let mut options = vec![String::new()];
-        let mut chars = value.chars().peekable();
-        while let Some(c) = chars.next() {
-            if c != ',' {
-                options.last_mut().unwrap().push(c);
-            } else if chars.next_if_eq(&',').is_some() {
-                options.last_mut().unwrap().push(',');
-            } else {
-                options.push(String::new());
-            }
-        }
-        options
-    }
-
-    proptest! {
-        /// Whatever the run directory is called, QEMU sees the same options, and the path whole.
-        #[test]
-        fn a_path_cannot_inject_an_option(directory in "/[ -~]{1,40}") {
-            let mut with = spec();
-            with.run_dir = directory.clone().into();
-            let lines = lines(&with);
-            let files = RunFiles::within(&with.run_dir);
-            for value in values(&lines, "-chardev") {
-                let options = parsed(value);
-                let keys: Vec<_> =
-                    options.iter().map(|o| o.split('=').next().unwrap()).collect();
-                let expected: &[&str] = if options[1] == "id=console" {
-                    &["socket", "id", "path", "server", "wait", "logappend", "logfile"]
-                } else {
-                    &["socket", "id", "path", "server", "wait"]
-                };
-                prop_assert_eq!(keys, expected);
-            }
-            let config = parsed(values(&lines, "-fw_cfg")[0]);
-            prop_assert_eq!(config, [
-                format!("name={CONFIG_FW_CFG}"),
-                format!("file={}", files.config.to_str().unwrap()),
-            ]);
-        }
+    #[test]
+    fn qemu_has_no_path_of_the_hosts() {
+        let mut with = spec();
+        with.run_dir = "/run/somewhere".into();
+        with.image.kernel = "/images/somewhere/vmlinuz".into();
+        with.image.initrd = "/images/somewhere/initrd.img".into();
+        let lines = lines(&with);
+        assert!(!lines.iter().any(|l| l.contains("somewhere")), "{lines:?}");
+        assert_eq!(
+            values(&lines, "-chardev"),
+            [
+                "socket,id=qmp,fd=10,server=on,wait=off",
+                "socket,id=console,fd=11,server=on,wait=off,logappend=on,logfile=/dev/fdset/1",
+                "socket,id=control,fd=12,server=on,wait=off",
+            ]
+        );
+        assert_eq!(values(&lines, "-add-fd"), ["set=1,fd=13"]);
     }
 }

@@ -4,7 +4,10 @@ use std::error::Error;
 
 use omerta_dataplane::{ErrorKind, GuardError};
 
-use crate::{CanaryError, ImageError, ProcessError, QmpError, RunDirError, SpecError, TapError};
+use crate::jail::CellError;
+use crate::{
+    CanaryError, ImageError, JailError, ProcessError, QmpError, RunDirError, SpecError, TapError,
+};
 
 /// Why a guest did not come up. Everything made for it is gone when this is returned, save what
 /// [`LaunchError::LeftBehind`] lists.
@@ -25,6 +28,9 @@ pub enum LaunchError {
     /// The tap cannot be made or configured.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// This host cannot give its QEMU a jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// QEMU cannot be started or watched.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -48,6 +54,16 @@ pub enum LaunchError {
         /// What could not be removed and why, one line each.
         leftovers: Vec<String>,
     },
+}
+
+impl From<CellError> for LaunchError {
+    fn from(error: CellError) -> Self {
+        match error {
+            CellError::Jail(error) => error.into(),
+            CellError::Image(error) => error.into(),
+            CellError::NoProgram => ProcessError::QemuMissing.into(),
+        }
+    }
 }
 
 impl LaunchError {

@@ -1,12 +1,12 @@
 //! A guest image on disk, a kernel and an initramfs, and what of it a guest boots: copies in memory,
 //! so that nothing that happens to the files later reaches a guest that was checked.
 
-use std::ffi::CStr;
 use std::fs::{File, Metadata};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::jail::{INITRD, KERNEL};
 use crate::memory_file::MemoryFile;
 
 /// A guest image whose files were there and readable when it was opened.
@@ -70,14 +70,6 @@ pub enum ImageError {
     },
 }
 
-/// What a guest boots: copies of an image's files that cannot change. QEMU opens them by their
-/// paths; once it greets, it has.
-#[derive(Debug)]
-pub(crate) struct BootFiles {
-    pub(crate) kernel: MemoryFile,
-    pub(crate) initrd: MemoryFile,
-}
-
 impl Image {
     /// The longest kernel or initramfs, in bytes.
     pub const MAX_FILE_BYTES: u64 = 512 << 20;
@@ -98,16 +90,23 @@ impl Image {
     }
 
     /// Copies both files as they are now: an image may have changed or gone since it was opened.
-    /// Waits for the file system, for as long as that takes.
-    pub(crate) fn copy(&self) -> Result<BootFiles, ImageError> {
-        Ok(BootFiles {
-            kernel: self.copy_kernel()?,
-            initrd: copy(&self.initrd, c"omerta-initrd")?,
-        })
+    /// `write` takes a file's place in the jail and its bytes, and tells how many there were. Waits
+    /// for the file system, for as long as that takes.
+    pub(crate) fn copy_into(
+        &self,
+        write: impl Fn(&str, &mut dyn Read) -> io::Result<u64>,
+    ) -> Result<(), ImageError> {
+        for (file, place) in [(&self.kernel, KERNEL), (&self.initrd, INITRD)] {
+            copy(file, |bytes| Ok((write(place, bytes)?, ())))?;
+        }
+        Ok(())
     }
 
     pub(crate) fn copy_kernel(&self) -> Result<MemoryFile, ImageError> {
-        copy(&self.kernel, c"omerta-kernel")
+        copy(&self.kernel, |bytes| {
+            let copy = MemoryFile::copy_of(bytes, c"omerta-kernel")?;
+            Ok((copy.length(), copy))
+        })
     }
 }
 
@@ -141,11 +140,15 @@ fn open(path: &Path) -> Result<(File, Metadata), ImageError> {
     }
 }
 
-fn copy(path: &Path, name: &CStr) -> Result<MemoryFile, ImageError> {
+/// Has `write` copy the file, and checks that it was whole all the while.
+fn copy<T>(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Read) -> io::Result<(u64, T)>,
+) -> Result<T, ImageError> {
     let (file, before) = open(path)?;
     // No more than was there: what grows without end is not followed.
-    let copied = MemoryFile::copy_of((&file).take(before.len()), name);
-    let copied = copied.map_err(|source| ImageError::Copy {
+    let written = write(&mut (&file).take(before.len()));
+    let (length, copied) = written.map_err(|source| ImageError::Copy {
         path: path.to_owned(),
         source,
     })?;
@@ -153,7 +156,7 @@ fn copy(path: &Path, name: &CStr) -> Result<MemoryFile, ImageError> {
         (after.len(), after.mtime(), after.mtime_nsec())
             == (before.len(), before.mtime(), before.mtime_nsec())
     });
-    if !is_same || copied.length() != before.len() {
+    if !is_same || length != before.len() {
         return Err(ImageError::Changed {
             path: path.to_owned(),
         });
@@ -164,6 +167,7 @@ fn copy(path: &Path, name: &CStr) -> Result<MemoryFile, ImageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::RefCell;
 
     #[test]
     fn each_missing_file_is_named_with_the_remedy() {
@@ -199,12 +203,25 @@ mod tests {
         std::fs::write(&kernel, b"kernel").unwrap();
         std::fs::write(&initrd, b"initrd").unwrap();
         let image = Image::open(directory.path()).unwrap();
-        let boot = image.copy().unwrap();
+        let (copied, taken) = (image.copy_kernel().unwrap(), RefCell::new(Vec::new()));
+        let take = |place: &str, bytes: &mut dyn Read| {
+            let mut copy = Vec::new();
+            bytes.read_to_end(&mut copy)?;
+            let length = copy.len() as u64;
+            taken.borrow_mut().push((place.to_owned(), copy));
+            Ok(length)
+        };
+        image.copy_into(take).unwrap();
         std::fs::write(&kernel, b"").unwrap();
         std::fs::write(&initrd, b"another").unwrap();
-        assert_eq!(std::fs::read(boot.kernel.path()).unwrap(), b"kernel");
-        assert_eq!(std::fs::read(boot.initrd.path()).unwrap(), b"initrd");
-        let error = image.copy().unwrap_err();
+        assert_eq!(std::fs::read(copied.path()).unwrap(), b"kernel");
+        let expected = [(KERNEL, &b"kernel"[..]), (INITRD, b"initrd")];
+        let taken_now = taken.borrow().clone();
+        assert_eq!(
+            taken_now,
+            expected.map(|(place, bytes)| (place.to_owned(), bytes.to_vec()))
+        );
+        let error = image.copy_into(take).unwrap_err();
         assert!(matches!(error, ImageError::NotAFile { .. }), "{error}");
     }
 

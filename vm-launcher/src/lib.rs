@@ -6,8 +6,8 @@
 //! cannot run. Whatever fails, and also when a future is dropped half-way, everything made so far
 //! is undone in reverse order: QEMU killed and reaped, guard detached, tap closed, files removed.
 //!
-//! Everything happens in the network namespace of the calling thread. QEMU itself runs in an
-//! empty network namespace of its own: its only way out is the tap's descriptor.
+//! Everything happens in the network namespace of the calling thread. QEMU itself runs in a jail:
+//! its only ways out are the descriptors that it is given.
 
 mod accel;
 mod canary;
@@ -18,6 +18,7 @@ mod error;
 mod guard_alarm;
 mod guest_name;
 mod image;
+mod jail;
 mod lifecycle;
 mod link_watch;
 mod lock_file;
@@ -36,6 +37,7 @@ pub use control_port::{ControlPort, Report};
 pub use error::LaunchError;
 pub use guest_name::{GuestName, GuestNameError};
 pub use image::{Image, ImageError};
+pub use jail::{Jail, JailError, Part, PartError, Step, UidRange, UidRangeError, sweep_jails};
 pub use lifecycle::{Control, Ended, Guarded, GuestEvent, Paused, Running};
 pub use lock_file::{LockError, LockFile, PathError};
 pub use process::{ExitStatus, ProcessError};

@@ -1,14 +1,12 @@
 //! QEMU's process: started so that it cannot outlive the launcher, held by its pidfd so that a
 //! recycled pid is never signalled, and reaped exactly once.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, PipeReader, Read};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -21,10 +19,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::unix::AsyncFd;
 
 use crate::command::QEMU;
-
-/// The most that QEMU may write into any one file, in bytes: the console log is the guest's to
-/// fill, the disk is not.
-const MAX_FILE_BYTES: u64 = 16 << 20;
+use crate::jail::{Entry, Step, confine};
 
 /// How QEMU ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,13 +46,15 @@ pub enum ProcessError {
     #[error("{QEMU} is not installed; run `make setup` or `apt-get install qemu-system-x86`")]
     QemuMissing,
     /// QEMU could not be started.
-    #[error("cannot start {QEMU}; it needs root, and to make a network namespace")]
+    #[error(
+        "cannot start {QEMU} in its jail; where its libraries lie elsewhere than a distribution has them, name them by `paths` in [jail]"
+    )]
     Spawn(#[source] io::Error),
-    /// The file for what QEMU prints cannot be made.
-    #[error("cannot write {}; its file system must have room and be writable", path.display())]
-    Log {
-        /// The file.
-        path: PathBuf,
+    /// The process that was to be QEMU could not get into its jail.
+    #[error("cannot jail {QEMU}: it cannot {step}")]
+    Jail {
+        /// What failed.
+        step: Step,
         /// What the system said.
         #[source]
         source: io::Error,
@@ -116,54 +113,48 @@ pub(crate) struct QemuProcess {
 }
 
 impl QemuProcess {
-    /// As [`QemuProcess::spawn`], what it prints going to the end of `log`.
-    pub(crate) fn spawn_logged(
+    /// Starts `program` with `arguments` in the jail of `entry`, what it prints going to `output`. Its
+    /// environment names the run directory, for whoever looks for the guest of a process.
+    pub(crate) fn spawn(
+        program: &Path,
         arguments: &[OsString],
-        tap: BorrowedFd<'_>,
-        log: &Path,
+        entry: Entry,
+        output: OwnedFd,
+        run_dir: &Path,
     ) -> Result<Self, ProcessError> {
-        let output = File::options()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(log)
-            .map_err(|source| ProcessError::Log {
-                path: log.to_owned(),
-                source,
-            })?;
-        Self::spawn(arguments, Some(tap), output.into())
+        let mut command = command(program.as_ref(), arguments, output)?;
+        command.env("OMERTA_RUN_DIR", run_dir);
+        let parent = std::process::id();
+        let (told, tell) = std::io::pipe().map_err(ProcessError::Spawn)?;
+        // SAFETY: `enter` only makes system calls, and allocates nothing.
+        unsafe { command.pre_exec(move || entry.enter(parent, tell.as_fd())) };
+        Self::begin(command).map_err(|error| match (error, step_told(told)) {
+            (ProcessError::Spawn(source), Some(step)) => ProcessError::Jail { step, source },
+            (error, _) => error,
+        })
     }
 
-    /// Starts QEMU with `arguments`, the descriptor `tap` inherited under the same number and
-    /// nothing else of ours, what it prints going to `output`.
-    pub(crate) fn spawn(
+    /// Starts QEMU for a probe, which runs nothing of a consumer's: as root, with no network and
+    /// nothing of ours.
+    pub(crate) fn spawn_probe(
         arguments: &[OsString],
-        tap: Option<BorrowedFd<'_>>,
         output: OwnedFd,
     ) -> Result<Self, ProcessError> {
-        let mut command = Command::new(QEMU);
-        command
-            .args(arguments)
-            .env_clear()
-            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().map_err(ProcessError::Spawn)?)
-            .stderr(output)
-            // A terminal's Ctrl-C is for the controller, which ends its guests in order.
-            .process_group(0);
-        let tap = tap.map(|tap| tap.as_raw_fd());
+        let mut command = command(QEMU.as_ref(), arguments, output)?;
+        command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
         let parent = std::process::id();
-        // SAFETY: `confine` only makes system calls that are async-signal-safe, and allocates
-        // nothing.
-        unsafe { command.pre_exec(move || confine(tap, parent)) };
-
-        let mut child = spawn_from_lasting_thread(command).map_err(|error| {
-            if error.kind() == io::ErrorKind::NotFound {
+        // SAFETY: `confine` only makes system calls, and allocates nothing.
+        unsafe { command.pre_exec(move || confine(parent)) };
+        Self::begin(command).map_err(|error| match error {
+            ProcessError::Spawn(source) if source.kind() == io::ErrorKind::NotFound => {
                 ProcessError::QemuMissing
-            } else {
-                ProcessError::Spawn(error)
             }
-        })?;
+            error => error,
+        })
+    }
+
+    fn begin(command: Command) -> Result<Self, ProcessError> {
+        let mut child = spawn_from_lasting_thread(command).map_err(ProcessError::Spawn)?;
         match watch(child.id()) {
             Ok(pidfd) => Ok(Self {
                 pid: child.id(),
@@ -284,45 +275,28 @@ impl Drop for QemuProcess {
     }
 }
 
-/// Runs in the child between fork and exec.
-fn confine(tap: Option<RawFd>, parent: u32) -> io::Result<()> {
-    // SAFETY: prctl with integer arguments only.
-    Errno::result(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
-    // The parent may have died before the line above took effect.
-    // SAFETY: getppid has no arguments and cannot fail.
-    if unsafe { libc::getppid() } as u32 != parent {
-        return Err(Errno::ESRCH.into());
-    }
-    // SAFETY: unshare with an integer argument, in a single-threaded child.
-    Errno::result(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
-    for (resource, most) in [(libc::RLIMIT_FSIZE, MAX_FILE_BYTES), (libc::RLIMIT_CORE, 0)] {
-        let limit = libc::rlimit {
-            rlim_cur: most,
-            rlim_max: most,
-        };
-        // SAFETY: `limit` outlives the call.
-        Errno::result(unsafe { libc::setrlimit(resource, &limit) })?;
-    }
-    // At the limit a write shall fail, not kill the guest. Ignored signals stay so over exec.
-    // SAFETY: SIG_IGN is a valid disposition for SIGXFSZ.
-    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
-        return Err(io::Error::last_os_error());
-    }
-    // What this process was itself given by whoever started it, and not marked, would go on to QEMU.
-    // SAFETY: integer arguments only; descriptors are marked, none is closed before exec.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            3,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    })?;
-    if let Some(tap) = tap {
-        // SAFETY: `tap` is open in the parent for the whole of `spawn`, so it is here.
-        Errno::result(unsafe { libc::fcntl(tap, libc::F_SETFD, 0) })?;
-    }
-    Ok(())
+fn command(
+    program: &OsStr,
+    arguments: &[OsString],
+    output: OwnedFd,
+) -> Result<Command, ProcessError> {
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().map_err(ProcessError::Spawn)?)
+        .stderr(output)
+        // A terminal's Ctrl-C is for the controller, which ends its guests in order.
+        .process_group(0);
+    Ok(command)
+}
+
+/// Where on its way into the jail a child failed, if it did. All who may tell are gone.
+fn step_told(mut told: PipeReader) -> Option<Step> {
+    let mut byte = [0];
+    told.read_exact(&mut byte).ok()?;
+    Step::told(byte[0])
 }
 
 /// Opens a pidfd for a child of ours that nobody has reaped.
@@ -356,7 +330,10 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
         let (jobs, received) = mpsc::channel::<Job>();
         let run = move || {
             for Job { mut command, reply } in received {
-                let _ = reply.send(command.spawn());
+                let spawned = command.spawn();
+                // What QEMU was handed is its alone from here on.
+                drop(command);
+                let _ = reply.send(spawned);
             }
         };
         std::thread::Builder::new()

@@ -1,9 +1,11 @@
-//! The directory of one guest: sockets, console log, configuration. Made at launch, locked while
+//! The directory of one guest: sockets and logs, which QEMU has by descriptors alone. Made at launch, locked while
 //! in use, removed at the end.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use crate::{Ended, LockError, LockFile, PathError};
@@ -13,8 +15,6 @@ use crate::{Ended, LockError, LockFile, PathError};
 pub(crate) struct RunFiles {
     /// Held locked while the directory is in use.
     pub(crate) lock: PathBuf,
-    /// What the guest is told.
-    pub(crate) config: PathBuf,
     /// QMP's socket.
     pub(crate) qmp: PathBuf,
     /// The serial console's socket.
@@ -32,7 +32,6 @@ impl RunFiles {
     pub(crate) fn within(directory: &Path) -> Self {
         Self {
             lock: directory.join("lock"),
-            config: directory.join("guest.conf"),
             qmp: directory.join("qmp.sock"),
             console: directory.join("console.sock"),
             console_log: directory.join("console.log"),
@@ -59,6 +58,21 @@ pub enum RunDirError {
     Io(#[from] PathError),
 }
 
+/// What QEMU speaks through, open: it can reach none of the files by their paths.
+#[derive(Debug)]
+pub(crate) struct Channels {
+    /// QMP's socket, listening.
+    pub(crate) qmp: OwnedFd,
+    /// The serial console's socket, listening.
+    pub(crate) console: OwnedFd,
+    /// For what the serial console prints.
+    pub(crate) console_log: OwnedFd,
+    /// The control port's socket, listening.
+    pub(crate) control: OwnedFd,
+    /// For what QEMU prints.
+    pub(crate) qemu_log: File,
+}
+
 /// A run directory that is ours until it is dropped, which removes it.
 #[derive(Debug)]
 pub(crate) struct RunDir {
@@ -68,9 +82,8 @@ pub(crate) struct RunDir {
 }
 
 impl RunDir {
-    /// Makes `path` (mode 0700) and writes the guest's configuration into it. A directory that a
-    /// crashed launcher left behind is emptied and used.
-    pub(crate) fn create(path: &Path, guest_config: &str) -> Result<Self, RunDirError> {
+    /// Makes `path` (mode 0700). A directory that a crashed launcher left behind is emptied and used.
+    pub(crate) fn create(path: &Path) -> Result<Self, RunDirError> {
         let files = RunFiles::within(path);
         match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => {}
@@ -96,15 +109,25 @@ impl RunDir {
             _lock: lock,
         };
         run_dir.remove_stale_files()?;
-        let config = &run_dir.files.config;
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(config)
-            .and_then(|mut file| file.write_all(guest_config.as_bytes()))
-            .map_err(PathError::of("write", config))?;
         Ok(run_dir)
+    }
+
+    /// Makes and opens what QEMU is to speak through.
+    pub(crate) fn open_channels(&self) -> Result<Channels, RunDirError> {
+        let listen =
+            |path: &PathBuf| UnixListener::bind(path).map_err(PathError::of("listen on", path));
+        let log = |path: &PathBuf| {
+            let mut how = OpenOptions::new();
+            how.create_new(true).append(true).mode(0o600);
+            how.open(path).map_err(PathError::of("create", path))
+        };
+        Ok(Channels {
+            qmp: listen(&self.files.qmp)?.into(),
+            console: listen(&self.files.console)?.into(),
+            console_log: log(&self.files.console_log)?.into(),
+            control: listen(&self.files.control)?.into(),
+            qemu_log: log(&self.files.qemu_log)?,
+        })
     }
 
     pub(crate) fn files(&self) -> &RunFiles {
@@ -154,14 +177,13 @@ impl RunDir {
     fn remove_stale_files(&self) -> Result<(), RunDirError> {
         let RunFiles {
             lock: _,
-            config,
             qmp,
             console,
             console_log,
             control,
             qemu_log,
         } = &self.files;
-        for file in [config, qmp, console, console_log, control, qemu_log] {
+        for file in [qmp, console, console_log, control, qemu_log] {
             match fs::remove_file(file) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -196,13 +218,15 @@ mod tests {
     fn it_is_private_and_goes_when_dropped() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("web-1");
-        let run_dir = RunDir::create(&path, "hostname=web-1\n").unwrap();
+        let run_dir = RunDir::create(&path).unwrap();
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o700
         );
-        let config = fs::read_to_string(&run_dir.files().config).unwrap();
-        assert_eq!(config, "hostname=web-1\n");
+        let channels = run_dir.open_channels().unwrap();
+        let log = fs::metadata(&run_dir.files().console_log).unwrap();
+        assert_eq!(log.permissions().mode() & 0o777, 0o600);
+        drop(channels);
         drop(run_dir);
         assert!(!path.exists());
     }
@@ -211,13 +235,10 @@ mod tests {
     fn one_directory_serves_one_guest() {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("web-1");
-        let first = RunDir::create(&path, "").unwrap();
-        assert!(matches!(
-            RunDir::create(&path, ""),
-            Err(RunDirError::InUse(_))
-        ));
+        let first = RunDir::create(&path).unwrap();
+        assert!(matches!(RunDir::create(&path), Err(RunDirError::InUse(_))));
         assert!(
-            first.files().config.exists(),
+            first.files().lock.exists(),
             "the refused one must not touch the first's files"
         );
     }
@@ -228,12 +249,12 @@ mod tests {
         let path = parent.path().join("web-1");
         fs::create_dir(&path).unwrap();
         let files = RunFiles::within(&path);
-        for file in [&files.lock, &files.config, &files.console_log] {
+        for file in [&files.lock, &files.qmp, &files.console_log] {
             fs::write(file, "old").unwrap();
         }
-        let run_dir = RunDir::create(&path, "new").unwrap();
-        assert_eq!(fs::read_to_string(&run_dir.files().config).unwrap(), "new");
+        let run_dir = RunDir::create(&path).unwrap();
         assert!(!run_dir.files().console_log.exists());
+        run_dir.open_channels().unwrap();
     }
 
     /// A file system of so many pages and so many inodes, seen by the calling thread alone.
@@ -253,15 +274,15 @@ mod tests {
         )
     }
 
-    /// Room for the file system's root and for 0 to 2 more of directory, lock and configuration;
-    /// then for all three, but not for what is in the lock or in the configuration.
+    /// Room for the file system's root and for the directory or neither; then for directory and lock,
+    /// but not for what is in the lock.
     #[test]
     fn a_full_file_system_is_left_as_it_was() {
         if !nix::unistd::geteuid().is_root() {
             println!("skipped: to mount a file system takes root");
             return;
         }
-        for (pages, taken, inodes) in [(9, 0, 1), (9, 0, 2), (9, 0, 3), (1, 1, 9), (1, 0, 9)] {
+        for (pages, taken, inodes) in [(9, 0, 1), (9, 0, 2), (1, 1, 9)] {
             let parent = tempfile::tempdir().unwrap();
             let at = parent.path().to_owned();
             let tried = std::thread::spawn(move || {
@@ -269,7 +290,7 @@ mod tests {
                 if taken > 0 {
                     fs::write(at.join("taken"), vec![0; taken * 4096]).unwrap();
                 }
-                let error = RunDir::create(&at.join("web-1"), "hostname=web-1\n").unwrap_err();
+                let error = RunDir::create(&at.join("web-1")).unwrap_err();
                 let lock = LockFile::acquire(&at.join("daemon.lock")).map(LockFile::remove);
                 fs::remove_file(at.join("taken")).ok();
                 let left: Vec<_> = fs::read_dir(&at)
@@ -294,13 +315,13 @@ mod tests {
         fs::create_dir(&path).unwrap();
         fs::write(path.join("precious"), "data").unwrap();
         assert!(matches!(
-            RunDir::create(&path, ""),
+            RunDir::create(&path),
             Err(RunDirError::Foreign(_))
         ));
         assert!(path.join("precious").exists());
         let absent = parent.path().join("absent").join("web-1");
         assert!(matches!(
-            RunDir::create(&absent, ""),
+            RunDir::create(&absent),
             Err(RunDirError::Io { .. })
         ));
     }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use omerta_dataplane::{DirectionLimits, Owner};
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
 
-use crate::{GuestName, Image, WgPublicKey};
+use crate::{GuestName, Image, Jail, WgPublicKey};
 
 /// How QEMU executes the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +100,8 @@ pub struct Spec {
     /// A directory for this guest alone: sockets, console log, configuration. Its parent must
     /// exist; the directory is made at launch and removed at the end.
     pub run_dir: PathBuf,
+    /// What the jail around its QEMU may lack, and beside what it has.
+    pub jail: Jail,
     /// In whose name the guard is attached, so that nobody else changes or removes it by mistake.
     pub guard_owner: Option<Owner>,
 }
@@ -298,6 +300,7 @@ pub(crate) mod tests {
             console_shell: false,
             accel: Accel::Tcg,
             run_dir: "/run/omerta/web-1".into(),
+            jail: Jail::default(),
             guard_owner: None,
         }
     }

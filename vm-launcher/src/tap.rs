@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -154,9 +154,14 @@ impl Tap {
         self.index
     }
 
-    /// The tap's descriptor number, which QEMU inherits.
-    pub(crate) fn descriptor(&self) -> RawFd {
-        self.device.as_raw_fd()
+    /// A second descriptor of it, for QEMU.
+    pub(crate) fn handle(&self) -> Result<OwnedFd, TapError> {
+        let device = self.device.try_clone();
+        device.map(OwnedFd::from).map_err(|source| TapError::Io {
+            action: "hand on",
+            name: self.name.clone(),
+            source,
+        })
     }
 
     /// Brings the tap up with `gateway` on the host's side and `guest`, at `guest_mac`, behind it.

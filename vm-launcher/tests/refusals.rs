@@ -196,6 +196,12 @@ fn without_qemu() {
     stage.assert_nothing_is_left();
 }
 
+/// Where scripts find their interpreters.
+fn with_interpreters(mut spec: Spec) -> Spec {
+    spec.jail.paths = vec!["/bin".into(), "/usr".into()];
+    spec
+}
+
 /// A directory with a script in QEMU's place.
 fn fake_qemu(script: &str) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
@@ -217,7 +223,7 @@ fn with_a_silent_qemu() {
     let stage = Stage::new(IDLE);
     stage.run(|spec| async move {
         let started = Instant::now();
-        let error = refusal(spec).await;
+        let error = refusal(with_interpreters(spec)).await;
         assert!(matches!(error, LaunchError::Qmp(_)), "{error:?}");
         let took = started.elapsed();
         assert!(
@@ -239,7 +245,7 @@ fn a_qemu_that_ends_at_once_is_quoted() {
 fn with_a_failing_qemu() {
     let stage = Stage::new(IDLE);
     stage.run(|spec| async move {
-        let line = refusal(spec).await.report();
+        let line = refusal(with_interpreters(spec)).await.report();
         assert!(
             line.contains("cannot do this") && line.contains("exit code 3"),
             "{line}"
@@ -249,10 +255,10 @@ fn with_a_failing_qemu() {
     stage.assert_nothing_is_left();
 }
 
-/// Opens QMP's socket, takes a connection, hangs up, and dies a moment later.
+/// Takes a connection of QMP's socket, hangs up, and dies a moment later.
 const HANGS_UP: &str = r#"exec /usr/bin/perl -MIO::Socket::UNIX -e '
-    my ($path) = map { /^socket,id=qmp,path=([^,]*)/ ? $1 : () } @ARGV;
-    my $socket = IO::Socket::UNIX->new(Local => $path, Listen => 1);
+    my ($fd) = map { /^socket,id=qmp,fd=(\d+)/ ? $1 : () } @ARGV;
+    my $socket = IO::Socket::UNIX->new_from_fd($fd, "r+");
     close $socket->accept;
     print STDERR "out of everything\n";
     select undef, undef, undef, 0.3;
@@ -276,7 +282,7 @@ fn a_qemu_that_hangs_up_before_it_ends_is_quoted() {
 fn with_a_qemu_that_hangs_up() {
     let stage = Stage::new(IDLE);
     stage.run(|spec| async move {
-        let line = refusal(spec).await.report();
+        let line = refusal(with_interpreters(spec)).await.report();
         for part in ["out of everything", "exit code 5", "omerta doctor"] {
             assert!(line.contains(part), "{part}: {line}");
         }

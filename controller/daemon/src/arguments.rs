@@ -62,6 +62,7 @@ impl Arguments {
             max_vcpus: config.max_vcpus,
             memory_reserve_mib: config.memory_reserve_mib,
             limits: config.limits,
+            jail: config.jail,
         }
     }
 }

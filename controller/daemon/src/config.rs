@@ -1,11 +1,11 @@
 //! The configuration: as written ([`Config`]) and as checked ([`Settings`]).
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use omerta_api::GuestLimits;
 use omerta_engine::OnViolation;
-use omerta_vm_launcher::Accel;
+use omerta_vm_launcher::{Accel, Jail, PartError, UidRangeError};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -27,6 +27,18 @@ pub(crate) struct Config {
     pub(crate) max_vcpus: Option<u64>,
     pub(crate) memory_reserve_mib: Option<u64>,
     pub(crate) limits: Option<GuestLimits>,
+    pub(crate) jail: Option<JailConfig>,
+}
+
+/// What may be said of the jails around guests' QEMUs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct JailConfig {
+    uids: Option<String>,
+    #[serde(default)]
+    paths: Vec<PathBuf>,
+    #[serde(default)]
+    without: Vec<String>,
 }
 
 /// The configuration, checked.
@@ -54,6 +66,8 @@ pub(crate) struct Settings {
     pub(crate) memory_reserve_mib: u64,
     /// How much may pass to and from a guest that does not say.
     pub(crate) limits: GuestLimits,
+    /// What holds each guest's QEMU.
+    pub(crate) jail: Jail,
 }
 
 /// Why there is no usable configuration.
@@ -75,6 +89,12 @@ pub(crate) enum ConfigError {
     OnViolation(#[from] omerta_engine::OnViolationParseError),
     #[error("accel `{0}` is not one: write auto, kvm or tcg")]
     Accel(String),
+    #[error("[jail] uids")]
+    Uids(#[from] UidRangeError),
+    #[error("[jail] without")]
+    Without(#[from] PartError),
+    #[error("[jail] paths: {} is not absolute, or leads through `..`", .0.display())]
+    JailPath(PathBuf),
     #[error("max_guests is {given}: give 1 to {pool}, as many as the guest pool has room for")]
     MaxGuests { given: usize, pool: usize },
     #[error("{what} {} cannot be made an absolute path", path.display())]
@@ -151,6 +171,25 @@ impl Config {
             max_vcpus: self.max_vcpus.unwrap_or_else(default_vcpus),
             memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
             limits: self.limits.unwrap_or_default(),
+            jail: self.jail.unwrap_or_default().validate()?,
+        })
+    }
+}
+
+impl JailConfig {
+    fn validate(self) -> Result<Jail, ConfigError> {
+        let is_plain = |path: &Path| {
+            path.is_absolute() && !path.components().any(|part| part == Component::ParentDir)
+        };
+        if let Some(path) = self.paths.iter().find(|path| !is_plain(path)) {
+            return Err(ConfigError::JailPath(path.clone()));
+        }
+        let uids = self.uids.as_deref().map(str::parse).transpose()?;
+        let without: Result<_, PartError> = self.without.iter().map(|word| word.parse()).collect();
+        Ok(Jail {
+            uids: uids.unwrap_or_default(),
+            paths: self.paths,
+            without: without?,
         })
     }
 }
@@ -190,6 +229,7 @@ mod tests {
         assert_eq!(settings.metrics, Some("127.0.0.1:9469".parse().unwrap()));
         assert_eq!(settings.on_violation, OnViolation::Terminate);
         assert!(settings.accel.is_none());
+        assert_eq!(settings.jail, Jail::default());
     }
 
     #[test]
@@ -213,6 +253,9 @@ mod tests {
             ("on_violation = \"shrug\"", "`shrug`"),
             ("accel = \"hvf\"", "`hvf`"),
             ("max_guests = 0", "max_guests is 0"),
+            ("[jail]\nuids = \"0-9\"", "[jail] uids: `0-9`"),
+            ("[jail]\nwithout = [\"walls\"]", "without: `walls`"),
+            ("[jail]\npaths = [\"opt\"]", "[jail] paths: opt"),
             (
                 "guest_pool = \"10.77.0.0/30\"\nmax_guests = 2",
                 "max_guests is 2",

@@ -128,6 +128,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
         None => None,
     };
     sweep::sweep(&settings.run_dir);
+    omerta_vm_launcher::sweep_jails(&settings.jail);
     let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
     let fleet = Arc::new(Fleet::new(settings.clone(), Arc::new(Journal::new())));
     fleet.warn_if_short();

@@ -11,7 +11,7 @@ use omerta_dataplane::{DirectionLimits, Limits, OwnerParseError};
 use omerta_engine::OnViolation;
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{
-    Accel, Consumer, GuestName, Image, ImageError, Spec, Tunnel, WgPublicKey,
+    Accel, Consumer, GuestName, Image, ImageError, Jail, Spec, Tunnel, WgPublicKey,
 };
 
 use crate::config::Settings;
@@ -49,6 +49,7 @@ pub(crate) struct Order {
     timeout_seconds: Option<NonZero<u32>>,
     labels: BTreeMap<String, String>,
     memory: Option<HostMemory>,
+    jail: Jail,
 }
 
 impl Order {
@@ -94,6 +95,7 @@ impl Order {
             timeout_seconds: checked_timeout(request.timeout_seconds)?,
             labels: checked_labels(request.labels)?,
             memory: HostMemory::now(),
+            jail: settings.jail.clone(),
         })
     }
 
@@ -156,6 +158,7 @@ impl Order {
             console_shell: self.console_shell,
             accel,
             run_dir: run_dir.join(self.name.as_str()),
+            jail: self.jail.clone(),
             guard_owner: Some(
                 OWNER
                     .parse()

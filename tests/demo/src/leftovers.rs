@@ -138,10 +138,13 @@ impl Leftovers {
             }
             // A process that ends while it is looked at is none.
             let namespace = fs::read_link(process.path().join("ns/net")).unwrap_or_default();
-            let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
-            let command = String::from_utf8_lossy(&command).replace('\0', " ");
+            let [command, environment] = ["cmdline", "environ"].map(|file| {
+                let read = fs::read(process.path().join(file)).unwrap_or_default();
+                String::from_utf8_lossy(&read).replace('\0', " ")
+            });
             let inside = namespaces.iter().any(|name| Path::new(name) == namespace);
-            if inside || paths.iter().any(|path| command.contains(path)) {
+            let names = |path: &String| command.contains(path) || environment.contains(path);
+            if inside || paths.iter().any(names) {
                 found.push(format!("{pid} ({})", command.trim()));
             }
         }

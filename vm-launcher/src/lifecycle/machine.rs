@@ -7,6 +7,7 @@ use omerta_dataplane::{Guard, GuardWatch};
 use tokio::time::timeout;
 
 use crate::clock::monotonic_ns;
+use crate::jail::Cell;
 use crate::lifecycle::Ended;
 use crate::process::QemuProcess;
 use crate::run_dir::RunDir;
@@ -23,6 +24,7 @@ const TAP_DEADLINE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Machine {
     pub(super) spec: Spec,
+    pub(super) cell: Option<Cell>,
     pub(super) run_dir: Option<RunDir>,
     pub(super) tap: Option<Tap>,
     pub(super) process: Option<Arc<QemuProcess>>,
@@ -35,6 +37,7 @@ impl Machine {
     pub(super) fn new(spec: Spec) -> Self {
         Self {
             spec,
+            cell: None,
             run_dir: None,
             tap: None,
             process: None,
@@ -74,6 +77,12 @@ impl Machine {
     fn unwind(&mut self, patience: Duration) -> Ended {
         let mut leftovers = Vec::new();
         let status = self.end_process(patience, &mut leftovers);
+        if leftovers.is_empty()
+            && let Some(cell) = &self.cell
+            && !cell.kill_rest(KILL_DEADLINE)
+        {
+            leftovers.push("processes that QEMU has started: they do not die".to_owned());
+        }
         let process_is_gone = leftovers.is_empty();
         let ended_at_ns = process_is_gone.then(monotonic_ns);
         // It holds the guard's links, which the detaching is to cut.
@@ -81,6 +90,7 @@ impl Machine {
         let guard = self.guard.take();
         let tap = self.tap.take();
         let run_dir = self.run_dir.take();
+        let cell = self.cell.take();
         // After the reap, for until then the guest may send; before the detach takes them along.
         let counters = guard.as_ref().and_then(|guard| {
             guard
@@ -110,6 +120,7 @@ impl Machine {
             if run_dir.is_some_and(|run_dir| !run_dir.remove()) {
                 leftovers.push(format!("directory {path}: see the log"));
             }
+            leftovers.extend(cell.map(Cell::tear_down).into_iter().flatten());
         } else {
             if guard.is_some() {
                 leftovers.push(format!("guard of {name}: kept, since QEMU may still send"));
@@ -120,6 +131,10 @@ impl Machine {
             if let Some(run_dir) = run_dir {
                 run_dir.keep();
                 leftovers.push(format!("directory {path}: QEMU uses it"));
+            }
+            if let Some(cell) = cell {
+                cell.keep();
+                leftovers.push("its user and cgroups: QEMU has them".to_owned());
             }
         }
         Ended {

@@ -1,6 +1,7 @@
 //! A guest of which QEMU exists, and nothing has run.
 
 use std::future::Future;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::task::{block_in_place, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::image::BootFiles;
+use crate::jail::{Cell, Root};
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::{Ended, Guarded};
@@ -55,14 +56,14 @@ impl Paused {
             return Err(LaunchError::NotRoot);
         }
         // The image may lie on a file system that hangs; this thread serves other guests too.
-        let image = spec.image.clone();
-        let copied = spawn_blocking(move || image.copy()).await;
-        let boot = copied.map_err(|error| ImageError::Copy {
+        let wanted = spec.clone();
+        let built = spawn_blocking(move || Cell::build(&wanted)).await;
+        let (cell, root) = built.map_err(|error| ImageError::Copy {
             path: spec.image.kernel.clone(),
             source: std::io::Error::other(error),
         })??;
         let mut machine = Machine::new(spec);
-        match Self::start(&mut machine, boot).await {
+        match Self::start(&mut machine, cell, root).await {
             Ok((process, qmp, machine_events, control_port)) => Ok(Self {
                 machine,
                 process,
@@ -74,26 +75,35 @@ impl Paused {
         }
     }
 
-    async fn start(machine: &mut Machine, boot: BootFiles) -> Result<Started, LaunchError> {
+    async fn start(machine: &mut Machine, cell: Cell, root: Root) -> Result<Started, LaunchError> {
+        let cell = machine.cell.insert(cell);
         let spec = &machine.spec;
-        let guest_config = spec.guest_config();
-
-        let run_dir = RunDir::create(&spec.run_dir, &guest_config)?;
+        let run_dir = machine.run_dir.insert(RunDir::create(&spec.run_dir)?);
         let files = run_dir.files().clone();
-        machine.run_dir = Some(run_dir);
+        let channels = run_dir.open_channels()?;
 
         let tap = Tap::create(&spec.tap, spec.gateway_mac()).await?;
-        let (kernel, initrd) = (boot.kernel.path(), boot.initrd.path());
-        let paths = command::Boot {
-            kernel: &kernel,
-            initrd: &initrd,
+        let tap = machine.tap.insert(tap).handle()?;
+        let open = command::Descriptors {
+            tap: tap.as_raw_fd(),
+            qmp: channels.qmp.as_raw_fd(),
+            console: channels.console.as_raw_fd(),
+            control: channels.control.as_raw_fd(),
+            console_log: channels.console_log.as_raw_fd(),
         };
-        let arguments = command::arguments(spec, paths, &files, tap.descriptor());
-        let tap = machine.tap.insert(tap);
-        let process = Arc::new(QemuProcess::spawn_logged(
-            &arguments,
-            std::os::fd::AsFd::as_fd(tap),
-            &files.qemu_log,
+        let handed = vec![
+            tap,
+            channels.qmp,
+            channels.console,
+            channels.control,
+            channels.console_log,
+        ];
+        let process = Arc::new(QemuProcess::spawn(
+            root.program(),
+            &command::arguments(spec, &open),
+            cell.entry(spec, &root, handed)?,
+            channels.qemu_log.into(),
+            &spec.run_dir,
         )?);
         machine.process = Some(Arc::clone(&process));
 
@@ -107,8 +117,7 @@ impl Paused {
         };
         let (qmp, machine_events, control_port) =
             unless_it_ends(&process, &files.qemu_log, speaking).await?;
-        // QEMU has read the kernel and maps the initramfs: neither needs a path any more.
-        drop(boot);
+        root.forget_files();
         Ok((process, qmp, machine_events, control_port))
     }
 

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use omerta_dataplane::{DirectionLimits, Guard};
 use omerta_test_support::{Namespace, write_bare_guest};
 use omerta_verdict::Mode;
-use omerta_vm_launcher::{Accel, Consumer, GuestEvent, Image, Running, Spec, Tunnel, WgPublicKey};
+use omerta_vm_launcher::{
+    Accel, Consumer, GuestEvent, Image, Jail, Running, Spec, Tunnel, WgPublicKey,
+};
 
 pub use omerta_test_support::{CHATTER, IDLE, PANIC, POWER_OFF, RESET};
 
@@ -98,10 +100,12 @@ impl Drop for Stage {
     fn drop(&mut self) {
         // Tests that detach a guard behind the launcher's back leave the namespace's directory.
         let _ = fs::remove_dir(self.pins());
+        // Those that are killed leave their jails.
+        omerta_vm_launcher::sweep_jails(&Jail::default());
     }
 }
 
-/// The pids of all processes that have `run_dir` in their arguments, zombies included.
+/// The pids of all QEMUs of `run_dir`, by their environment.
 pub fn qemus_of(run_dir: &Path) -> Vec<u32> {
     let run_dir = run_dir.to_str().unwrap().as_bytes();
     let mut found = Vec::new();
@@ -113,8 +117,11 @@ pub fn qemus_of(run_dir: &Path) -> Vec<u32> {
         else {
             continue;
         };
-        let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if arguments.windows(run_dir.len()).any(|part| part == run_dir) {
+        let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environment
+            .windows(run_dir.len())
+            .any(|part| part == run_dir)
+        {
             found.push(pid);
         }
     }
@@ -145,6 +152,7 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
         console_shell: false,
         accel: Accel::Tcg,
         run_dir,
+        jail: Jail::default(),
         guard_owner: None,
     }
 }

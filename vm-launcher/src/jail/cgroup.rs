@@ -1,0 +1,459 @@
+//! The cgroups of one guest: how much of the host its QEMU may take. Version 2 where its controllers
+//! are, version 1 where they are still there.
+
+use std::collections::BTreeSet;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{JailError, Part};
+use crate::{PathError, Spec};
+
+/// Where mounts and our own cgroups are listed.
+const MOUNTS: &str = "/proc/self/mountinfo";
+const OWN: &str = "/proc/self/cgroup";
+
+/// What a guest's cgroup is called, before its user's number.
+const PREFIX: &str = "omerta-guest-";
+
+/// Where omertad itself goes in a cgroup that it divides: version 2 has processes in leaves alone.
+const LEAF: &str = "omertad";
+
+const PARTS: [Part; 4] = [Part::Cpu, Part::Memory, Part::Pids, Part::Io];
+
+/// Memory that QEMU takes beside its guest's, in MiB: itself, translated code (`tb-size`) and what
+/// that hangs on.
+const QEMU_MIB: u64 = 256;
+/// Threads beside those of the guest's CPUs: QEMU's pool has 64.
+const QEMU_THREADS: u64 = 80;
+/// What QEMU may take of a CPU beside its guest's, in hundredths.
+const QEMU_CPU_PERCENT: u64 = 50;
+/// What may be read from and written to the run directory's disk, in bytes a second each.
+const DISK_BYTES_PER_SECOND: u64 = 16 << 20;
+
+/// How often a cgroup is tried to be removed, and how long after each: the kernel lets go of a dead
+/// process's a moment after it was reaped.
+const TRIES: u32 = 50;
+const BETWEEN: Duration = Duration::from_millis(2);
+
+/// How much one QEMU may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    memory_bytes: u64,
+    cpu_percent: u64,
+    threads: u64,
+    /// The disk that it writes to, if that is one: major and minor number.
+    disk: Option<(u64, u64)>,
+}
+
+impl Limits {
+    pub(super) fn of(spec: &Spec) -> Self {
+        let cpus = u64::from(spec.cpus);
+        let guest = u64::from(spec.memory_mib);
+        Self {
+            // The kernel's tables for the guest's memory grow with it.
+            memory_bytes: (guest + guest / 64 + QEMU_MIB) << 20,
+            cpu_percent: cpus * 100 + QEMU_CPU_PERCENT,
+            threads: cpus + QEMU_THREADS,
+            disk: spec.run_dir.parent().and_then(disk_of),
+        }
+    }
+}
+
+/// The disk that `path` is on: limits are a disk's, not a partition's. In memory it is on none.
+fn disk_of(path: &Path) -> Option<(u64, u64)> {
+    let device = path.metadata().ok()?.dev();
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let entry = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    let disk = if entry.join("partition").exists() {
+        entry.parent()?.to_owned()
+    } else {
+        entry
+    };
+    let number = fs::read_to_string(disk.join("dev")).ok()?;
+    let (major, minor) = number.trim().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// A cgroup in which guests' are made, and what can be limited there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Base {
+    directory: PathBuf,
+    version: Version,
+    parts: Vec<Part>,
+}
+
+/// Why a guest's cgroups could not be made.
+#[derive(Debug)]
+pub(super) enum MakeError {
+    /// Somebody is in them.
+    InUse,
+    Jail(JailError),
+}
+
+impl<E: Into<JailError>> From<E> for MakeError {
+    fn from(error: E) -> Self {
+        Self::Jail(error.into())
+    }
+}
+
+/// The cgroups of one guest.
+#[derive(Debug)]
+pub(super) struct Cgroups(Vec<PathBuf>);
+
+impl Cgroups {
+    pub(super) fn make(
+        uid: u32,
+        limits: &Limits,
+        without: &BTreeSet<Part>,
+    ) -> Result<Self, MakeError> {
+        let bases = bases()?;
+        let has = |part: &Part| bases.iter().any(|base| base.parts.contains(part));
+        if let Some(part) = PARTS
+            .into_iter()
+            .find(|part| !has(part) && !without.contains(part))
+        {
+            return Err(JailError::Missing { part }.into());
+        }
+        let mut made = Self(Vec::new());
+        let filled = bases
+            .iter()
+            .try_for_each(|base| made.add(base, uid, limits, without));
+        if filled.is_err() {
+            made.remove();
+        }
+        filled.map(|()| made)
+    }
+
+    fn add(
+        &mut self,
+        base: &Base,
+        uid: u32,
+        limits: &Limits,
+        without: &BTreeSet<Part>,
+    ) -> Result<(), MakeError> {
+        let directory = base.directory.join(format!("{PREFIX}{uid}"));
+        // One that a dead launcher left has that guest's counts.
+        match fs::remove_dir(&directory) {
+            Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {
+                return Err(MakeError::InUse);
+            }
+            _ => {}
+        }
+        fs::create_dir(&directory).map_err(PathError::of("create", &directory))?;
+        self.0.push(directory.clone());
+        for part in &base.parts {
+            for (file, value) in settings(base.version, *part, limits) {
+                match fs::write(directory.join(file.name), value) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_optional => {}
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        if !without.contains(part) {
+                            return Err(JailError::Missing { part: *part }.into());
+                        }
+                    }
+                    Err(error) => {
+                        return Err(
+                            PathError::of("write", &directory.join(file.name))(error).into()
+                        );
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The files by which a process joins.
+    pub(super) fn doors(&self) -> Result<Vec<OwnedFd>, PathError> {
+        let door = |directory: &PathBuf| {
+            let path = directory.join("cgroup.procs");
+            let opened = OpenOptions::new().write(true).open(&path);
+            opened
+                .map(OwnedFd::from)
+                .map_err(PathError::of("open", &path))
+        };
+        self.0.iter().map(door).collect()
+    }
+
+    /// Kills everybody in them, and tells whether nobody is left after `patience` at most.
+    pub(super) fn kill_all(&self, patience: Duration) -> bool {
+        // Who is in one is in all of them.
+        let Some(list) = self.0.first().map(|first| first.join("cgroup.procs")) else {
+            return true;
+        };
+        let end = Instant::now() + patience;
+        loop {
+            let Ok(inside) = fs::read_to_string(&list) else {
+                return false;
+            };
+            let pids: Vec<i32> = inside
+                .lines()
+                .filter_map(|line| line.parse().ok())
+                .collect();
+            if pids.is_empty() {
+                return true;
+            }
+            for pid in pids.into_iter().filter(|pid| *pid > 0) {
+                // One that has ended since is nobody else yet: pids are given out in turn.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            if Instant::now() > end {
+                return false;
+            }
+            std::thread::sleep(BETWEEN);
+        }
+    }
+
+    /// Removes them, and tells what stays.
+    pub(super) fn remove(&mut self) -> Vec<String> {
+        self.0.drain(..).filter_map(|path| removed(&path)).collect()
+    }
+}
+
+/// Removes a cgroup, or tells why not.
+fn removed(path: &Path) -> Option<String> {
+    let mut last = None;
+    for _ in 0..TRIES {
+        match fs::remove_dir(path) {
+            Ok(()) => return None,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => last = Some(format!("cgroup {}: {error}", path.display())),
+        }
+        std::thread::sleep(BETWEEN);
+    }
+    last
+}
+
+/// Removes the cgroups of a dead launcher's guest, and tells whether none is left.
+pub(super) fn remove_empty(uid: u32) -> bool {
+    let Ok(bases) = bases() else {
+        return false;
+    };
+    bases.iter().all(|base| {
+        let gone = fs::remove_dir(base.directory.join(format!("{PREFIX}{uid}")));
+        gone.is_ok() || gone.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    })
+}
+
+/// A file of a cgroup. Without an optional one less is held, and the part all the same.
+struct Setting {
+    name: &'static str,
+    is_optional: bool,
+}
+
+fn settings(version: Version, part: Part, limits: &Limits) -> Vec<(Setting, String)> {
+    let needed = |name| Setting {
+        name,
+        is_optional: false,
+    };
+    let optional = |name| Setting {
+        name,
+        is_optional: true,
+    };
+    /// In microseconds.
+    const PERIOD: u64 = 100_000;
+    let memory = limits.memory_bytes.to_string();
+    let quota = limits.cpu_percent * PERIOD / 100;
+    let rate = DISK_BYTES_PER_SECOND;
+    match (version, part) {
+        (Version::Two, Part::Memory) => vec![
+            (needed("memory.max"), memory),
+            // A guest's memory has its keys, which no disk shall have.
+            (optional("memory.swap.max"), "0".into()),
+            (needed("memory.oom.group"), "1".into()),
+        ],
+        (Version::Two, Part::Cpu) => vec![(needed("cpu.max"), format!("{quota} {PERIOD}"))],
+        (Version::Two, Part::Io) => limits.disk.map_or_else(Vec::new, |(major, minor)| {
+            let value = format!("{major}:{minor} rbps={rate} wbps={rate}");
+            vec![(needed("io.max"), value)]
+        }),
+        (Version::One, Part::Memory) => vec![
+            (needed("memory.limit_in_bytes"), memory.clone()),
+            (optional("memory.memsw.limit_in_bytes"), memory),
+        ],
+        (Version::One, Part::Cpu) => vec![
+            (needed("cpu.cfs_period_us"), PERIOD.to_string()),
+            (needed("cpu.cfs_quota_us"), quota.to_string()),
+        ],
+        (Version::One, Part::Io) => limits.disk.map_or_else(Vec::new, |(major, minor)| {
+            let value = format!("{major}:{minor} {rate}");
+            vec![
+                (needed("blkio.throttle.read_bps_device"), value.clone()),
+                (needed("blkio.throttle.write_bps_device"), value),
+            ]
+        }),
+        (_, Part::Pids) => vec![(needed("pids.max"), limits.threads.to_string())],
+        (_, Part::Landlock) => Vec::new(),
+    }
+}
+
+/// Where guests' cgroups are made. Found once; on version 2 this moves the process into a leaf.
+fn bases() -> Result<Vec<Base>, PathError> {
+    static FOUND: Mutex<Option<Vec<Base>>> = Mutex::new(None);
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(bases) = &*found {
+        return Ok(bases.clone());
+    }
+    let read =
+        |path: &str| fs::read_to_string(path).map_err(PathError::of("read", Path::new(path)));
+    let own = own_cgroups(&read(MOUNTS)?, &read(OWN)?);
+    let mut bases = Vec::new();
+    for hierarchy in own {
+        let taken: Vec<Part> = bases
+            .iter()
+            .flat_map(|base: &Base| base.parts.clone())
+            .collect();
+        if let Some(base) = hierarchy.base(&taken)? {
+            bases.push(base);
+        }
+    }
+    *found = Some(bases.clone());
+    Ok(bases)
+}
+
+/// This process's cgroup in one hierarchy.
+#[derive(Debug, PartialEq, Eq)]
+struct Own {
+    mount: PathBuf,
+    directory: PathBuf,
+    /// Of version 1; version 2 says itself.
+    controllers: Option<Vec<String>>,
+}
+
+impl Own {
+    /// Where guests' cgroups go, for the parts that no other hierarchy has taken.
+    fn base(self, taken: &[Part]) -> Result<Option<Base>, PathError> {
+        let parts_of = |controllers: &[String]| -> Vec<Part> {
+            let has = |part: &Part| {
+                let names = [part.word(), "blkio"];
+                let names = if *part == Part::Io {
+                    &names[..]
+                } else {
+                    &names[..1]
+                };
+                !taken.contains(part) && controllers.iter().any(|c| names.contains(&c.as_str()))
+            };
+            PARTS.into_iter().filter(has).collect()
+        };
+        let base = match &self.controllers {
+            Some(controllers) => Base {
+                parts: parts_of(controllers),
+                directory: self.directory,
+                version: Version::One,
+            },
+            None => {
+                let words = |path: PathBuf| -> Result<Vec<String>, PathError> {
+                    let text = fs::read_to_string(&path).map_err(PathError::of("read", &path))?;
+                    Ok(text.split_whitespace().map(str::to_owned).collect())
+                };
+                let wanted = parts_of(&words(self.mount.join("cgroup.controllers"))?);
+                if wanted.is_empty() {
+                    return Ok(None);
+                }
+                let directory = self.divided(&wanted)?;
+                let enabled = words(directory.join("cgroup.subtree_control"))?;
+                Base {
+                    parts: parts_of(&enabled),
+                    directory,
+                    version: Version::Two,
+                }
+            }
+        };
+        Ok((!base.parts.is_empty()).then_some(base))
+    }
+
+    /// The cgroup of version 2 that can have guests' below it: our own where we are alone in it, as
+    /// in a unit with `Delegate=`, else the uppermost.
+    fn divided(&self, parts: &[Part]) -> Result<PathBuf, PathError> {
+        let processes = self.directory.join("cgroup.procs");
+        let alone = std::process::id().to_string();
+        let directory = if self.directory != self.mount
+            && fs::read_to_string(&processes).is_ok_and(|all| all.trim() == alone)
+        {
+            let leaf = self.directory.join(LEAF);
+            match fs::create_dir(&leaf) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(PathError::of("create", &leaf)(error));
+                }
+                _ => {}
+            }
+            let door = leaf.join("cgroup.procs");
+            fs::write(&door, &alone).map_err(PathError::of("write", &door))?;
+            &self.directory
+        } else {
+            &self.mount
+        };
+        // One by one: what cannot be had is told as missing, with the rest in force.
+        let control = directory.join("cgroup.subtree_control");
+        for part in parts {
+            let enabled = OpenOptions::new()
+                .write(true)
+                .open(&control)
+                .and_then(|mut file| file.write_all(format!("+{part}").as_bytes()));
+            if let Err(error) = enabled {
+                tracing::warn!(path = %control.display(), %part, %error, "cannot have a controller");
+            }
+        }
+        Ok(directory.clone())
+    }
+}
+
+/// This process's cgroups, from /proc/self/mountinfo and /proc/self/cgroup: version 1 first, whose
+/// controllers version 2 cannot have. See cgroups(7), proc_pid_mountinfo(5).
+fn own_cgroups(mounts: &str, own: &str) -> Vec<Own> {
+    let mut found = Vec::new();
+    for line in mounts.lines() {
+        let Some((before, after)) = line.split_once(" - ") else {
+            continue;
+        };
+        let before: Vec<&str> = before.split(' ').collect();
+        let after: Vec<&str> = after.split(' ').collect();
+        let (&[_, _, _, root, mount, ..], &[kind, _, options, ..]) = (&*before, &*after) else {
+            continue;
+        };
+        let is_two = kind == "cgroup2";
+        if !is_two && kind != "cgroup" {
+            continue;
+        }
+        let options: Vec<&str> = options.split(',').collect();
+        let path = own.lines().find_map(|line| {
+            let (_, line) = line.split_once(':')?;
+            let (controllers, path) = line.split_once(':')?;
+            let is_this = match (is_two, controllers) {
+                (true, controllers) => controllers.is_empty(),
+                (false, "") => false,
+                (false, controllers) => controllers.split(',').all(|c| options.contains(&c)),
+            };
+            is_this.then_some(path)
+        });
+        // Out of what is mounted: of another namespace, and not ours to divide.
+        let Some(below) = path.and_then(|path| Path::new(path).strip_prefix(root).ok()) else {
+            continue;
+        };
+        let own = Own {
+            mount: mount.into(),
+            directory: Path::new(mount).join(below),
+            controllers: (!is_two).then(|| options.iter().map(|o| (*o).to_owned()).collect()),
+        };
+        // A hierarchy may be mounted at several places.
+        if !found.iter().any(|o: &Own| o.controllers == own.controllers) {
+            found.push(own);
+        }
+    }
+    found.sort_by_key(|own| own.controllers.is_none());
+    found
+}
