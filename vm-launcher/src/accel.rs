@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use crate::command::{QEMU, SANDBOX};
 use crate::error::report;
 use crate::image::{Image, ImageError};
+use crate::jail::kvm_groups;
 use crate::memory_file::MemoryFile;
 use crate::process::{ProcessError, QemuProcess};
 use crate::{Accel, ExitStatus};
@@ -63,6 +64,10 @@ pub async fn probe_accel() -> AccelReport {
         .open("/dev/kvm")
     {
         return tcg(format!("/dev/kvm cannot be opened ({error})"));
+    }
+    // The probe is root, and guests' QEMUs are not.
+    if let Err(error) = kvm_groups() {
+        return tcg(error.to_string());
     }
     let started = Instant::now();
     match run_tiny(Accel::Kvm, DEADLINE).await {

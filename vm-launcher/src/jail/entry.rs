@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, pivot_root, write};
 use rustix::mount::{MoveMountFlags, move_mount};
@@ -264,6 +264,8 @@ fn limit() -> nix::Result<()> {
         (Resource::RLIMIT_CORE, 0),
         (Resource::RLIMIT_NOFILE, MAX_DESCRIPTORS),
     ] {
+        // What this process has less of cannot be raised again.
+        let most = most.min(getrlimit(resource)?.1);
         setrlimit(resource, most, most)?;
     }
     // Where the host itself runs out of memory, a guest goes before anything of the host's.

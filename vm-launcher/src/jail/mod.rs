@@ -121,7 +121,7 @@ pub enum JailError {
     },
     /// Other users than root may not use KVM.
     #[error(
-        "/dev/kvm is for root alone, and QEMU runs as another: `chgrp kvm /dev/kvm; chmod 660 /dev/kvm`, or emulate with `accel = \"tcg\"`"
+        "/dev/kvm is for root alone, and QEMU runs as another: `chgrp kvm /dev/kvm; chmod 660 /dev/kvm`"
     )]
     KvmForRootAlone,
     /// The system refused something.
@@ -269,7 +269,7 @@ pub fn sweep_jails(jail: &Jail) {
 }
 
 /// The groups that QEMU needs to open /dev/kvm.
-fn kvm_groups() -> Result<Vec<u32>, JailError> {
+pub(crate) fn kvm_groups() -> Result<Vec<u32>, JailError> {
     let path = Path::new("/dev/kvm");
     let device = path.metadata().map_err(PathError::of("look at", path))?;
     match device.mode() {
