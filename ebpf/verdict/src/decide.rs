@@ -185,7 +185,8 @@ fn to_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
     let count = segment.offload(frame, packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
-    // Before the rates, which only frames that would pass use up.
+    // Before the rates, which only frames that would pass use up. A frame that a rate then drops has
+    // opened its flow all the same: one of the guest's own quota, to an endpoint that it may reach.
     if matches!(mode, Mode::Conntrack) && !guard.open_flow(&flow) {
         return Err(Reason::FlowQuota);
     }
