@@ -81,7 +81,7 @@ check "a third one runs" run delta
 
 check "the unit stops" systemctl stop omertad
 check "it ended well" sh -c '[ "$(systemctl show -p Result --value omertad)" = success ]'
-check "no QEMU is left" sh -c '! pgrep -f qemu-system-x86_64'
+check "no QEMU is left" sh -c '! pgrep -f "[q]emu-system-x86_64"'
 check "no tap is left" sh -c '! ip -o link | grep -q ": om"'
 check "no pin of its is left" sh -c '! ls -d /sys/fs/bpf/omerta/*/om*'
 check "its run directory is gone" sh -c '[ ! -e /run/omerta ]'

@@ -99,7 +99,7 @@ def load(content: bytes) -> Object:
     constants = _constants(elf, symbols)
     for section in elf.iter_sections():
         if isinstance(section, RelocationSection) and section["sh_info"] in base:
-            _relocate(code, base, section, symbols, set(maps), set(constants))
+            _relocate(code, base, section, elf, symbols, set(maps), set(constants))
     functions = {
         symbol.name: base[symbol["st_shndx"]] + symbol["st_value"] // 8
         for symbol in symbols.iter_symbols()
@@ -135,6 +135,7 @@ def _relocate(
     code: list[Instruction | None],
     base: dict[int, int],
     section: RelocationSection,
+    elf: ELFFile,
     symbols: SymbolTableSection,
     maps: set[str],
     constants: set[str],
@@ -146,6 +147,9 @@ def _relocate(
         if old is None:
             raise Unmodelled(f"a relocation inside an instruction at {position}")
         kind, name = relocation["r_info_type"], symbol.name
+        # Of a section the immediate tells which byte.
+        if symbol["st_info"]["type"] == "STT_SECTION" and not name:
+            name = elf.get_section(symbol["st_shndx"]).name
         if kind == R_BPF_64_64 and name in maps:
             code[position] = replace(old, imm=0, map=name)
         elif kind == R_BPF_64_64 and name in constants:
@@ -201,7 +205,11 @@ def _map(
 
 
 def _constants(elf: ELFFile, symbols: SymbolTableSection) -> dict[str, int]:
-    found = {}
+    found = {
+        section.name: section.data_size
+        for section in elf.iter_sections()
+        if section.name.startswith(".rodata") and not section["sh_flags"] & 1
+    }
     for symbol in symbols.iter_symbols():
         shndx = symbol["st_shndx"]
         if symbol["st_info"]["type"] == "STT_OBJECT" and isinstance(shndx, int):

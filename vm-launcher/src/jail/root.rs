@@ -2,10 +2,10 @@
 //! and nothing of the host's besides.
 
 use std::ffi::CString;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
@@ -79,14 +79,9 @@ impl Root {
     }
 
     fn fill(&mut self, spec: &Spec) -> Result<(), JailError> {
-        let make = |at: &Path| {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(self.within(at))
-        };
         for directory in ["/boot", "/dev"] {
-            make(Path::new(directory)).map_err(JailError::make("make a directory"))?;
+            self.make_directory(Path::new(directory))
+                .map_err(JailError::make("make a directory"))?;
         }
         // In order, so that a directory comes before what is in it.
         let mut paths: Vec<(PathBuf, bool)> = PACKAGED
@@ -136,14 +131,10 @@ impl Root {
 
     fn bind(&mut self, path: &Path, kind: BindKind) -> io::Result<()> {
         self.make_parent(path)?;
-        let place = self.within(path);
         if kind == BindKind::Directory {
-            DirBuilder::new()
-                .mode(0o755)
-                .recursive(true)
-                .create(place)?;
+            self.make_directory(path)?;
         } else {
-            File::create(place)?;
+            File::create(self.within(path))?;
         }
         self.binds.push(Bind {
             path: path.to_owned(),
@@ -154,12 +145,30 @@ impl Root {
 
     fn make_parent(&self, path: &Path) -> io::Result<()> {
         match path.parent() {
-            Some(parent) => DirBuilder::new()
-                .mode(0o755)
-                .recursive(true)
-                .create(self.within(parent)),
+            Some(parent) => self.make_directory(parent),
             None => Ok(()),
         }
+    }
+
+    /// Makes a directory and those above it, which QEMU can enter whatever this process's umask is.
+    fn make_directory(&self, path: &Path) -> io::Result<()> {
+        let mut above: Vec<_> = path
+            .ancestors()
+            .filter(|path| path.parent().is_some())
+            .collect();
+        above.reverse();
+        for path in above {
+            let place = self.within(path);
+            match fs::create_dir(&place) {
+                // A symbolic link of the jail's, perhaps.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => {
+                    made?;
+                    fs::set_permissions(&place, Permissions::from_mode(0o755))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Writes a file that QEMU can read and nobody change, and tells its length.
@@ -169,6 +178,7 @@ impl Root {
             .create_new(true)
             .mode(0o444)
             .open(self.within(Path::new(name)))?;
+        file.set_permissions(Permissions::from_mode(0o444))?;
         let length = io::copy(bytes, &mut file)?;
         file.flush()?;
         Ok(length)

@@ -25,6 +25,8 @@ pub struct Stage {
 
 impl Stage {
     pub fn new(program: &[u8]) -> Self {
+        // As the unit has it: what is made for QEMU must not depend on it.
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
         let namespace = Namespace::new("vml").expect("a namespace takes root");
         let directory = tempfile::tempdir().unwrap();
         write_bare_guest(directory.path(), program).unwrap();
