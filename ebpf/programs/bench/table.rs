@@ -140,8 +140,11 @@ pub fn floor(_context: TcContext) -> i32 {
 /// Looks them up in a hash.
 #[classifier]
 pub fn hash(_context: TcContext) -> i32 {
-    // SAFETY: nobody changes the map while programs run.
-    count(|address| unsafe { HASH.get(&Aligned(words(address)).0) }.is_some())
+    count(|address| {
+        let Aligned(key) = &Aligned(words(address));
+        // SAFETY: nobody changes the map while programs run.
+        unsafe { HASH.get(key) }.is_some()
+    })
 }
 
 /// Looks them up in a trie of longest prefixes.
