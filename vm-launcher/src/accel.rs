@@ -17,7 +17,7 @@ use crate::image::{Image, ImageError};
 use crate::jail::kvm_groups;
 use crate::memory_file::MemoryFile;
 use crate::process::{ProcessError, QemuProcess};
-use crate::{Accel, ExitStatus};
+use crate::{Accel, ExitStatus, MachineType};
 
 /// How long the probe guest may take; where KVM works it needs a few tenths of a second.
 const DEADLINE: Duration = Duration::from_secs(8);
@@ -35,6 +35,8 @@ const EXIT_CODE: i32 = EXIT_VALUE as i32 * 2 + 1;
 const GAVE_UP: &str = "KVM internal error";
 /// What a Linux says that has come up far enough to look for its root.
 const CAME_UP: &str = "Kernel panic - not syncing: VFS";
+/// How a Linux lists a device of virtio's vendor on its PCI bus.
+const VIRTIO: &str = ": [1af4:";
 
 /// What the probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +84,7 @@ pub async fn probe_accel() -> AccelReport {
             "/dev/kvm opens but a test guest did not get through its firmware in {} s",
             DEADLINE.as_secs()
         )),
-        Ok(Outcome::Heard(said)) => tcg(format!("KVM does not run guests here ({said})")),
+        Ok(Outcome::Heard { line, .. }) => tcg(format!("KVM does not run guests here ({line})")),
         Ok(Outcome::Exited(status, said)) => tcg(format!(
             "KVM does not run guests here ({})",
             end(status, &said)
@@ -105,6 +107,15 @@ pub enum KernelProbe {
     Unknown(String),
 }
 
+/// What becomes of a kernel on [`MachineType::Microvm`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MicrovmProbe {
+    /// It came up and found its devices.
+    Runs,
+    /// It does not come up or finds no devices, and how that showed.
+    Fails(String),
+}
+
 /// Boots the image's kernel under KVM, without a root. Takes about a second where KVM works, 15 s at
 /// most.
 ///
@@ -115,10 +126,10 @@ pub async fn probe_kernel(image: &Image) -> Result<KernelProbe, ImageError> {
     if !is_linux(&kernel.path()) {
         return Ok(KernelProbe::Unknown("it is no Linux".to_owned()));
     }
-    let arguments = kernel_arguments(&kernel.path());
+    let arguments = kernel_arguments(MachineType::Q35, &kernel.path());
     let why = match run(&arguments, &[GAVE_UP, CAME_UP], KERNEL_DEADLINE).await {
-        Ok(Outcome::Heard(said)) if said.contains(CAME_UP) => return Ok(KernelProbe::Runs),
-        Ok(Outcome::Heard(said)) => said,
+        Ok(Outcome::Heard { line, .. }) if line.contains(CAME_UP) => return Ok(KernelProbe::Runs),
+        Ok(Outcome::Heard { line, .. }) => line,
         Ok(Outcome::StillRuns) => {
             format!("it did not come up in {} s", KERNEL_DEADLINE.as_secs())
         }
@@ -135,6 +146,34 @@ pub async fn probe_kernel(image: &Image) -> Result<KernelProbe, ImageError> {
     ))))
 }
 
+/// Whether the image's kernel comes up under KVM on [`MachineType::Microvm`] and finds what is on its
+/// PCI bus. Takes as long as [`probe_kernel`].
+///
+/// # Errors
+/// When the kernel cannot be read.
+pub async fn probe_microvm(image: &Image) -> Result<MicrovmProbe, ImageError> {
+    let kernel = image.copy_kernel()?;
+    if !is_linux(&kernel.path()) {
+        return Ok(MicrovmProbe::Fails("it is no Linux".to_owned()));
+    }
+    let arguments = kernel_arguments(MachineType::Microvm, &kernel.path());
+    let why = match run(&arguments, &[GAVE_UP, CAME_UP], KERNEL_DEADLINE).await {
+        Ok(Outcome::Heard { line, found_virtio }) if line.contains(CAME_UP) => {
+            if found_virtio {
+                return Ok(MicrovmProbe::Runs);
+            }
+            "it finds no virtio device".to_owned()
+        }
+        Ok(Outcome::Heard { line, .. }) => line,
+        Ok(Outcome::Exited(status, said)) => end(status, &said),
+        Ok(Outcome::StillRuns) => {
+            format!("it did not come up in {} s", KERNEL_DEADLINE.as_secs())
+        }
+        Err(error) => report(&error),
+    };
+    Ok(MicrovmProbe::Fails(why))
+}
+
 /// Whether the file has the magic number of Linux's boot protocol
 /// (Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header").
 fn is_linux(kernel: &Path) -> bool {
@@ -147,8 +186,11 @@ fn is_linux(kernel: &Path) -> bool {
 enum Outcome {
     /// QEMU ended, and the first line it printed.
     Exited(ExitStatus, String),
-    /// The line that was listened for.
-    Heard(String),
+    /// The line that was listened for, and whether PCI's virtio devices were listed before it.
+    Heard {
+        line: String,
+        found_virtio: bool,
+    },
     StillRuns,
 }
 
@@ -179,7 +221,7 @@ async fn run(
     let process = QemuProcess::spawn_probe(arguments, output.into())?;
     let watched = async {
         match hear(said, words).await {
-            Heard::Word(line) => Ok(Outcome::Heard(line)),
+            Heard::Word { line, found_virtio } => Ok(Outcome::Heard { line, found_virtio }),
             Heard::End(first) => Ok(Outcome::Exited(process.wait().await?, first)),
         }
     };
@@ -189,8 +231,8 @@ async fn run(
 }
 
 enum Heard {
-    /// The line with the word.
-    Word(String),
+    /// The line with the word, and whether PCI's virtio devices were listed before it.
+    Word { line: String, found_virtio: bool },
     /// Nothing more follows; the first line.
     End(String),
 }
@@ -210,7 +252,10 @@ async fn hear(mut said: impl AsyncRead + Unpin, words: &[&str]) -> Heard {
             .lines()
             .find(|line| words.iter().any(|word| line.contains(word)));
         if let Some(line) = found {
-            return Heard::Word(printable(line));
+            return Heard::Word {
+                line: printable(line),
+                found_virtio: lines.contains(VIRTIO),
+            };
         }
     }
     let lines = String::from_utf8_lossy(&text);
@@ -221,7 +266,7 @@ fn printable(line: &str) -> String {
     line.chars().filter(|c| !c.is_control()).take(200).collect()
 }
 
-fn common_arguments(accel: Accel) -> Vec<OsString> {
+fn common_arguments(accel: Accel, machine: MachineType) -> Vec<OsString> {
     let cpu = match accel {
         Accel::Kvm => "host",
         Accel::Tcg => "max",
@@ -232,7 +277,7 @@ fn common_arguments(accel: Accel) -> Vec<OsString> {
         "-sandbox",
         SANDBOX,
         "-machine",
-        "q35",
+        machine.argument(),
         "-accel",
         accel.word(),
         "-cpu",
@@ -253,24 +298,26 @@ fn tiny_arguments(accel: Accel, kernel: &Path) -> Vec<OsString> {
         "isa-debug-exit,iobase=0x501,iosize=4",
         "-kernel",
     ];
-    let mut arguments = common_arguments(accel);
+    let mut arguments = common_arguments(accel, MachineType::Q35);
     arguments.extend(own.map(OsString::from));
     arguments.push(kernel.into());
     arguments
 }
 
 /// A Linux that finds no root panics, and so reboots at once, which here ends QEMU.
-fn kernel_arguments(kernel: &Path) -> Vec<OsString> {
+fn kernel_arguments(machine: MachineType, kernel: &Path) -> Vec<OsString> {
     let own = [
         "-m",
         "256M",
         "-serial",
         "stdio",
+        "-device",
+        "virtio-rng-pci",
         "-append",
         "console=ttyS0 panic=-1",
         "-kernel",
     ];
-    let mut arguments = common_arguments(Accel::Kvm);
+    let mut arguments = common_arguments(Accel::Kvm, machine);
     arguments.extend(own.map(OsString::from));
     arguments.push(kernel.into());
     arguments
@@ -339,10 +386,11 @@ mod tests {
             .unwrap();
         let hearing = hear(said, &[GAVE_UP]);
         let heard = timeout(Duration::from_secs(60), hearing).await.unwrap();
-        let Heard::Word(line) = heard else {
+        let Heard::Word { line, found_virtio } = heard else {
             panic!("not heard");
         };
         assert_eq!(line, "KVM internal error. Suberror: 1");
+        assert!(!found_virtio);
     }
 
     #[tokio::test]

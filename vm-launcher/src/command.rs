@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 
 use crate::jail::{CONFIG, INITRD, KERNEL};
-use crate::{Accel, Spec};
+use crate::{Accel, MachineType, Spec};
 
 /// The program that runs guests.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -48,13 +48,18 @@ pub(crate) fn arguments(spec: &Spec, open: &Descriptors) -> Vec<OsString> {
         format!("guest={},process=omerta:{}", spec.name, spec.name),
     );
     args.option("-sandbox", SANDBOX);
-    // The firmware offers no sleep. A guest that writes the registers itself sleeps all the same:
-    // see `Qmp::stop`.
-    for state in ["disable_s3=1", "disable_s4=1"] {
-        args.option("-global", format!("ICH9-LPC.{state}"));
+    if spec.machine == MachineType::Q35 {
+        // The firmware offers no sleep. A guest that writes the registers itself sleeps all the
+        // same: see `Qmp::stop`. The other machine has no such registers.
+        for state in ["disable_s3=1", "disable_s4=1"] {
+            args.option("-global", format!("ICH9-LPC.{state}"));
+        }
     }
     // A guest's memory holds its private key: keep it out of any core dump.
-    args.option("-machine", "q35,dump-guest-core=off,usb=off,vmport=off");
+    args.option(
+        "-machine",
+        format!("{},dump-guest-core=off", spec.machine.argument()),
+    );
     match spec.accel {
         Accel::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
         Accel::Tcg => args
@@ -201,6 +206,27 @@ mod tests {
             values(&lines, "-global"),
             ["ICH9-LPC.disable_s3=1", "ICH9-LPC.disable_s4=1"]
         );
+    }
+
+    #[test]
+    fn the_machine_has_no_device_that_was_not_asked_for() {
+        let mut with = spec();
+        for (machine, expected) in [
+            (
+                MachineType::Q35,
+                "q35,usb=off,vmport=off,dump-guest-core=off",
+            ),
+            (
+                MachineType::Microvm,
+                "microvm,acpi=on,pcie=on,rtc=on,isa-serial=on,usb=off,dump-guest-core=off",
+            ),
+        ] {
+            with.machine = machine;
+            let lines = lines(&with);
+            assert_eq!(values(&lines, "-machine"), [expected]);
+            let sleeps = machine == MachineType::Q35;
+            assert_eq!(!values(&lines, "-global").is_empty(), sleeps);
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod jail;
 mod lifecycle;
 mod link_watch;
 mod lock_file;
+mod machine_type;
 mod memory_file;
 mod process;
 mod qmp;
@@ -31,15 +32,19 @@ mod spec;
 mod tap;
 mod wg_public_key;
 
-pub use accel::{AccelReport, KernelProbe, probe_accel, probe_kernel};
+pub use accel::{AccelReport, KernelProbe, MicrovmProbe, probe_accel, probe_kernel, probe_microvm};
 pub use canary::CanaryError;
 pub use control_port::{ControlPort, Report};
 pub use error::LaunchError;
 pub use guest_name::{GuestName, GuestNameError};
 pub use image::{Image, ImageError};
-pub use jail::{Jail, JailError, Part, PartError, Step, UidRange, UidRangeError, sweep_jails};
+pub use jail::{
+    Jail, JailError, Part, PartError, Step, UidRange, UidRangeError, lacking_parts, qemu_program,
+    sweep_jails,
+};
 pub use lifecycle::{Control, Ended, Guarded, GuestEvent, Paused, Running};
 pub use lock_file::{LockError, LockFile, PathError};
+pub use machine_type::{MachineType, MachineTypeError};
 pub use process::{ExitStatus, ProcessError};
 pub use qmp::QmpError;
 pub use run_dir::RunDirError;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use omerta_dataplane::{DirectionLimits, Owner};
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
 
-use crate::{GuestName, Image, Jail, WgPublicKey};
+use crate::{GuestName, Image, Jail, MachineType, WgPublicKey};
 
 /// How QEMU executes the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +97,8 @@ pub struct Spec {
     pub console_shell: bool,
     /// How to execute the guest.
     pub accel: Accel,
+    /// On which machine.
+    pub machine: MachineType,
     /// A directory for this guest alone: sockets, console log, configuration. Its parent must
     /// exist; the directory is made at launch and removed at the end.
     pub run_dir: PathBuf,
@@ -299,6 +301,7 @@ pub(crate) mod tests {
             limits: DirectionLimits::default(),
             console_shell: false,
             accel: Accel::Tcg,
+            machine: MachineType::Q35,
             run_dir: "/run/omerta/web-1".into(),
             jail: Jail::default(),
             guard_owner: None,

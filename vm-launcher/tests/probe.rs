@@ -13,13 +13,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use omerta_vm_launcher::{Accel, Image, KernelProbe, probe_kernel};
+use omerta_vm_launcher::{Accel, Image, KernelProbe, MicrovmProbe, probe_kernel, probe_microvm};
 
 /// Does as the last bytes of its kernel say, and notes its pid beside itself.
 const QEMU: &str = r#"#!/bin/sh
 for kernel; do :; done
 echo $$ > "$(dirname "$0")/pid"
 case $(tail -c 8 "$kernel") in
+finds...) case "$*" in *microvm*) echo '[    0.3] pci 0000:00:01.0: [1af4:1005] type 00' ;; esac
+    echo '[    0.5] Kernel panic - not syncing: VFS: Unable to mount root fs'; exec sleep 600 ;;
 came-up.) echo '[    0.5] Kernel panic - not syncing: VFS: Unable to mount root fs'; exec sleep 600 ;;
 gave-up.) echo 'KVM internal error. Suberror: 1' >&2; exec sleep 600 ;;
 hangs...) echo 'Booting the kernel.'; exec sleep 600 ;;
@@ -100,6 +102,37 @@ async fn each_fate() {
             ("gave-up." | "hangs..." | "resets.." | "killed..", KernelProbe::Fails(report)) => {
                 report.accel == Accel::Tcg && report.why.contains("vmlinuz")
             }
+            _ => false,
+        };
+        assert!(fits, "{fate}: {probe:?}");
+    }
+}
+
+#[test]
+fn the_small_machine_is_for_kernels_that_come_up_and_find_its_devices() {
+    if is_root() {
+        let stand_in = stand_in();
+        let status = within("each_fate_on_microvm", stand_in.path())
+            .wait()
+            .unwrap();
+        assert!(status.success(), "{status}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "run by the_small_machine_is_for_kernels_that_come_up_and_find_its_devices"]
+async fn each_fate_on_microvm() {
+    for (fate, found) in [
+        ("finds...", None),
+        ("came-up.", Some("finds no virtio device")),
+        ("gave-up.", Some("KVM internal error")),
+        ("resets..", Some("ended with")),
+        ("no-room.", Some("Cannot allocate memory")),
+    ] {
+        let probe = probe_microvm(&image(&directory(), fate)).await.unwrap();
+        let fits = match (&probe, found) {
+            (MicrovmProbe::Runs, None) => true,
+            (MicrovmProbe::Fails(why), Some(expected)) => why.contains(expected),
             _ => false,
         };
         assert!(fits, "{fate}: {probe:?}");

@@ -13,4 +13,6 @@ pub struct Version {
     pub accel: String,
     /// Why that acceleration was chosen.
     pub accel_why: String,
+    /// On which of QEMU's machines the kernel that was tried last runs, and why.
+    pub machine_why: String,
 }

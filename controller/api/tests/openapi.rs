@@ -203,6 +203,7 @@ fn every_type_has_the_described_fields() {
         pid: 1,
         accel: "tcg".into(),
         accel_why: "why".into(),
+        machine_why: "q35: configured".into(),
     };
     let stop = StopRequest {
         deadline_seconds: Some(1),

@@ -1,6 +1,7 @@
 //! `omerta doctor`: what this host has and lacks of what Omerta needs, and what to do about it.
 
 mod checks;
+mod guest_checks;
 
 use std::io;
 
@@ -78,8 +79,9 @@ struct Report {
 pub async fn run(client: &Client, format: Format, out: &mut Output) -> Result<(), DoctorError> {
     let mut checks = checks::kernel();
     checks.extend(checks::network());
-    checks.extend(checks::guests());
-    checks.push(checks::omertad(client).await);
+    let omertad = guest_checks::omertad(client).await;
+    checks.extend(guest_checks::guests(omertad.is_there).await);
+    checks.push(omertad.check);
     let failed = count(&checks, Standing::Failed);
     let warnings = count(&checks, Standing::Warning);
     let report = Report {

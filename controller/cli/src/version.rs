@@ -35,7 +35,7 @@ pub async fn run(client: &Client, format: Format, out: &mut Output) -> Result<()
     table.pair("omerta", Cell::new(omerta));
     table.pair(
         "omertad",
-        match omertad {
+        match &omertad {
             Some(version) => Cell::new(format_args!(
                 "{}, pid {}, {}: {}",
                 version.version, version.pid, version.accel, version.accel_why
@@ -43,6 +43,9 @@ pub async fn run(client: &Client, format: Format, out: &mut Output) -> Result<()
             None => Cell::new("not running, or not for this user"),
         },
     );
+    if let Some(version) = &omertad {
+        table.pair("machine", Cell::new(&version.machine_why));
+    }
     Ok(out.table(&table)?)
 }
 

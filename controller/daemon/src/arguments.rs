@@ -41,6 +41,9 @@ pub(crate) struct Arguments {
     /// How guests execute: auto, kvm or tcg [default: auto].
     #[arg(long, value_name = "ACCEL")]
     accel: Option<String>,
+    /// On which machine of QEMU's: auto, q35 or microvm [default: auto].
+    #[arg(long, value_name = "MACHINE")]
+    machine: Option<String>,
     /// Let at most this many guests live at once [default: 256].
     #[arg(long, value_name = "N")]
     max_guests: Option<usize>,
@@ -58,6 +61,7 @@ impl Arguments {
             guest_pool: self.guest_pool.or(config.guest_pool),
             on_violation: self.on_violation.or(config.on_violation),
             accel: self.accel.or(config.accel),
+            machine: self.machine.or(config.machine),
             max_guests: self.max_guests.or(config.max_guests),
             max_vcpus: config.max_vcpus,
             memory_reserve_mib: config.memory_reserve_mib,

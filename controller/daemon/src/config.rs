@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use omerta_api::GuestLimits;
 use omerta_engine::OnViolation;
-use omerta_vm_launcher::{Accel, Jail, PartError, UidRangeError};
+use omerta_vm_launcher::{Accel, Jail, MachineType, MachineTypeError, PartError, UidRangeError};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -23,6 +23,7 @@ pub(crate) struct Config {
     pub(crate) guest_pool: Option<String>,
     pub(crate) on_violation: Option<String>,
     pub(crate) accel: Option<String>,
+    pub(crate) machine: Option<String>,
     pub(crate) max_guests: Option<usize>,
     pub(crate) max_vcpus: Option<u64>,
     pub(crate) memory_reserve_mib: Option<u64>,
@@ -58,6 +59,10 @@ pub(crate) struct Settings {
     pub(crate) on_violation: OnViolation,
     /// How guests execute; probed when absent.
     pub(crate) accel: Option<Accel>,
+    /// On which machine; probed when absent.
+    pub(crate) machine: Option<MachineType>,
+    /// Where what outlives a restart is kept.
+    pub(crate) state_dir: PathBuf,
     /// How many guests may live at once.
     pub(crate) max_guests: usize,
     /// How many virtual CPUs living guests may have together.
@@ -89,6 +94,8 @@ pub(crate) enum ConfigError {
     OnViolation(#[from] omerta_engine::OnViolationParseError),
     #[error("accel `{0}` is not one: write auto, kvm or tcg")]
     Accel(String),
+    #[error(transparent)]
+    Machine(#[from] MachineTypeError),
     #[error("[jail] uids")]
     Uids(#[from] UidRangeError),
     #[error("[jail] without")]
@@ -151,6 +158,10 @@ impl Config {
             Some("tcg") => Some(Accel::Tcg),
             Some(other) => return Err(ConfigError::Accel(other.to_owned())),
         };
+        let machine = match self.machine.as_deref() {
+            None | Some("auto") => None,
+            Some(word) => Some(word.parse()?),
+        };
         let pool = guest_pool.capacity();
         let max_guests = self.max_guests.unwrap_or(pool.min(256));
         if !(1..=pool).contains(&max_guests) {
@@ -167,6 +178,8 @@ impl Config {
             guest_pool,
             on_violation,
             accel,
+            machine,
+            state_dir: absolute("state directory", state_dir)?,
             max_guests,
             max_vcpus: self.max_vcpus.unwrap_or_else(default_vcpus),
             memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
@@ -252,6 +265,7 @@ mod tests {
             ("guest_pool = \"10.77.0.1/16\"", "write 10.77.0.0/16"),
             ("on_violation = \"shrug\"", "`shrug`"),
             ("accel = \"hvf\"", "`hvf`"),
+            ("machine = \"pc\"", "`pc` is no machine"),
             ("max_guests = 0", "max_guests is 0"),
             ("[jail]\nuids = \"0-9\"", "[jail] uids: `0-9`"),
             ("[jail]\nwithout = [\"walls\"]", "without: `walls`"),

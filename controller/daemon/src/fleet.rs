@@ -8,11 +8,10 @@ use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, Cause, Event as EngineEvent, GuestEvent, GuestId, GuestState, Monotonic, Record,
 };
-use omerta_vm_launcher::AccelReport;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::acceleration::Acceleration;
+use crate::acceleration::{Acceleration, Platform};
 use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
@@ -57,7 +56,7 @@ impl Fleet {
         Self {
             roster: Mutex::new(Roster::new(&settings)),
             room: Room::of_process(&settings),
-            acceleration: Acceleration::new(settings.accel),
+            acceleration: Acceleration::new(settings.accel, settings.machine, &settings.state_dir),
             settings: Arc::new(settings),
             journal,
             lookups: Lookups::new(lookups::DEADLINE),
@@ -106,8 +105,8 @@ impl Fleet {
         let settings = Arc::clone(&self.settings);
         let check = move || Order::check(request, &settings);
         let order = self.lookups.look(&image, check).await??;
-        let report = self.acceleration.of(order.image()).await;
-        let (id, mut state) = self.admit(&order, &report)?;
+        let platform = self.acceleration.of(order.image()).await;
+        let (id, mut state) = self.admit(&order, platform)?;
         let settled = |state: &GuestState| {
             use GuestState::{Ended, Held, Running, Stopping, Suspended};
             matches!(state, Running | Held | Suspended | Stopping | Ended)
@@ -297,12 +296,12 @@ impl Fleet {
     fn admit(
         self: &Arc<Self>,
         order: &Order,
-        report: &AccelReport,
+        platform: Platform,
     ) -> Result<(GuestId, watch::Receiver<GuestState>), ApiError> {
         let (task, actions, id, state) = {
             let mut roster = self.lock();
             let (id, actions, commands, state) =
-                roster.admit(order, report, &self.settings, &self.room)?;
+                roster.admit(order, platform, &self.settings, &self.room)?;
             let actions = roster.carry_out_own(actions);
             let facts = roster
                 .facts

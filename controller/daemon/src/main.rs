@@ -21,6 +21,7 @@ mod order;
 mod pool;
 mod pool_claim;
 mod preflight;
+mod probed;
 mod record;
 mod room;
 mod roster;

@@ -10,10 +10,9 @@ use omerta_api::{ApiError, ErrorKind, GuestLimits, RunRequest};
 use omerta_dataplane::{DirectionLimits, Limits, OwnerParseError};
 use omerta_engine::OnViolation;
 use omerta_verdict::Mode;
-use omerta_vm_launcher::{
-    Accel, Consumer, GuestName, Image, ImageError, Jail, Spec, Tunnel, WgPublicKey,
-};
+use omerta_vm_launcher::{Consumer, GuestName, Image, ImageError, Jail, Spec, Tunnel, WgPublicKey};
 
+use crate::acceleration::Platform;
 use crate::config::Settings;
 use crate::failure::{failed, not_found, usage};
 use crate::host_memory::HostMemory;
@@ -139,7 +138,7 @@ impl Order {
         &self,
         addresses: Addresses,
         tap: String,
-        accel: Accel,
+        platform: Platform,
         run_dir: &Path,
     ) -> Result<Spec, ApiError> {
         let spec = Spec {
@@ -156,7 +155,8 @@ impl Order {
             mode: self.mode,
             limits: self.limits,
             console_shell: self.console_shell,
-            accel,
+            accel: platform.accel,
+            machine: platform.machine,
             run_dir: run_dir.join(self.name.as_str()),
             jail: self.jail.clone(),
             guard_owner: Some(
@@ -310,6 +310,8 @@ pub(crate) fn kind_of(error: &omerta_vm_launcher::LaunchError) -> ErrorKind {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use omerta_vm_launcher::{Accel, MachineType};
+
     use super::*;
     use crate::config::Config;
 
@@ -361,7 +363,10 @@ pub(crate) mod tests {
             .spec(
                 addresses,
                 "omalpha".into(),
-                Accel::Tcg,
+                Platform {
+                    accel: Accel::Tcg,
+                    machine: MachineType::Q35,
+                },
                 Path::new("/run/omerta"),
             )
             .unwrap();

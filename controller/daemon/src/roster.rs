@@ -6,9 +6,10 @@ use std::sync::Arc;
 use omerta_api::{ApiError, Guest};
 use omerta_dataplane::Counters;
 use omerta_engine::{Action, Engine, Event as EngineEvent, GuestId, GuestState};
-use omerta_vm_launcher::{AccelReport, Spec};
+use omerta_vm_launcher::Spec;
 use tokio::sync::{mpsc, watch};
 
+use crate::acceleration::Platform;
 use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
@@ -68,7 +69,7 @@ impl Roster {
     pub(crate) fn admit(
         &mut self,
         order: &Order,
-        report: &AccelReport,
+        platform: Platform,
         settings: &Settings,
         room: &Room,
     ) -> Result<Admitted, ApiError> {
@@ -85,7 +86,7 @@ impl Roster {
                 "no address is left for `{name}`: end a guest, or widen --guest-pool"
             ))
         })?;
-        self.admit_to(slot, addresses, order, report, settings)
+        self.admit_to(slot, addresses, order, platform, settings)
             .inspect_err(|_| self.slots.give_back(slot))
     }
 
@@ -113,7 +114,7 @@ impl Roster {
         slot: Slot,
         addresses: Addresses,
         order: &Order,
-        report: &AccelReport,
+        platform: Platform,
         settings: &Settings,
     ) -> Result<Admitted, ApiError> {
         let name = order.name.as_str();
@@ -122,7 +123,7 @@ impl Roster {
             name: name.to_owned(),
             on_violation: order.on_violation,
         };
-        let spec = order.spec(addresses, tap.clone(), report.accel, &settings.run_dir)?;
+        let spec = order.spec(addresses, tap.clone(), platform, &settings.run_dir)?;
         if self.is_free(name) && order.tap_exists {
             return Err(refused(format!(
                 "interface {tap}, which guest `{name}` would get, exists already: choose another name, or remove it with `ip link delete {tap}`"

@@ -203,7 +203,8 @@ async fn events(
 }
 
 async fn version(State(fleet): State<Arc<Fleet>>) -> Json<Version> {
-    let (accel, accel_why) = match fleet.acceleration().known() {
+    let known = fleet.acceleration().known();
+    let (accel, accel_why) = match known.accel {
         Some(report) => (report.accel.to_string(), report.why),
         None => (
             "probing".to_owned(),
@@ -215,6 +216,7 @@ async fn version(State(fleet): State<Arc<Fleet>>) -> Json<Version> {
         pid: std::process::id(),
         accel,
         accel_why,
+        machine_why: known.machine,
     })
 }
 

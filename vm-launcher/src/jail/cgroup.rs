@@ -325,6 +325,37 @@ fn bases() -> Result<Vec<Base>, PathError> {
     Ok(bases)
 }
 
+/// The parts that this host's controllers give. Looks, and changes nothing.
+pub(super) fn host_parts() -> Result<BTreeSet<Part>, PathError> {
+    let read = |path: &Path| fs::read_to_string(path).map_err(PathError::of("read", path));
+    let mut parts = BTreeSet::new();
+    for own in own_cgroups(&read(Path::new(MOUNTS))?, &read(Path::new(OWN))?) {
+        let controllers = match own.controllers {
+            Some(controllers) => controllers,
+            None => {
+                let text = read(&own.mount.join("cgroup.controllers"))?;
+                text.split_whitespace().map(str::to_owned).collect()
+            }
+        };
+        parts.extend(parts_of(&controllers, &[]));
+    }
+    Ok(parts)
+}
+
+/// The parts that `controllers` give, without those that are taken.
+fn parts_of(controllers: &[String], taken: &[Part]) -> Vec<Part> {
+    let has = |part: &Part| {
+        let names = [part.word(), "blkio"];
+        let names = if *part == Part::Io {
+            &names[..]
+        } else {
+            &names[..1]
+        };
+        !taken.contains(part) && controllers.iter().any(|c| names.contains(&c.as_str()))
+    };
+    PARTS.into_iter().filter(has).collect()
+}
+
 /// This process's cgroup in one hierarchy.
 #[derive(Debug, PartialEq, Eq)]
 struct Own {
@@ -337,18 +368,7 @@ struct Own {
 impl Own {
     /// Where guests' cgroups go, for the parts that no other hierarchy has taken.
     fn base(self, taken: &[Part]) -> Result<Option<Base>, PathError> {
-        let parts_of = |controllers: &[String]| -> Vec<Part> {
-            let has = |part: &Part| {
-                let names = [part.word(), "blkio"];
-                let names = if *part == Part::Io {
-                    &names[..]
-                } else {
-                    &names[..1]
-                };
-                !taken.contains(part) && controllers.iter().any(|c| names.contains(&c.as_str()))
-            };
-            PARTS.into_iter().filter(has).collect()
-        };
+        let parts_of = |controllers: &[String]| parts_of(controllers, taken);
         let base = match &self.controllers {
             Some(controllers) => Base {
                 parts: parts_of(controllers),

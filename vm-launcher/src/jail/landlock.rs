@@ -18,6 +18,14 @@ use super::root::{BindKind, Root};
 /// The newest interface that is understood. On an older kernel what it lacks is left out.
 const KNOWN: ABI = ABI::V6;
 
+/// Whether the kernel has Landlock.
+pub(super) fn is_there() -> bool {
+    let rules = Ruleset::default()
+        .handle_access(AccessFs::Execute)
+        .and_then(Ruleset::create);
+    rules.is_ok_and(|rules| Option::<OwnedFd>::from(rules).is_some())
+}
+
 /// The rules for `root` and what is bound into it, or `None` where the kernel has no Landlock.
 pub(super) fn ruleset(root: &Root) -> Result<Option<OwnedFd>, JailError> {
     build(root).map_err(|error| JailError::Make {

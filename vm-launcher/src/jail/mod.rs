@@ -87,6 +87,20 @@ impl FromStr for Part {
     }
 }
 
+/// Which parts this host lacks, with what to do about each. Looks, and changes nothing: whether omertad
+/// may use what the host has, its unit decides.
+///
+/// # Errors
+/// When the host's cgroups cannot be looked at.
+pub fn lacking_parts() -> Result<Vec<(Part, &'static str)>, PathError> {
+    let mut there = cgroup::host_parts()?;
+    if landlock::is_there() {
+        there.insert(Part::Landlock);
+    }
+    let lacking = Part::ALL.into_iter().filter(|part| !there.contains(part));
+    Ok(lacking.map(|part| (part, remedy(part))).collect())
+}
+
 /// What the operator decides of the jails of this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Jail {
@@ -280,7 +294,7 @@ pub(crate) fn kvm_groups() -> Result<Vec<u32>, JailError> {
 }
 
 /// Where QEMU is, with every symbolic link followed.
-pub(crate) fn program() -> Option<PathBuf> {
+pub fn qemu_program() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
         .map(|directory| directory.join(QEMU))

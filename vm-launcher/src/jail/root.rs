@@ -15,7 +15,7 @@ use rustix::mount::{
 };
 
 use super::entry::{BindStep, c_path};
-use super::{CellError, JailError, program};
+use super::{CellError, JailError, qemu_program};
 use crate::{Accel, Spec};
 
 /// Where QEMU finds what the guest boots and is told.
@@ -63,7 +63,7 @@ pub(crate) struct Root {
 
 impl Root {
     pub(super) fn build(spec: &Spec) -> Result<Self, CellError> {
-        let program = program().ok_or(CellError::NoProgram)?;
+        let program = qemu_program().ok_or(CellError::NoProgram)?;
         let mut root = Self {
             mount: empty_file_system().map_err(JailError::make("make a file system"))?,
             program,

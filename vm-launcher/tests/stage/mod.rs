@@ -12,7 +12,7 @@ use omerta_dataplane::{DirectionLimits, Guard};
 use omerta_test_support::{Namespace, write_bare_guest};
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{
-    Accel, Consumer, GuestEvent, Image, Jail, Running, Spec, Tunnel, WgPublicKey,
+    Accel, Consumer, GuestEvent, Image, Jail, MachineType, Running, Spec, Tunnel, WgPublicKey,
 };
 
 pub use omerta_test_support::{CHATTER, IDLE, PANIC, POWER_OFF, RESET};
@@ -153,6 +153,7 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
         limits: DirectionLimits::default(),
         console_shell: false,
         accel: Accel::Tcg,
+        machine: MachineType::Q35,
         run_dir,
         jail: Jail::default(),
         guard_owner: None,

@@ -1,21 +1,15 @@
-//! The requirements, one function for each part of the product.
+//! What guards need of this host.
 
 use std::error::Error;
 use std::fs::{self, File};
 use std::io;
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use omerta_api::{Version, route};
 use omerta_dataplane::{GuardError, Hook, Programs};
 use omerta_verdict::Mode;
 
 use super::Check;
-use crate::client::{Client, ClientError};
 use crate::exit::explain;
-
-/// What QEMU's command is called.
-const QEMU: &str = "qemu-system-x86_64";
 
 /// What the guard's programs need of the kernel.
 pub(super) fn kernel() -> Vec<Check> {
@@ -25,11 +19,6 @@ pub(super) fn kernel() -> Vec<Check> {
 /// What a guest's frames need.
 pub(super) fn network() -> Vec<Check> {
     vec![tun(), forwarding()]
-}
-
-/// What `omerta vm` needs besides.
-pub(super) fn guests() -> Vec<Check> {
-    vec![qemu(), kvm()]
 }
 
 fn hooks() -> Check {
@@ -178,82 +167,11 @@ fn forwarding() -> Check {
     }
 }
 
-fn qemu() -> Check {
-    const NAME: &str = "QEMU";
-    let output = Command::new(QEMU)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output();
-    match output {
-        Ok(output) if output.status.success() => {
-            let said = String::from_utf8_lossy(&output.stdout);
-            Check::ok(NAME, said.lines().next().unwrap_or_default().trim())
-        }
-        Ok(output) => Check::warning(
-            NAME,
-            format!("`{QEMU} --version` ended with {}", output.status),
-            "install qemu-system-x86 anew",
-        ),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Check::warning(
-            NAME,
-            format!("{QEMU} is not on the PATH: guards work, `omerta vm` does not"),
-            "apt install qemu-system-x86",
-        ),
-        Err(error) => Check::warning(
-            NAME,
-            format!("{QEMU} cannot be run ({error})"),
-            "see its permissions",
-        ),
-    }
-}
-
-fn kvm() -> Check {
-    const NAME: &str = "KVM";
-    match File::options().read(true).write(true).open("/dev/kvm") {
-        // Nested hosts open it and hang the guest; only a guest that ran is a proof.
-        Ok(_) => Check::ok(
-            NAME,
-            "/dev/kvm opens; whether a guest runs on it, omertad tries at its start",
-        ),
-        Err(error) => Check::warning(
-            NAME,
-            format!(
-                "/dev/kvm cannot be opened ({error}): guests are emulated, several times slower"
-            ),
-            "turn on virtualisation in the firmware and load kvm_intel or kvm_amd",
-        ),
-    }
-}
-
-/// The daemon, which is not needed for guards alone.
-pub(super) async fn omertad(client: &Client) -> Check {
-    const NAME: &str = "omertad";
-    let answer: Result<Version, ClientError> = client.get(route::VERSION).await;
-    match answer {
-        Ok(version) => Check::ok(
-            NAME,
-            format!(
-                "{}, pid {}, {}: {}",
-                version.version, version.pid, version.accel, version.accel_why
-            ),
-        ),
-        Err(error @ (ClientError::NotRunning(_) | ClientError::Forbidden(_))) => {
-            let line = as_line(&error);
-            let (found, remedy) = line
-                .split_once("; ")
-                .or(line.split_once(": "))
-                .unwrap_or((&line, "start it"));
-            Check::warning(NAME, found, remedy)
-        }
-        Err(error) => Check::warning(NAME, as_line(&error), "see omertad's log, or restart it"),
-    }
-}
-
-fn as_line(error: &dyn Error) -> String {
+pub(super) fn as_line(error: &dyn Error) -> String {
     explain(error)
 }
 
-fn read_setting(path: &str) -> io::Result<String> {
+pub(super) fn read_setting(path: &str) -> io::Result<String> {
     Ok(fs::read_to_string(path)?.trim().to_owned())
 }
 
