@@ -1,10 +1,14 @@
 //! A guest image on disk, a kernel and an initramfs, and what of it a guest boots: copies in memory,
-//! so that nothing that happens to the files later reaches a guest that was checked.
+//! so that nothing that happens to the files later reaches a guest that was checked. What comes from
+//! the store is measured as it is copied.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use omerta_images::{Digest, Digesting, Lease, Opened};
 
 use crate::jail::{INITRD, KERNEL};
 use crate::memory_file::MemoryFile;
@@ -16,6 +20,19 @@ pub struct Image {
     pub kernel: PathBuf,
     /// The initramfs (`initrd.img`).
     pub initrd: PathBuf,
+    /// What it must be, where that is known.
+    pub stored: Option<Stored>,
+}
+
+/// What the store knows of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// The kernel's digest.
+    pub kernel: Digest,
+    /// The initramfs' digest.
+    pub initrd: Digest,
+    /// Keeps the image in the store for as long as its guest's QEMU lives, which inherits it.
+    pub lease: Lease,
 }
 
 /// The directory of an image's file.
@@ -59,6 +76,12 @@ pub enum ImageError {
         /// The file.
         path: PathBuf,
     },
+    /// A file is not the one that was signed.
+    #[error("guest image: {} is not what its manifest says: remove the image and import it again, by `omerta image`", path.display())]
+    Altered {
+        /// The file.
+        path: PathBuf,
+    },
     /// There is no memory for a copy of the image.
     #[error("guest image: {} cannot be copied into memory; free some, then run the guest again", path.display())]
     Copy {
@@ -82,11 +105,39 @@ impl Image {
         let image = Self {
             kernel: directory.join("vmlinuz"),
             initrd: directory.join("initrd.img"),
+            stored: None,
         };
         for path in [&image.kernel, &image.initrd] {
             open(path)?;
         }
         Ok(image)
+    }
+
+    /// The image that the store has opened.
+    pub fn of_store(opened: &Opened) -> Self {
+        let manifest = &opened.manifest;
+        Self {
+            kernel: opened.path(manifest.kernel),
+            initrd: opened.path(manifest.initrd),
+            stored: Some(Stored {
+                kernel: manifest.kernel.sha256,
+                initrd: manifest.initrd.sha256,
+                lease: opened.lease.clone(),
+            }),
+        }
+    }
+
+    /// A copy of the store's lease, for QEMU to inherit: the image is in use for as long as that
+    /// lives, whatever becomes of this process.
+    pub(crate) fn lease(&self) -> Result<Option<OwnedFd>, ImageError> {
+        let copied = self
+            .stored
+            .as_ref()
+            .map(|stored| stored.lease.as_fd().try_clone_to_owned());
+        copied.transpose().map_err(|source| ImageError::Copy {
+            path: self.kernel.clone(),
+            source,
+        })
     }
 
     /// Copies both files as they are now: an image may have changed or gone since it was opened.
@@ -96,14 +147,19 @@ impl Image {
         &self,
         write: impl Fn(&str, &mut dyn Read) -> io::Result<u64>,
     ) -> Result<(), ImageError> {
-        for (file, place) in [(&self.kernel, KERNEL), (&self.initrd, INITRD)] {
-            copy(file, |bytes| Ok((write(place, bytes)?, ())))?;
+        let stored = self.stored.as_ref();
+        for (file, place, digest) in [
+            (&self.kernel, KERNEL, stored.map(|stored| stored.kernel)),
+            (&self.initrd, INITRD, stored.map(|stored| stored.initrd)),
+        ] {
+            copy(file, digest, |bytes| Ok((write(place, bytes)?, ())))?;
         }
         Ok(())
     }
 
     pub(crate) fn copy_kernel(&self) -> Result<MemoryFile, ImageError> {
-        copy(&self.kernel, |bytes| {
+        let digest = self.stored.as_ref().map(|stored| stored.kernel);
+        copy(&self.kernel, digest, |bytes| {
             let copy = MemoryFile::copy_of(bytes, c"omerta-kernel")?;
             Ok((copy.length(), copy))
         })
@@ -140,14 +196,18 @@ fn open(path: &Path) -> Result<(File, Metadata), ImageError> {
     }
 }
 
-/// Has `write` copy the file, and checks that it was whole all the while.
+/// Has `write` copy the file, and checks that it was whole all the while, and what it must be.
 fn copy<T>(
     path: &Path,
+    expected: Option<Digest>,
     write: impl FnOnce(&mut dyn Read) -> io::Result<(u64, T)>,
 ) -> Result<T, ImageError> {
     let (file, before) = open(path)?;
     // No more than was there: what grows without end is not followed.
-    let written = write(&mut (&file).take(before.len()));
+    let mut bounded = (&file).take(before.len());
+    let mut digesting = Digesting::new(&mut bounded);
+    let written = write(&mut digesting);
+    let (digest, _) = digesting.end();
     let (length, copied) = written.map_err(|source| ImageError::Copy {
         path: path.to_owned(),
         source,
@@ -158,6 +218,11 @@ fn copy<T>(
     });
     if !is_same || length != before.len() {
         return Err(ImageError::Changed {
+            path: path.to_owned(),
+        });
+    }
+    if expected.is_some_and(|expected| expected != digest) {
+        return Err(ImageError::Altered {
             path: path.to_owned(),
         });
     }
@@ -223,6 +288,30 @@ mod tests {
         );
         let error = image.copy_into(take).unwrap_err();
         assert!(matches!(error, ImageError::NotAFile { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_not_what_was_signed_is_not_booted() {
+        let directory = tempfile::tempdir().unwrap();
+        for (kernel, initrd) in [
+            ("kernel", "initrd"),
+            ("kerneL", "initrd"),
+            ("kernel", "initrD"),
+        ] {
+            std::fs::write(directory.path().join("vmlinuz"), kernel).unwrap();
+            std::fs::write(directory.path().join("initrd.img"), initrd).unwrap();
+            let mut image = Image::open(directory.path()).unwrap();
+            image.stored = Some(Stored {
+                kernel: Digest::of(b"kernel"),
+                initrd: Digest::of(b"initrd"),
+                lease: Lease::of(File::open(directory.path()).unwrap()),
+            });
+            let copied = image.copy_into(|_, bytes| io::copy(bytes, &mut io::sink()));
+            let is_sound = kernel == "kernel" && initrd == "initrd";
+            assert_eq!(copied.is_ok(), is_sound, "{copied:?}");
+            assert!(is_sound || matches!(copied, Err(ImageError::Altered { .. })));
+            assert_eq!(image.copy_kernel().is_ok(), kernel == "kernel");
+        }
     }
 
     #[test]

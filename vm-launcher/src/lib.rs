@@ -37,7 +37,7 @@ pub use canary::CanaryError;
 pub use control_port::{ControlPort, Report};
 pub use error::LaunchError;
 pub use guest_name::{GuestName, GuestNameError};
-pub use image::{Image, ImageError};
+pub use image::{Image, ImageError, Stored};
 pub use jail::{
     Jail, JailError, Part, PartError, Step, UidRange, UidRangeError, lacking_parts, qemu_program,
     sweep_jails,

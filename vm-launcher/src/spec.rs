@@ -281,6 +281,7 @@ pub(crate) mod tests {
             image: Image {
                 kernel: "/img/vmlinuz".into(),
                 initrd: "/img/initrd.img".into(),
+                stored: None,
             },
             cpus: 1,
             memory_mib: 256,

@@ -4,6 +4,7 @@
 //! `check` functions of [`guard`] and [`vm`], before anything is touched.
 
 pub mod guard;
+pub mod image;
 pub mod limit;
 pub mod vm;
 
@@ -16,8 +17,8 @@ pub const DEFAULT_SOCKET: &str = "/run/omerta/omertad.sock";
 
 /// Rents out virtual machines that can reach nothing but their consumer.
 ///
-/// `guard` puts a kernel packet filter on one interface and works on its own. `vm` and `events`
-/// speak to omertad, which runs guests behind such guards.
+/// `guard` puts a kernel packet filter on one interface and works on its own, as `image` does on the store of
+/// images. `vm` and `events` speak to omertad, which runs guests behind such guards.
 #[derive(Debug, Parser)]
 #[command(
     name = "omerta",
@@ -53,6 +54,10 @@ pub enum Command {
     /// Run guests, each behind its guard
     #[command(subcommand, arg_required_else_help = true)]
     Vm(vm::VmCommand),
+
+    /// Build, import and look after the images that guests boot
+    #[command(subcommand, arg_required_else_help = true)]
+    Image(image::ImageCommand),
 
     /// Show what happened to guests
     Events(EventsArgs),

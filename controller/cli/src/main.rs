@@ -14,6 +14,7 @@ mod events;
 mod exit;
 mod guard;
 mod guest_text;
+mod image;
 mod manual;
 mod output;
 mod spec;
@@ -53,6 +54,7 @@ fn carry_out(line: CommandLine) -> Result<(), Failure> {
     let mut out = Output::stdout();
     match line.command {
         Command::Guard(command) => guard::run(command, &mut out)?,
+        Command::Image(command) => image::run(command, &mut out)?,
         Command::Vm(command) => wait_for(vm::run(&client, command, &mut out))??,
         Command::Events(args) => wait_for(events::run(&client, &args, &mut out))??,
         Command::Doctor(shown) => wait_for(doctor::run(&client, shown.format, &mut out))??,
@@ -120,6 +122,9 @@ enum Failure {
     /// `omerta guard`.
     #[error(transparent)]
     Guard(#[from] guard::GuardCommandError),
+    /// `omerta image`.
+    #[error(transparent)]
+    Image(#[from] image::ImageError),
     /// `omerta vm`.
     #[error(transparent)]
     Vm(#[from] vm::VmError),
@@ -148,6 +153,7 @@ impl Failure {
     fn exit(&self) -> Exit {
         match self {
             Self::Guard(error) => error.exit(),
+            Self::Image(error) => error.exit(),
             Self::Vm(error) => error.exit(),
             Self::Events(error) => error.exit(),
             Self::Doctor(_) | Self::Version(_) | Self::Manual(_) | Self::Runtime { .. } => {
@@ -160,6 +166,7 @@ impl Failure {
     fn is_broken_pipe(&self) -> bool {
         let output = match self {
             Self::Guard(guard::GuardCommandError::Output(error))
+            | Self::Image(image::ImageError::Output(error))
             | Self::Vm(vm::VmError::Output(error))
             | Self::Events(events::EventsError::Output(error))
             | Self::Doctor(doctor::DoctorError::Output(error))

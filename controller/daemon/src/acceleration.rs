@@ -1,6 +1,6 @@
 //! How guests execute, and on which machine: as configured, or as found out by guests that ran.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
+use crate::images::Images;
 use crate::probed::{FileIdentity, Probed, Tried};
 
 /// How long finding out may take.
@@ -71,11 +72,10 @@ impl Acceleration {
         self.lock().clone()
     }
 
-    /// Finds out before there is a guest, with the kernel of one of the images in `image_dir`, if there
-    /// is any. May take seconds.
-    pub(crate) async fn find(&self, image_dir: &Path) {
-        let image_dir = image_dir.to_owned();
-        let looking = spawn_blocking(move || first_image(&image_dir));
+    /// Finds out before there is a guest, with the kernel of one of the images, if there is any. May take
+    /// seconds.
+    pub(crate) async fn find(&self, images: Images) {
+        let looking = spawn_blocking(move || images.first());
         match timeout(DEADLINE, looking).await {
             Ok(Ok(Some(image))) => {
                 self.of(&image).await;
@@ -204,19 +204,6 @@ async fn run<T: Send + 'static>(work: impl FnOnce(Handle) -> T + Send + 'static)
     let handle = Handle::current();
     let running = spawn_blocking(move || work(handle));
     timeout(DEADLINE, running).await.ok()?.ok()
-}
-
-/// The first image by name that can be opened.
-fn first_image(image_dir: &Path) -> Option<Image> {
-    let mut directories: Vec<PathBuf> = std::fs::read_dir(image_dir)
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
-    directories.sort();
-    directories
-        .iter()
-        .find_map(|directory| Image::open(directory).ok())
 }
 
 /// How guests execute, as a guest of a few instructions tells.

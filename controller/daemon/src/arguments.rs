@@ -25,7 +25,7 @@ pub(crate) struct Arguments {
     /// Keep guests' sockets and logs here [default: /run/omerta].
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
-    /// Look for images here, one directory each [default: images in the state directory].
+    /// Boot images from here too, one directory each, signed or not, before those of the store.
     #[arg(long, value_name = "DIR")]
     image_dir: Option<PathBuf>,
     /// Serve metrics on this address, or `off` [default: 127.0.0.1:9469].
@@ -57,6 +57,7 @@ impl Arguments {
             state_dir: self.state_dir.or(config.state_dir),
             run_dir: self.run_dir.or(config.run_dir),
             image_dir: self.image_dir.or(config.image_dir),
+            images: config.images,
             metrics: self.metrics.or(config.metrics),
             guest_pool: self.guest_pool.or(config.guest_pool),
             on_violation: self.on_violation.or(config.on_violation),

@@ -5,10 +5,12 @@ use std::path::{Component, Path, PathBuf};
 
 use omerta_api::GuestLimits;
 use omerta_engine::OnViolation;
+use omerta_images::Store;
 use omerta_vm_launcher::{Accel, Jail, MachineType, MachineTypeError, PartError, UidRangeError};
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::images::Images;
 use crate::pool::{GuestPool, PoolError};
 
 /// The configuration file's content. A key that is not one of these is an error.
@@ -29,6 +31,16 @@ pub(crate) struct Config {
     pub(crate) memory_reserve_mib: Option<u64>,
     pub(crate) limits: Option<GuestLimits>,
     pub(crate) jail: Option<JailConfig>,
+    pub(crate) images: Option<ImagesConfig>,
+}
+
+/// What may be said of the store of images.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ImagesConfig {
+    store: Option<PathBuf>,
+    trusted_keys: Option<PathBuf>,
+    require_signature: Option<bool>,
 }
 
 /// What may be said of the jails around guests' QEMUs.
@@ -50,7 +62,7 @@ pub(crate) struct Settings {
     /// Where guests' run directories are made.
     pub(crate) run_dir: PathBuf,
     /// Where images are found.
-    pub(crate) image_dir: PathBuf,
+    pub(crate) images: Images,
     /// Where metrics are served, if they are.
     pub(crate) metrics: Option<SocketAddr>,
     /// Where guests' addresses come from.
@@ -133,7 +145,12 @@ impl Config {
     /// Fills in what is not said and checks what is.
     pub(crate) fn validate(self) -> Result<Settings, ConfigError> {
         let state_dir = self.state_dir.unwrap_or_else(|| "/var/lib/omerta".into());
-        let image_dir = self.image_dir.unwrap_or_else(|| state_dir.join("images"));
+        let images = self.images.unwrap_or_default();
+        let store = images.store.unwrap_or_else(|| state_dir.join("images"));
+        let trusted_keys = images
+            .trusted_keys
+            .unwrap_or_else(|| "/etc/omerta/trusted-keys".into());
+        let image_dir = self.image_dir.map(|path| absolute("image directory", path));
         let run_dir = self.run_dir.unwrap_or_else(|| "/run/omerta".into());
         let socket = self.socket.unwrap_or_else(|| run_dir.join("omertad.sock"));
         let metrics = match self.metrics.as_deref().unwrap_or("127.0.0.1:9469") {
@@ -173,7 +190,12 @@ impl Config {
         Ok(Settings {
             socket: absolute("socket", socket)?,
             run_dir: absolute("run directory", run_dir)?,
-            image_dir: absolute("image directory", image_dir)?,
+            images: Images {
+                directory: image_dir.transpose()?,
+                store: Store::at(absolute("image store", store)?),
+                trusted_keys: absolute("directory of trusted keys", trusted_keys)?,
+                require_signature: images.require_signature.unwrap_or(true),
+            },
             metrics,
             guest_pool,
             on_violation,
@@ -238,7 +260,7 @@ mod tests {
     fn nothing_said_gives_the_documented_defaults() {
         let settings = Config::default().validate().unwrap();
         assert_eq!(settings.socket, Path::new("/run/omerta/omertad.sock"));
-        assert_eq!(settings.image_dir, Path::new("/var/lib/omerta/images"));
+        assert!(settings.images.directory.is_none() && settings.images.require_signature);
         assert_eq!(settings.metrics, Some("127.0.0.1:9469".parse().unwrap()));
         assert_eq!(settings.on_violation, OnViolation::Terminate);
         assert!(settings.accel.is_none());

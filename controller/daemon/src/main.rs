@@ -11,6 +11,7 @@ mod failure;
 mod fleet;
 mod guest_task;
 mod host_memory;
+mod images;
 mod instance;
 mod journal;
 mod log;
@@ -139,9 +140,9 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
         "omertad {} is ready",
         env!("CARGO_PKG_VERSION"),
     );
-    let (probing, image_dir) = (Arc::clone(&fleet), settings.image_dir.clone());
+    let (probing, images) = (Arc::clone(&fleet), settings.images.clone());
     tokio::spawn(async move {
-        probing.acceleration().find(&image_dir).await;
+        probing.acceleration().find(images).await;
     });
 
     let (stop, stopped) = notice::channel(false);

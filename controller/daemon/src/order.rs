@@ -10,11 +10,11 @@ use omerta_api::{ApiError, ErrorKind, GuestLimits, RunRequest};
 use omerta_dataplane::{DirectionLimits, Limits, OwnerParseError};
 use omerta_engine::OnViolation;
 use omerta_verdict::Mode;
-use omerta_vm_launcher::{Consumer, GuestName, Image, ImageError, Jail, Spec, Tunnel, WgPublicKey};
+use omerta_vm_launcher::{Consumer, GuestName, Image, Jail, Spec, Tunnel, WgPublicKey};
 
 use crate::acceleration::Platform;
 use crate::config::Settings;
-use crate::failure::{failed, not_found, usage};
+use crate::failure::{failed, usage};
 use crate::host_memory::HostMemory;
 use crate::pool::Addresses;
 use crate::room::Share;
@@ -25,7 +25,6 @@ const DEFAULT_CPUS: u8 = 1;
 const DEFAULT_MEMORY_MIB: u32 = 256;
 const DEFAULT_TUNNEL: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 66, 0, 2), 24);
 const DEFAULT_PEER: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 1);
-const MAX_IMAGE_NAME_BYTES: usize = 64;
 const MAX_LABELS: usize = 16;
 const MAX_LABEL_BYTES: usize = 63;
 
@@ -76,7 +75,7 @@ impl Order {
             })?,
             None => Mode::default(),
         };
-        let image = open_image(&settings.image_dir, &request.image)?;
+        let image = settings.images.open(&request.image)?;
         Ok(Self {
             // To ask for an interface that is not there may have the kernel look for a module.
             tap_exists: nix::net::if_::if_nametoindex(tap_name(name.as_str()).as_str()).is_ok(),
@@ -270,28 +269,6 @@ fn parse_tunnel(address: Option<&str>, peer: Option<Ipv4Addr>) -> Result<Tunnel,
     })
 }
 
-fn open_image(directory: &Path, name: &str) -> Result<Image, ApiError> {
-    let is_plain = (1..=MAX_IMAGE_NAME_BYTES).contains(&name.len())
-        && !name.starts_with('.')
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
-    if !is_plain {
-        return Err(usage(format!(
-            "`{}` is not an image name: write 1 to 64 of A-Z, a-z, 0-9, ., - and _, not beginning with .",
-            name.chars()
-                .take(MAX_IMAGE_NAME_BYTES)
-                .flat_map(char::escape_default)
-                .collect::<String>()
-        )));
-    }
-    let directory = directory.join(name);
-    Image::open(&directory).map_err(|error| match &error {
-        ImageError::Missing { .. } => not_found(format!("no image `{name}`: {error}")),
-        _ => failed(&error),
-    })
-}
-
 /// The consumer as it is written on the wire.
 pub(crate) fn consumer_text(consumer: &Consumer) -> String {
     format!("{}@{}", consumer.public_key, consumer.endpoint)
@@ -429,6 +406,7 @@ pub(crate) mod tests {
         absent.image = "absent".into();
         let error = Order::check(absent, &settings(images.path())).unwrap_err();
         assert_eq!(error.error, ErrorKind::NotFound);
-        assert!(error.message.contains("absent/vmlinuz") && error.message.contains("make image"));
+        assert!(error.message.contains("no image `absent`"));
+        assert!(error.message.contains("omerta image list"));
     }
 }

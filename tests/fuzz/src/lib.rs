@@ -14,6 +14,7 @@
     reason = "a finding is a panic"
 )]
 
+mod images;
 mod oracle;
 mod parsers;
 mod streams;
@@ -55,6 +56,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("control_port", streams::control_port),
     ("console_filter", streams::console_filter),
     ("c_abi", parsers::c_abi),
+    ("qcow2_header", images::qcow2_header),
+    ("image_manifest", images::image_manifest),
+    ("image_signature", images::image_signature),
 ];
 
 /// The target of that name.

@@ -91,13 +91,14 @@ impl Paused {
             control: channels.control.as_raw_fd(),
             console_log: channels.console_log.as_raw_fd(),
         };
-        let handed = vec![
+        let mut handed = vec![
             tap,
             channels.qmp,
             channels.console,
             channels.control,
             channels.console_log,
         ];
+        handed.extend(spec.image.lease()?);
         let process = Arc::new(QemuProcess::spawn(
             root.program(),
             &command::arguments(spec, &open),

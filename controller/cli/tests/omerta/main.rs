@@ -11,6 +11,7 @@ mod daemon;
 mod doctor;
 mod guard;
 mod guard_refusals;
+mod image;
 mod manual;
 mod omertad;
 mod run;
