@@ -100,3 +100,24 @@ fn a_kernel_panic_is_noticed() {
     });
     stage.assert_nothing_is_left();
 }
+
+#[test]
+fn after_a_reset_the_guest_has_another_key_and_reports_it() {
+    let Some(image) = image() else { return };
+    let stage = Stage::new(IDLE);
+    stage.run(|mut spec| async move {
+        spec.image = image;
+        spec.memory_mib = 256;
+        let running = Paused::launch(spec).await.unwrap().guard().await.unwrap();
+        let mut running = running.resume().await.unwrap();
+        let reports = |e: &GuestEvent| matches!(e, GuestEvent::PublicKeyReported(_));
+        let first = event(&mut running, reports).await;
+        running.control().reset().await.unwrap();
+        event(&mut running, |e| *e == GuestEvent::Reset).await;
+        let second = event(&mut running, reports).await;
+        assert_ne!(first, second);
+        let ended = running.kill().await;
+        assert_eq!(ended.leftovers, [""; 0]);
+    });
+    stage.assert_nothing_is_left();
+}
