@@ -59,7 +59,7 @@ lint:
 
 bench:
 	@deploy/setup.sh --bench
-	@cargo build --release --locked -p omerta-bench
+	@cargo build --release --locked -p omerta-bench -p omerta-cli -p omerta-daemon
 	@target/release/omerta-bench $(BENCH)
 
 bench-readme:

@@ -464,3 +464,26 @@ fn what_the_operator_allows_to_lack_is_no_refusal() {
     });
     stage.assert_nothing_is_left();
 }
+
+/// A launcher with a hundred guests holds more descriptors open than a QEMU may.
+#[test]
+fn a_launcher_with_more_descriptors_than_qemu_may_have_runs_guests() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    if most < 4096 {
+        return println!("skipped: this process may have no more than {most} descriptors");
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let held: Vec<_> = (0..1100)
+        .map(|_| fs::File::open("/dev/null").unwrap())
+        .collect();
+    let stage = Stage::new(IDLE);
+    stage.run(|spec| async {
+        let running = run(spec).await;
+        let limits = of(running.pid(), "limits");
+        assert_eq!(field(&limits, "Max open files"), "1024 1024 files");
+        running.kill().await;
+    });
+    drop(held);
+    stage.assert_nothing_is_left();
+}

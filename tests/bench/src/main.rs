@@ -6,6 +6,7 @@ mod capture;
 mod fleet;
 mod iperf;
 mod kernel;
+mod launch;
 mod machine;
 mod many;
 mod network;
@@ -50,8 +51,8 @@ struct Arguments {
     readme: Option<PathBuf>,
 }
 
-const NAMES: [&str; 8] = [
-    "verdict", "table", "tap", "policy", "capture", "scale", "iperf", "fleet",
+const NAMES: [&str; 9] = [
+    "verdict", "table", "tap", "policy", "capture", "scale", "iperf", "fleet", "launch",
 ];
 
 fn main() -> ExitCode {
@@ -65,7 +66,7 @@ fn main() -> ExitCode {
 }
 
 /// The result files that the README shows.
-const SHOWN: [&str; 10] = [
+const SHOWN: [&str; 15] = [
     "verdict",
     "table",
     "tap",
@@ -76,6 +77,11 @@ const SHOWN: [&str; 10] = [
     "scale-memory",
     "iperf",
     "fleet",
+    "launch",
+    "launch-image",
+    "launch-many",
+    "launch-memory",
+    "launch-idle",
 ];
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -122,6 +128,7 @@ fn measure(name: &str, rounds: Rounds, host: &mut Option<Host>) -> Result<Vec<Be
         "tap" => vec![tap::measure(rounds)?],
         "capture" => vec![capture::measure(rounds)?],
         "scale" => scale::measure(rounds, many(host)?)?,
+        "launch" => launch::measure(rounds)?,
         "iperf" => vec![iperf::measure(rounds)?],
         "fleet" => vec![fleet::measure(rounds, many(host)?)?],
         _ => vec![policy::measure(rounds)?],

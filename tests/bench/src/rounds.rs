@@ -57,6 +57,11 @@ impl Rounds {
         }
     }
 
+    /// As many, up to `most`, of `bench`.
+    pub fn at_most(&self, bench: &str, most: u32) -> Self {
+        Self::new(bench, self.count.min(most), &self.only)
+    }
+
     /// How many there are.
     pub fn count(&self) -> u32 {
         self.count

@@ -259,6 +259,14 @@ fn change_root() -> nix::Result<()> {
 }
 
 fn limit() -> nix::Result<()> {
+    // Where the host itself runs out of memory, a guest goes before anything of the host's.
+    let score = open(
+        c"/proc/self/oom_score_adj",
+        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?;
+    write(score, OOM_SCORE)?;
+    // After the last file is opened: a launcher with many guests has more open than QEMU may have.
     for (resource, most) in [
         (Resource::RLIMIT_FSIZE, MAX_FILE_BYTES),
         (Resource::RLIMIT_CORE, 0),
@@ -268,13 +276,6 @@ fn limit() -> nix::Result<()> {
         let most = most.min(getrlimit(resource)?.1);
         setrlimit(resource, most, most)?;
     }
-    // Where the host itself runs out of memory, a guest goes before anything of the host's.
-    let score = open(
-        c"/proc/self/oom_score_adj",
-        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )?;
-    write(score, OOM_SCORE)?;
     // At the limit a write shall fail, not kill the guest. Ignored signals stay so over exec.
     // SAFETY: SIG_IGN is a valid disposition for SIGXFSZ.
     if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
