@@ -35,7 +35,7 @@ struct CreateRequest {
 /// A new bank that holds `buckets` and is in no table yet. Its flags are those that the programs
 /// declare for the maps in RULES (ebpf/programs/src/state.rs).
 pub fn create(buckets: &[Bucket]) -> io::Result<OwnedFd> {
-    let request = CreateRequest {
+    let mut request = CreateRequest {
         map_type: BPF_MAP_TYPE_ARRAY,
         key_size: size_of::<u32>() as u32,
         value_size: size_of::<Bucket>() as u32,
@@ -46,7 +46,7 @@ pub fn create(buckets: &[Bucket]) -> io::Result<OwnedFd> {
         name: *b"BANK\0\0\0\0\0\0\0\0\0\0\0\0",
     };
     // SAFETY: the kernel reads `request`, which outlives the call.
-    let map = unsafe { bpf_open(BPF_MAP_CREATE, &request) }?;
+    let map = unsafe { bpf_open(BPF_MAP_CREATE, &mut request) }?;
     write(map.as_fd(), buckets)?;
     Ok(map)
 }

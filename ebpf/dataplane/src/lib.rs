@@ -16,6 +16,7 @@ mod counters;
 mod diagnostics;
 mod error;
 mod events;
+mod flows;
 mod guard;
 mod hook;
 mod in_place;

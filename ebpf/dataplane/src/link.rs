@@ -92,13 +92,13 @@ pub fn info(pin: &Path) -> io::Result<LinkInfo> {
 /// Opens what is pinned at `pin`.
 pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
-    let request = GetRequest {
+    let mut request = GetRequest {
         path: path.as_ptr() as u64,
         fd: 0,
         flags: 0,
     };
     // SAFETY: the kernel reads `request` and the string that it points to; both outlive the call.
-    unsafe { bpf_open(BPF_OBJ_GET, &request) }
+    unsafe { bpf_open(BPF_OBJ_GET, &mut request) }
 }
 
 /// Asks an open link.
@@ -118,14 +118,14 @@ unsafe impl ObjectInfo for ProgramInfo {}
 
 fn object_info<T: ObjectInfo>(object: &OwnedFd) -> io::Result<T> {
     let mut info = T::default();
-    let request = InfoRequest {
+    let mut request = InfoRequest {
         fd: object.as_raw_fd() as u32,
         length: size_of::<T>() as u32,
         info: (&raw mut info) as u64,
     };
     // SAFETY: the kernel reads `request` and writes at most `length` bytes to `info`; both outlive
     // the call, and every bit pattern of `info` is valid.
-    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &request) }?;
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut request) }?;
     Ok(info)
 }
 
@@ -138,7 +138,7 @@ pub fn has_any(ifindex: u32, direction: Direction) -> io::Result<bool> {
 /// thread's network namespace; `None` where there is none.
 pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<Option<u32>> {
     let mut first = 0u32;
-    let request = QueryRequest {
+    let mut request = QueryRequest {
         target_ifindex: ifindex,
         attach_type: match direction {
             Direction::Egress => BPF_TCX_INGRESS,
@@ -156,7 +156,7 @@ pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<Option<u32>> {
     };
     // SAFETY: the kernel reads and writes `request`, and writes at most `count` ids to `first`;
     // both outlive the call.
-    match unsafe { bpf(BPF_PROG_QUERY, &request) } {
+    match unsafe { bpf(BPF_PROG_QUERY, &mut request) } {
         Ok(_) => Ok(Some(first).filter(|id| *id != 0)),
         // There are more programs than were asked for: the first is written all the same
         // (`bpf_mprog_query` in kernel/bpf/mprog.c).

@@ -3,13 +3,16 @@
 use std::io;
 use std::sync::OnceLock;
 
-use aya::maps::{Array, HashMap, MapData, MapError};
+use aya::maps::{Array, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use omerta_verdict::{Direction, FixedInputs, Flow, Mode, SocketBufferLayout};
+use omerta_verdict::{
+    Direction, FixedInputs, Flow, Mode, SENT_FLOWS, SentFlow, SocketBufferLayout,
+};
 
 use crate::btf::Btf;
 use crate::events::EventStream;
+use crate::flows::{self, FLOWS, FlowMap};
 use crate::in_place::read_in_place;
 use crate::pins::Pins;
 use crate::random::Random;
@@ -18,8 +21,9 @@ use crate::{GuardError, Hook, diagnostics};
 
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
-/// Flows that one guest may have open in conntrack mode; a power of two.
-const FLOWS: u32 = 4096;
+/// The map of what the programs keep without a map's name: flows that the guest sent on.
+const SENT: &str = ".bss";
+type SentFlows = [SentFlow; SENT_FLOWS];
 
 /// Bytes of the ring of diagnostics, which tells a few lines in ten seconds; the least there is.
 const DIAGNOSTICS_BYTES: u32 = 4096;
@@ -155,15 +159,7 @@ impl Programs {
         let mut flows = self.flow_table().map_err(failed)?;
         match seen_ns {
             Some(seen) => flows.insert(Value(*flow), seen, 0).map_err(failed),
-            None => match flows.remove(&Value(*flow)) {
-                Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
-                Err(MapError::SyscallError(error))
-                    if error.io_error.kind() == io::ErrorKind::NotFound =>
-                {
-                    Ok(())
-                }
-                Err(source) => Err(failed(source)),
-            },
+            None => flows::remove(&mut flows, *flow).map_err(failed),
         }
     }
 
@@ -177,11 +173,34 @@ impl Programs {
             .collect()
     }
 
-    fn flow_table(&mut self) -> Result<HashMap<&mut MapData, Value<Flow>, u64>, MapError> {
+    /// What the guest sent on outside of conntrack mode, by place.
+    pub fn sent_flows(&mut self) -> Result<Vec<SentFlow>, GuardError> {
+        self.sent_table()
+            .and_then(|table| table.get(&0, 0))
+            .map(|Value(sent)| sent.to_vec())
+            .map_err(|source| map_error("tests", "read", SENT, source))
+    }
+
+    /// Writes what [`Programs::sent_flows`] reads.
+    pub fn set_sent_flows(&mut self, sent: SentFlows) -> Result<(), GuardError> {
+        self.sent_table()
+            .and_then(|mut table| table.set(0, Value(sent), 0))
+            .map_err(|source| map_error("tests", "write", SENT, source))
+    }
+
+    fn sent_table(&mut self) -> Result<Array<&mut MapData, Value<SentFlows>>, MapError> {
+        let found = self
+            .ebpf
+            .map_mut(SENT)
+            .ok_or(MapError::InvalidName { name: SENT.into() });
+        found.and_then(Array::try_from)
+    }
+
+    fn flow_table(&mut self) -> Result<FlowMap<&mut MapData>, MapError> {
         let map = self.ebpf.map_mut("FLOWS").ok_or(MapError::InvalidName {
             name: "FLOWS".into(),
         });
-        map.and_then(HashMap::try_from)
+        map.and_then(FlowMap::try_from)
     }
 
     /// Writes word `index` of `map`, which is METERS.

@@ -12,10 +12,11 @@ use std::os::fd::AsFd;
 use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
 use omerta_verdict::{
-    Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Policy, Slot, SocketBufferLayout, State,
-    Table,
+    Bucket, Endpoint, FixedInputs, Flow, Guard, INLINE_BUCKETS, MemoryGuard, Policy, SENT_FLOWS,
+    SentFlow, Slot, SocketBufferLayout, State, Table,
 };
 
+use crate::flows::{self, FLOWS, FlowMap};
 use crate::object::Programs;
 use crate::pins::Pins;
 use crate::random::Random;
@@ -24,7 +25,7 @@ use crate::state::StateMap;
 use crate::{GuardError, bank};
 
 /// The maps that hold policy, by the names that the programs give them.
-const POLICY_MAPS: [&str; 2] = ["STATE", "RULES"];
+const POLICY_MAPS: [&str; 3] = ["STATE", "RULES", "FLOWS"];
 /// A bank that is no longer in force is written again if it is at most this many times longer than
 /// the new allowlist needs: to make a new one known costs an RCU grace period.
 const SPARE: usize = 4;
@@ -46,6 +47,9 @@ unsafe impl aya::Pod for Value<FixedInputs> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<Flow> {}
 
+// SAFETY: as above.
+unsafe impl aya::Pod for Value<[SentFlow; SENT_FLOWS]> {}
+
 /// One bank of the allowlist.
 type BankMap = Array<MapData, Value<Bucket>>;
 
@@ -54,6 +58,7 @@ pub struct PolicyStore<M: Borrow<MapData>> {
     interface: String,
     state: StateMap,
     rules: ArrayOfMaps<M, BankMap>,
+    flows: FlowMap<M>,
 }
 
 impl PolicyStore<MapData> {
@@ -64,8 +69,8 @@ impl PolicyStore<MapData> {
                 .and_then(Map::from_map_data)
                 .map_err(|source| map_error(interface, "open", name, source))
         };
-        let [state, rules] = POLICY_MAPS;
-        Self::build(interface, [open(state)?, open(rules)?])
+        let [state, rules, flows] = POLICY_MAPS;
+        Self::build(interface, [open(state)?, open(rules)?, open(flows)?])
     }
 }
 
@@ -79,7 +84,9 @@ impl<'a> PolicyStore<&'a mut MapData> {
     /// messages only.
     pub fn of_object(object: &'a mut Ebpf, interface: &str) -> Result<Self, GuardError> {
         match object.maps_disjoint_mut(POLICY_MAPS) {
-            [Some(state), Some(rules)] => Self::build(interface, [state, rules]),
+            [Some(state), Some(rules), Some(flows)] => {
+                Self::build(interface, [state, rules, flows])
+            }
             _ => {
                 let missing = MapError::InvalidName {
                     name: "policy".into(),
@@ -92,18 +99,20 @@ impl<'a> PolicyStore<&'a mut MapData> {
 
 impl<M: Borrow<MapData>> PolicyStore<M> {
     /// `maps` in the order of [`POLICY_MAPS`].
-    fn build<T>(interface: &str, maps: [T; 2]) -> Result<Self, GuardError>
+    fn build<T>(interface: &str, maps: [T; 3]) -> Result<Self, GuardError>
     where
         Array<M, Value<State>>: TryFrom<T, Error = MapError>,
         ArrayOfMaps<M, BankMap>: TryFrom<T, Error = MapError>,
+        FlowMap<M>: TryFrom<T, Error = MapError>,
     {
         let error = |name| move |source| map_error(interface, "open", name, source);
-        let [state, rules] = maps;
+        let [state, rules, flows] = maps;
         let state: Array<M, Value<State>> = state.try_into().map_err(error(POLICY_MAPS[0]))?;
         Ok(Self {
             interface: interface.to_owned(),
             state: map_state(interface, state.map())?,
             rules: rules.try_into().map_err(error(POLICY_MAPS[1]))?,
+            flows: flows.try_into().map_err(error(POLICY_MAPS[2]))?,
         })
     }
 
@@ -133,19 +142,22 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
 
     /// The allowlist in force, sorted.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>, GuardError> {
-        let slot = self.state.slot();
-        let count = slot.policy.table_mask as usize + 1;
-        let buckets = if count <= INLINE_BUCKETS {
-            slot.buckets.to_vec()
-        } else {
-            let bank = self.rules.get(&self.state.number(), 0);
-            let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
-            bank::read(bank.map().fd().as_fd(), count)
-                .map_err(|source| self.system("read the allowlist", source))?
-        };
+        let buckets = self.buckets(&self.state.slot())?;
         let mut endpoints: Vec<_> = Table::endpoints(&buckets).collect();
         endpoints.sort();
         Ok(endpoints)
+    }
+
+    /// The allowlist of `slot`, which is in force.
+    fn buckets(&self, slot: &Slot) -> Result<Vec<Bucket>, GuardError> {
+        let count = slot.policy.table_mask as usize + 1;
+        if count <= INLINE_BUCKETS {
+            return Ok(slot.buckets.to_vec());
+        }
+        let bank = self.rules.get(&self.state.number(), 0);
+        let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
+        bank::read(bank.map().fd().as_fd(), count)
+            .map_err(|source| self.system("read the allowlist", source))
     }
 }
 
@@ -169,6 +181,7 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
             .finish()
             .map_err(|e| self.system("read random numbers", e))?;
         let before = self.state.slot();
+        self.forget_flows(&before, &policy, endpoints)?;
         policy.epoch = before.policy.epoch + 1;
         policy.table_seed = table.seed;
         policy.table_mask = table.buckets.len() as u32 - 1;
@@ -183,6 +196,42 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         }
         self.state.commit(&slot);
         Ok(policy.epoch)
+    }
+
+    /// Before `next` with `endpoints` allows what the policy in force does not: removes the flows that
+    /// were opened by an earlier one, which would let the peer in without the guest's doing. Programs
+    /// that still judge by such a policy take back what they open from now on.
+    fn forget_flows(
+        &mut self,
+        in_force: &Slot,
+        next: &Policy,
+        endpoints: &[Endpoint],
+    ) -> Result<(), GuardError> {
+        let interface = self.interface.clone();
+        let failed = |action| {
+            let interface = interface.clone();
+            move |source| map_error(&interface, action, "FLOWS", source)
+        };
+        let size = self.flows.map().info().map_err(failed("read"))?;
+        if size.max_entries() < FLOWS {
+            return Ok(());
+        }
+        let buckets = self.buckets(in_force)?;
+        let guard = MemoryGuard::new(&in_force.policy, &buckets);
+        let lists = |e: &Endpoint| guard.lists(guard.policy, e.protocol, e.address, e.port);
+        if next.addresses == in_force.policy.addresses && endpoints.iter().all(lists) {
+            return Ok(());
+        }
+        let flows =
+            flows::all(self.flows.map()).map_err(|source| self.system("read the flows", source))?;
+        for flow in flows {
+            let allowed =
+                in_force.policy.owns(flow.guest) && flow.endpoint().is_some_and(|e| lists(&e));
+            if !allowed {
+                flows::remove(&mut self.flows, flow).map_err(failed("write"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes `buckets` the bank of the slot `number`, which is not in force.

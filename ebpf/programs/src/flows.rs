@@ -1,5 +1,6 @@
-//! Conntrack mode: the flows that the guest opened, of which it has a fixed number. A flow that lives
-//! is never given up for another: beyond the quota new ones are refused until one has timed out.
+//! The guest's flows. Conntrack mode has a fixed number of them, and a flow that lives is never given
+//! up for another: beyond the quota new ones are refused until one has timed out. The other modes only
+//! remember flows for the errors that quote them, and forget one for another.
 
 use core::intrinsics::{AtomicOrdering, atomic_cxchg};
 
@@ -7,9 +8,9 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap},
 };
-use omerta_verdict::{Address, Flow};
+use omerta_verdict::{Flow, SENT_FLOWS, SentFlow};
 
-use crate::state::now;
+use crate::state::{full_barrier, generation, keep_order, now};
 
 /// When the guest last sent on each flow, nanoseconds of `CLOCK_MONOTONIC`. Userspace sets the size,
 /// which is the quota, at load.
@@ -29,48 +30,32 @@ static FLOW_HAND: Array<u64> = Array::with_max_entries(1, 0);
 #[unsafe(no_mangle)]
 static FLOW_MASK: u32 = 0;
 
+/// What the guest sent on outside of conntrack mode, each flow at [`Flow::sent_place`].
+#[unsafe(no_mangle)]
+static mut SENT: [SentFlow; SENT_FLOWS] = [SentFlow::NONE; SENT_FLOWS];
+
 const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
 /// Places that one new flow looks at.
 const LOOKS: u32 = 4;
 
+/// No flow was ever seen then.
+const NEVER: u64 = u64::MAX;
+
 /// When the guest last sent on `flow`. Asked by a function of its own, which has the stack for a key.
 #[inline(always)]
 pub fn last_seen(flow: &Flow) -> Option<u64> {
-    let ((peer_high, peer_low), (high, low), rest) = numbers(flow);
+    let [peer_high, peer_low, high, low, rest] = flow.words();
     match flow_seen(peer_high, peer_low, high, low, rest) {
         NEVER => None,
         seen => Some(seen),
     }
 }
 
-/// No flow was ever seen then.
-const NEVER: u64 = u64::MAX;
-
-/// [`last_seen`] of the flow of these [`numbers`], or [`NEVER`].
+/// [`last_seen`] of the flow of these [`Flow::words`], or [`NEVER`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn flow_seen(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u64 {
-    seen(&of_numbers(peer_high, peer_low, high, low, rest)).unwrap_or(NEVER)
-}
-
-/// A flow as numbers: the peer's address, the guest's, and ports with the protocol.
-#[inline(always)]
-fn numbers(flow: &Flow) -> ((u64, u64), (u64, u64), u64) {
-    let rest =
-        (flow.peer_port as u64) << 48 | (flow.guest_port as u64) << 32 | flow.protocol as u64;
-    (flow.peer.words(), flow.guest.words(), rest)
-}
-
-#[inline(always)]
-fn of_numbers(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> Flow {
-    Flow {
-        peer: Address::from_words(peer_high, peer_low),
-        guest: Address::from_words(high, low),
-        peer_port: (rest >> 48) as u16,
-        guest_port: (rest >> 32) as u16,
-        protocol: rest as u16,
-        zero: 0,
-    }
+    seen(&Flow::from_words([peer_high, peer_low, high, low, rest])).unwrap_or(NEVER)
 }
 
 #[inline(always)]
@@ -91,21 +76,36 @@ pub fn refresh(flow: &Flow, now: u64) -> bool {
     true
 }
 
-/// As [`refresh`], and opens a flow that is not known; false where there is no room for one more.
+/// As [`refresh`], and opens a flow that is not known, by the policy of `generation`; false where there
+/// is no room for one more.
 #[inline(always)]
-pub fn open(flow: &Flow, now: u64) -> bool {
+pub fn open(flow: &Flow, generation: u64, now: u64) -> bool {
     if refresh(flow, now) {
         return true;
     }
-    let ((peer_high, peer_low), (high, low), rest) = numbers(flow);
+    let [peer_high, peer_low, high, low, rest] = flow.words();
+    let rest = rest | (generation as u16 as u64) << 16;
     open_new(peer_high, peer_low, high, low, rest) == 1
 }
 
-/// 1 where the flow found a place. The verifier judges this function once and for itself.
+/// 1 where the flow of these [`Flow::words`] found a place. The verifier judges this function once and
+/// for itself. The second 16 bits of `rest` are the lowest of the policy's generation: a function takes
+/// no sixth argument.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn open_new(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u32 {
-    place(&of_numbers(peer_high, peer_low, high, low, rest)) as u32
+    let flow = Flow::from_words([peer_high, peer_low, high, low, rest]);
+    if !place(&flow) {
+        return 0;
+    }
+    full_barrier();
+    // A commit first removes the flows that the policy before it did not allow. One that is entered
+    // after that, by an older policy, goes here; its frame is judged anew.
+    if generation() as u16 != (rest >> 16) as u16 {
+        let _ = FLOWS.remove(&flow);
+        return 0;
+    }
+    1
 }
 
 #[inline(always)]
@@ -148,4 +148,96 @@ fn place(flow: &Flow) -> bool {
         return FLOWS.insert(flow, now, 0).is_ok();
     }
     false
+}
+
+/// Remembers the flow with [`SentFlow::stamp`].
+#[inline(always)]
+pub fn note(flow: &Flow, stamp: u64) {
+    let entry = sent(flow);
+    if holds(entry, flow, stamp) {
+        return;
+    }
+    let (words, flow) = (entry.cast::<u64>(), flow.words());
+    let mut word = 0;
+    while word < flow.len() {
+        // SAFETY: the element starts with as many words, aligned, and lives as long as the program.
+        // Where two CPUs write one it may become a mixture of two flows that this guest sent on. The
+        // stamp comes last, so that what it vouches for was written under it.
+        unsafe { words.add(word).write_volatile(flow[word]) };
+        word += 1;
+    }
+    keep_order();
+    // SAFETY: as above.
+    unsafe { (&raw mut (*entry).stamp).write_volatile(stamp) };
+}
+
+/// Whether `entry` is of this flow and has the stamp.
+#[inline(always)]
+fn holds(entry: *mut SentFlow, flow: &Flow, stamp: u64) -> bool {
+    if stamp_of(entry) != stamp {
+        return false;
+    }
+    keep_order();
+    let (words, flow) = (entry.cast::<u64>(), flow.words());
+    let mut word = 0;
+    while word < flow.len() {
+        // SAFETY: as in [`note`].
+        if unsafe { words.add(word).read_volatile() } != flow[word] {
+            return false;
+        }
+        word += 1;
+    }
+    true
+}
+
+#[inline(always)]
+fn stamp_of(entry: *mut SentFlow) -> u64 {
+    // SAFETY: as in [`note`].
+    unsafe { (&raw const (*entry).stamp).read_volatile() }
+}
+
+#[inline(always)]
+fn sent(flow: &Flow) -> *mut SentFlow {
+    // SAFETY: the place is less than the number of elements.
+    unsafe { (&raw mut SENT).cast::<SentFlow>().add(flow.sent_place()) }
+}
+
+/// [`note`] of now and the policy in force. Where that is a later one than the frame was judged by, the
+/// frame is judged anew by it, as is each error.
+#[inline(always)]
+pub fn note_apart(flow: &Flow) -> bool {
+    let [peer_high, peer_low, high, low, rest] = flow.words();
+    note_flow(peer_high, peer_low, high, low, rest) == 1
+}
+
+/// [`note_apart`] of the flow of these [`Flow::words`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn note_flow(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u32 {
+    let flow = Flow::from_words([peer_high, peer_low, high, low, rest]);
+    note(&flow, SentFlow::stamp(generation(), now()));
+    1
+}
+
+/// When the guest last sent on `flow`, as [`note`] has it of the policy in force.
+#[inline(always)]
+pub fn last_noted(flow: &Flow) -> Option<u64> {
+    let [peer_high, peer_low, high, low, rest] = flow.words();
+    match flow_noted(peer_high, peer_low, high, low, rest) {
+        NEVER => None,
+        seen => Some(seen),
+    }
+}
+
+/// [`last_noted`] of the flow of these [`Flow::words`], or [`NEVER`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn flow_noted(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u64 {
+    let flow = Flow::from_words([peer_high, peer_low, high, low, rest]);
+    let entry = sent(&flow);
+    let stamp = stamp_of(entry);
+    match SentFlow::seen(stamp, generation()) {
+        Some(seen) if holds(entry, &flow, stamp) => seen,
+        _ => NEVER,
+    }
 }

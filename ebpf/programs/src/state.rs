@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use omerta_verdict::{
     Address, AddressClass, Bucket, FixedInputs, Flow, Guard, INLINE_BUCKETS, MAX_ADDRESSES, Meter,
-    Mode, Policy, Protocol, Rate, Slot, State, table_holds,
+    Mode, Policy, Protocol, Rate, SentFlow, Slot, State, table_holds,
 };
 
 use crate::flows;
@@ -90,19 +90,37 @@ impl KernelGuard {
     }
 }
 
-/// Keeps the loads before it before the loads after it. x86 does so by itself; the compiler is told.
+/// The generation in force; before the first commit 0.
+#[inline(always)]
+pub fn generation() -> u64 {
+    match STATE.get_ptr_mut(0) {
+        // SAFETY: as in [`KernelGuard::read`].
+        Some(state) => unsafe { (&raw const (*state).generation).read_volatile() },
+        None => 0,
+    }
+}
+
+/// Keeps the loads and stores before it before those after it, each kind among itself. x86 does so by
+/// itself; the compiler is told.
 #[cfg(bpf_target_arch = "x86_64")]
 #[inline(always)]
-fn keep_order() {
+pub fn keep_order() {
     // SAFETY: no instruction at all.
     unsafe { asm!("", options(nostack, preserves_flags)) }
 }
 
-/// Likewise, where the processor may reorder loads: an exchange that takes place is a full barrier on
-/// every architecture (`BPF_CMPXCHG`, Documentation/bpf/standardization/instruction-set.rst).
+/// Likewise, where the processor may reorder them.
 #[cfg(not(bpf_target_arch = "x86_64"))]
 #[inline(always)]
-fn keep_order() {
+pub fn keep_order() {
+    full_barrier();
+}
+
+/// Keeps all loads and stores before it before all after it: an exchange that takes place is a full
+/// barrier on every architecture (`BPF_CMPXCHG`,
+/// Documentation/bpf/standardization/instruction-set.rst).
+#[inline(always)]
+pub fn full_barrier() {
     let mut word = 0_u64;
     // SAFETY: the word is this function's own.
     let (seen, _) = unsafe {
@@ -192,12 +210,22 @@ impl Guard for KernelGuard {
 
     #[inline(always)]
     fn open_flow(&self, flow: &Flow) -> bool {
-        self.holds() && flows::open(flow, self.now())
+        self.holds() && flows::open(flow, self.generation, self.now())
     }
 
     #[inline(always)]
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
         flows::last_seen(flow)
+    }
+
+    #[inline(always)]
+    fn note_sent(&self, flow: &Flow) -> bool {
+        flows::note_apart(flow)
+    }
+
+    #[inline(always)]
+    fn last_sent(&self, flow: &Flow) -> Option<u64> {
+        flows::last_noted(flow)
     }
 }
 
@@ -299,6 +327,22 @@ impl Guard for StraightGuard<'_> {
     #[inline(always)]
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
         flows::seen(flow)
+    }
+
+    /// Without the call that asks for the time: the general way does so in each tick.
+    #[inline(always)]
+    fn note_sent(&self, flow: &Flow) -> bool {
+        let Some(now) = told_of(self.whole.state) else {
+            return false;
+        };
+        flows::note(flow, SentFlow::stamp(self.whole.generation, now));
+        true
+    }
+
+    /// Errors go the general way.
+    #[inline(always)]
+    fn last_sent(&self, _flow: &Flow) -> Option<u64> {
+        None
     }
 }
 
@@ -416,23 +460,36 @@ pub fn now() -> u64 {
     }
 }
 
-/// [`now`], as the guard's state holds it.
+/// [`now`], where it has been asked for in this tick.
 #[inline(always)]
-fn now_of(state: *mut State) -> u64 {
+fn told_of(state: *mut State) -> Option<u64> {
     let fixed = fixed();
     if fixed.now_ns != 0 {
-        return fixed.now_ns;
+        return Some(fixed.now_ns);
     }
     // SAFETY: the helper takes no arguments and has no preconditions. (On 64 bits it is no call.)
     let tick = unsafe { bpf_jiffies64() };
+    // SAFETY: as in [`now_of`].
+    unsafe {
+        if (&raw const (*state).tick).read_volatile() != tick {
+            return None;
+        }
+        keep_order();
+        Some((&raw const (*state).tick_ns).read_volatile())
+    }
+}
+
+/// [`now`], as the guard's state holds it.
+#[inline(always)]
+fn now_of(state: *mut State) -> u64 {
+    if let Some(now) = told_of(state) {
+        return now;
+    }
+    // SAFETY: the helpers take no arguments and have no preconditions.
+    let (tick, now) = unsafe { (bpf_jiffies64(), bpf_ktime_get_coarse_ns()) };
     // SAFETY: an array map's element lives as long as the map; these are aligned words, written in
     // the other order than they are read.
     unsafe {
-        if (&raw const (*state).tick).read_volatile() == tick {
-            keep_order();
-            return (&raw const (*state).tick_ns).read_volatile();
-        }
-        let now = bpf_ktime_get_coarse_ns();
         (&raw mut (*state).tick_ns).write_volatile(now);
         keep_order();
         (&raw mut (*state).tick).write_volatile(tick);

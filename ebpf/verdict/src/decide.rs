@@ -185,13 +185,17 @@ fn to_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
     let count = segment.offload(frame, packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
-    // Before the rates, which only frames that would pass use up. A frame that a rate then drops has
-    // opened its flow all the same: one of the guest's own quota, to an endpoint that it may reach.
-    if matches!(mode, Mode::Conntrack) && !guard.open_flow(&flow) {
-        return Err(Reason::FlowQuota);
-    }
     police(frame, guard, policy, Direction::Egress, count)?;
-    Ok(Verdict::Allow)
+    // Last, so that only what passes lets anything in: a frame that a rate drops opens no flow.
+    let known = match mode {
+        Mode::Conntrack => guard.open_flow(&flow),
+        _ => guard.note_sent(&flow),
+    };
+    if known {
+        Ok(Verdict::Allow)
+    } else {
+        Err(Reason::FlowQuota)
+    }
 }
 
 /// As [`general_egress`].
@@ -291,8 +295,17 @@ fn from_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
     let count = segment.offload(frame, packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
-    if matches!(mode, Mode::Conntrack) && !is_live(guard, &flow) {
-        return Err(Reason::NoFlow);
+    let is_live = |seen: Option<u64>| match seen {
+        Some(seen) => flow.is_live(seen, guard.now()),
+        None => false,
+    };
+    if matches!(mode, Mode::Conntrack) {
+        if !is_live(guard.flow_seen(&flow)) {
+            return Err(Reason::NoFlow);
+        }
+    } else if segment.is_error && !is_live(guard.last_sent(&flow)) {
+        // Whoever makes an error up would have to know a flow that the guest uses.
+        return Err(Reason::IcmpQuote);
     }
     police(frame, guard, policy, Direction::Ingress, count)?;
     Ok(Verdict::Allow)
@@ -354,14 +367,6 @@ fn police<F: Frame + ?Sized, G: Guard + ?Sized>(
         Ok(())
     } else {
         Err(Reason::Policed)
-    }
-}
-
-#[inline(always)]
-fn is_live<G: Guard + ?Sized>(guard: &G, flow: &Flow) -> bool {
-    match guard.flow_seen(flow) {
-        Some(seen) => flow.is_live(seen, guard.now()),
-        None => false,
     }
 }
 

@@ -1,10 +1,10 @@
 //! What a frame is judged against.
 
-use crate::{Address, AddressClass, Bucket, Meter, Policy, Protocol, Rate, table};
+use crate::{Address, AddressClass, Bucket, Endpoint, Meter, Policy, Protocol, Rate, table};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// One flow of a guest, as conntrack mode remembers it.
+/// One flow of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Flow {
@@ -36,6 +36,55 @@ impl Flow {
         }
     }
 
+    /// The flow as numbers: the peer's address, the guest's, then ports and protocol, of which the
+    /// second 16 bits are zero.
+    #[inline(always)]
+    pub const fn words(&self) -> [u64; 5] {
+        let (peer_high, peer_low) = self.peer.words();
+        let (high, low) = self.guest.words();
+        let rest =
+            (self.peer_port as u64) << 48 | (self.guest_port as u64) << 32 | self.protocol as u64;
+        [peer_high, peer_low, high, low, rest]
+    }
+
+    /// The flow whose [`Flow::words`] these are.
+    #[inline(always)]
+    pub const fn from_words([peer_high, peer_low, high, low, rest]: [u64; 5]) -> Self {
+        Self {
+            peer: Address::from_words(peer_high, peer_low),
+            guest: Address::from_words(high, low),
+            peer_port: (rest >> 48) as u16,
+            guest_port: (rest >> 32) as u16,
+            protocol: rest as u16,
+            zero: 0,
+        }
+    }
+
+    /// What the allowlist must hold for the flow; `None` where it is of no protocol that a guest may
+    /// speak.
+    pub const fn endpoint(&self) -> Option<Endpoint> {
+        let protocol = match self.protocol {
+            1 => Protocol::Icmp,
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            _ => return None,
+        };
+        Some(Endpoint {
+            protocol,
+            address: self.peer,
+            port: self.peer_port,
+        })
+    }
+
+    /// The flow's place among [`SENT_FLOWS`]. Only the guest chooses flows: those that it makes collide
+    /// cost it errors of its own.
+    #[inline(always)]
+    pub const fn sent_place(&self) -> usize {
+        let [peer_high, peer_low, _, _, rest] = self.words();
+        let mixed = (peer_high ^ peer_low ^ rest).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed >> (u64::BITS - SENT_FLOWS.ilog2())) as usize
+    }
+
     /// Whether the flow lives at `now` (ns), when the guest last sent on it at `seen`.
     #[inline(always)]
     pub const fn is_live(&self, seen: u64, now: u64) -> bool {
@@ -54,6 +103,52 @@ impl Flow {
             _ => 60 * SECOND_NS,
         }
     }
+}
+
+/// Places of [`SentFlow`] that a guard has; a power of two.
+pub const SENT_FLOWS: usize = 1024;
+
+/// A flow that the guest sent on, remembered outside of conntrack mode for the errors that quote it.
+/// Each has one place, which it takes from the flow that was there. All zero is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct SentFlow {
+    /// [`Flow::words`].
+    pub flow: [u64; 5],
+    /// [`SentFlow::stamp`]. Written after the flow and read before it.
+    pub stamp: u64,
+    /// Zero.
+    pub padding: [u64; 2],
+}
+
+impl SentFlow {
+    /// No flow.
+    pub const NONE: Self = Self {
+        flow: [0; 5],
+        stamp: 0,
+        padding: [0; 2],
+    };
+
+    /// Of what a frame left at `now` that the policy of `generation` allowed: of both as many bits as
+    /// tell policies of an instant apart, and the second, roughly.
+    #[inline(always)]
+    pub const fn stamp(generation: u64, now: u64) -> u64 {
+        generation << 32 | (now >> Self::TICK) & u32::MAX as u64
+    }
+
+    /// When the frame of `stamp` was sent, at the earliest; `None` where another policy allowed it than
+    /// that of `generation`: none but it lets an error in for the flow.
+    #[inline(always)]
+    pub const fn seen(stamp: u64, generation: u64) -> Option<u64> {
+        if stamp >> 32 == generation & u32::MAX as u64 {
+            Some((stamp & u32::MAX as u64) << Self::TICK)
+        } else {
+            None
+        }
+    }
+
+    /// Time in units of 2^30 ns, which last for 146 years.
+    const TICK: u32 = 30;
 }
 
 /// The state of one guard, as the shell holds it: maps in the kernel, plain memory elsewhere.
@@ -106,6 +201,13 @@ pub trait Guard {
 
     /// Conntrack mode: when the guest last sent on `flow`.
     fn flow_seen(&self, flow: &Flow) -> Option<u64>;
+
+    /// The other modes: remembers that the guest sends on `flow` now, in place of another where there
+    /// is no room; false only where another guard is to be asked.
+    fn note_sent(&self, flow: &Flow) -> bool;
+
+    /// The other modes: when the guest last sent on `flow`, under the policy in force.
+    fn last_sent(&self, flow: &Flow) -> Option<u64>;
 }
 
 /// A guard in plain memory, for platforms without BPF and for tests.
@@ -125,7 +227,8 @@ pub struct MemoryGuard<'a> {
     pub meters_have_room: bool,
     /// Conntrack mode: whether a new flow finds room.
     pub flows_have_room: bool,
-    /// Conntrack mode: the flows on which the guest has just sent.
+    /// The flows on which the guest has just sent: in conntrack mode those that let anything in, in the
+    /// others those that let errors in.
     pub live_flows: &'a [Flow],
 }
 
@@ -177,5 +280,13 @@ impl Guard for MemoryGuard<'_> {
 
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
         self.live_flows.contains(flow).then_some(self.now_ns)
+    }
+
+    fn note_sent(&self, _flow: &Flow) -> bool {
+        true
+    }
+
+    fn last_sent(&self, flow: &Flow) -> Option<u64> {
+        self.flow_seen(flow)
     }
 }

@@ -34,7 +34,7 @@ pub use decide::{
 pub use endpoint::{Endpoint, EndpointParseError, Protocol};
 pub use event::{EVENT_FRAME_BYTES, EventRecord, Failure};
 pub use frame::{Frame, PendingChecksum, Segments};
-pub use guard::{Flow, Guard, MemoryGuard};
+pub use guard::{Flow, Guard, MemoryGuard, SENT_FLOWS, SentFlow};
 pub use layout::{FixedInputs, ReadInPlace, SocketBufferLayout};
 pub use link::{Mac, MacParseError};
 pub use network::{Address, AddressClass};

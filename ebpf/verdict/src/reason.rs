@@ -106,7 +106,8 @@ reasons! {
     ChecksumOffload = "checksum_offload",
     /// An ICMP message other than echo, or in the wrong direction.
     IcmpType = "icmp_type",
-    /// An ICMP error that quotes no packet that the guest could have sent, or reports a smaller MTU than its IP version allows.
+    /// An ICMP error that quotes no packet that the guest could have sent and has sent of late, or reports a smaller MTU
+    /// than its IP version allows.
     IcmpQuote = "icmp_quote",
     /// A multicast membership report (IGMP, MLD) or leave, which leads nowhere here.
     MulticastListener = "multicast_listener",

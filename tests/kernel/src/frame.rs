@@ -137,6 +137,11 @@ pub fn icmp_echo(kind: u8, identifier: u16) -> Vec<u8> {
     .concat()
 }
 
+/// "Port unreachable", which quotes `packet`.
+pub fn icmp_unreachable(packet: &[u8]) -> Vec<u8> {
+    [&[3, 3, 0, 0, 0, 0, 0, 0], packet].concat()
+}
+
 /// An Ethernet/IPv4 ARP message: operation, sender pair, target pair.
 pub fn arp(operation: u16, sender: (Mac, Ipv4Addr), target: (Mac, Ipv4Addr)) -> Vec<u8> {
     [

@@ -8,8 +8,9 @@ mod pair;
 mod stage;
 pub mod victim;
 
-pub use frame::{Ipv4, Ipv6, arp, checksum, ethernet, icmp_echo, tcp, udp};
+pub use frame::{Ipv4, Ipv6, arp, checksum, ethernet, icmp_echo, icmp_unreachable, tcp, udp};
 pub use generate::Generator;
 pub use hook::{hooks, judging, tc};
+pub use native::NativeGuard;
 pub use pair::{NEXT, Pair, SHOT, test_run_takes};
 pub use stage::*;

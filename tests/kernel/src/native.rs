@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
 
-use omerta_verdict::{Bucket, FixedInputs, Flow, Guard, Meter, Policy, Rate};
+use omerta_verdict::{Bucket, FixedInputs, Flow, Guard, Meter, Policy, Rate, SENT_FLOWS, SentFlow};
 
 /// Flows, and when each was last seen. Their order follows from what was done, so that a seed tells
 /// all of a run.
@@ -22,12 +22,16 @@ pub struct NativeGuard {
     pub meters: [Cell<u64>; Meter::COUNT],
     /// As FLOWS.
     pub flows: RefCell<Flows>,
+    /// As SENT.
+    pub sent: RefCell<Vec<SentFlow>>,
     /// As FLOW_PLACES.
     places: RefCell<Vec<Option<Flow>>>,
     /// As FLOW_HAND.
     hand: Cell<usize>,
 }
 
+/// Of a guard whose policy was committed once.
+const GENERATION: u64 = 1;
 /// Flows that one guest may have open.
 const PLACES: usize = 4096;
 /// Places that one new flow looks at.
@@ -43,6 +47,7 @@ impl NativeGuard {
             lease: 0,
             meters: Default::default(),
             flows: RefCell::default(),
+            sent: RefCell::new(vec![SentFlow::NONE; SENT_FLOWS]),
             places: RefCell::new(vec![None; PLACES]),
             hand: Cell::new(0),
         }
@@ -111,5 +116,19 @@ impl Guard for NativeGuard {
 
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
         self.flows.borrow().get(flow).copied()
+    }
+
+    fn note_sent(&self, flow: &Flow) -> bool {
+        self.sent.borrow_mut()[flow.sent_place()] = SentFlow {
+            flow: flow.words(),
+            stamp: SentFlow::stamp(GENERATION, self.now()),
+            ..SentFlow::NONE
+        };
+        true
+    }
+
+    fn last_sent(&self, flow: &Flow) -> Option<u64> {
+        let sent = self.sent.borrow()[flow.sent_place()];
+        SentFlow::seen(sent.stamp, GENERATION).filter(|_| sent.flow == flow.words())
     }
 }

@@ -4,8 +4,8 @@ use aya::programs::{TestRun, TestRunOptions};
 use fastrand::Rng;
 use omerta_dataplane::{EventStream, GuardError, PolicyStore, Programs};
 use omerta_verdict::{
-    ANSWER_CAPACITY, Bucket, Direction, EVENT_FRAME_BYTES, FixedInputs, Meter, Mode, Policy, Rate,
-    Table, Verdict, egress, ingress,
+    ANSWER_CAPACITY, Bucket, Direction, EVENT_FRAME_BYTES, FixedInputs, Flow, Meter, Mode, Policy,
+    Rate, SENT_FLOWS, SentFlow, Table, Verdict, egress, ingress,
 };
 
 use crate::native::NativeGuard;
@@ -149,7 +149,23 @@ impl Pair {
             };
             self.programs.set_flow(flow, Some(*seen))?;
         }
-        Ok(())
+        if random.bool() {
+            return Ok(());
+        }
+        let sent = self.native.sent.get_mut();
+        for entry in sent.iter_mut().filter(|entry| entry.stamp != 0) {
+            if random.u8(..4) == 0 {
+                let timeout = Flow::from_words(entry.flow).timeout_ns();
+                let second = 1 << 30;
+                let seen = [NOW - timeout + second, NOW - timeout, NOW + second];
+                // Of the policy before, of this one, or of the next.
+                let generation = random.u64(..8).min(1) + u64::from(random.u8(..8) == 0);
+                entry.stamp = SentFlow::stamp(generation, seen[random.usize(..3)]);
+            }
+        }
+        let mut table = [SentFlow::NONE; SENT_FLOWS];
+        table.copy_from_slice(sent);
+        self.programs.set_sent_flows(table)
     }
 
     /// The verdict of both, or how the kernel's differs from the native one: outcome, reason,
@@ -233,6 +249,11 @@ impl Pair {
                 .all(|(flow, seen)| native.get(flow) == Some(seen));
         if !same {
             return Err(format!("flows: native {native:?}, kernel {kernel:?}"));
+        }
+        let kernel = self.programs.sent_flows().map_err(failed)?;
+        let native = self.native.sent.get_mut();
+        if let Some((native, kernel)) = native.iter().zip(&kernel).find(|(n, k)| n != k) {
+            return Err(format!("sent on: native {native:?}, kernel {kernel:?}"));
         }
         Ok(())
     }

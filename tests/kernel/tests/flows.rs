@@ -1,4 +1,4 @@
-//! The quota of flows in conntrack mode: what lives is kept, what is too much is refused.
+//! The guest's flows: what lives is kept, what is too much is refused, and no flow outlives its rule.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,7 +12,10 @@ use std::net::IpAddr;
 use aya::programs::{TestRun, TestRunOptions};
 use omerta_dataplane::{PolicyStore, Programs};
 use omerta_kernel_tests::*;
-use omerta_verdict::{Direction, FixedInputs, Flow, Mode, Protocol, Reason};
+use omerta_verdict::{
+    Direction, Endpoint, FixedInputs, Flow, Meter, Mode, Policy, Protocol, Rate, Reason,
+    SENT_FLOWS, SentFlow,
+};
 
 const NEXT: u32 = -1_i32 as u32;
 const NOW: u64 = 1_000_000_000_000;
@@ -22,15 +25,29 @@ struct Judge(Programs);
 
 impl Judge {
     fn new() -> Self {
+        Self::in_mode(Mode::Conntrack)
+    }
+
+    fn in_mode(mode: Mode) -> Self {
         let inputs = FixedInputs {
             now_ns: NOW,
             ..FixedInputs::NONE
         };
-        let mut programs = Programs::load_with("flows", Mode::Conntrack, inputs).unwrap();
-        let policy = config(Mode::Conntrack).policy("guest").unwrap();
-        let mut store = PolicyStore::of(&mut programs, "flows").unwrap();
-        store.commit(policy, &allowlist()).unwrap();
-        Self(programs)
+        let programs = Programs::load_with("flows", mode, inputs).unwrap();
+        let mut judge = Self(programs);
+        judge.commit(config(mode).policy("guest").unwrap(), &allowlist());
+        judge
+    }
+
+    fn commit(&mut self, policy: Policy, endpoints: &[Endpoint]) {
+        let mut store = PolicyStore::of(&mut self.0, "flows").unwrap();
+        store.commit(policy, endpoints).unwrap();
+    }
+
+    /// Puts `endpoints` in place of the allowlist.
+    fn replace(&mut self, endpoints: &[Endpoint]) {
+        let policy = PolicyStore::of(&mut self.0, "flows").unwrap().policy();
+        self.commit(policy.unwrap(), endpoints);
     }
 
     fn passes(&mut self, direction: Direction, frame: &[u8]) -> bool {
@@ -52,6 +69,14 @@ impl Judge {
     /// Whether the consumer's answer to `port` reaches the guest.
     fn is_answered(&mut self, port: u16) -> bool {
         let packet = Ipv4::new(CONSUMER, GUEST, 17).packet(&udp(CONSUMER_PORT, port, b"x"));
+        let frame = ethernet(GATEWAY_MAC, GUEST_MAC, 0x0800, &packet);
+        self.passes(Direction::Ingress, &frame)
+    }
+
+    /// Whether an error that quotes what the guest sent from `port` to the consumer reaches it.
+    fn hears_of(&mut self, port: u16) -> bool {
+        let quoted = Ipv4::new(GUEST, CONSUMER, 17).packet(&udp(port, CONSUMER_PORT, b"x"));
+        let packet = Ipv4::new(STRANGER, GUEST, 1).packet(&icmp_unreachable(&quoted));
         let frame = ethernet(GATEWAY_MAC, GUEST_MAC, 0x0800, &packet);
         self.passes(Direction::Ingress, &frame)
     }
@@ -129,4 +154,142 @@ fn a_flow_that_timed_out_is_opened_again_in_its_own_place() {
         !(0..2 * QUOTA).any(|_| judge.sends(30_000)),
         "no room was made"
     );
+}
+
+/// `count` endpoints that are not the consumer's.
+fn others(count: u32) -> Vec<Endpoint> {
+    let other = |index: u32| Endpoint {
+        protocol: Protocol::Udp,
+        address: IpAddr::from(std::net::Ipv4Addr::from(0xcb00_7100 + index / 60_000)).into(),
+        port: 1 + (index % 60_000) as u16,
+    };
+    (0..count).map(other).collect()
+}
+
+/// A short allowlist stands beside the policy, a long one in a map of its own.
+#[test]
+fn a_flow_does_not_outlive_the_rule_that_it_was_opened_by() {
+    for length in [1, 1000] {
+        let mut judge = Judge::new();
+        let consumer = allowlist();
+        let (without, with) = (others(length), [others(length), consumer].concat());
+        judge.replace(&with);
+        assert!(judge.sends(1) && judge.is_answered(1) && judge.hears_of(1));
+        judge.replace(&without);
+        assert!(!judge.is_answered(1) && !judge.hears_of(1));
+        // Changes between make no difference.
+        judge.replace(&others(length + 1));
+        judge.replace(&with);
+        assert!(!judge.is_answered(1), "the guest has not sent since");
+        assert!(!judge.hears_of(1));
+        assert!(judge.sends(1) && judge.is_answered(1) && judge.hears_of(1));
+    }
+}
+
+#[test]
+fn a_flow_whose_rule_stays_lives_through_every_change_of_others() {
+    for length in [1, 1000] {
+        let mut judge = Judge::new();
+        assert!(judge.sends(1) && judge.sends(2));
+        let with = [others(length), allowlist()].concat();
+        for list in [&with, &allowlist(), &with, &allowlist()] {
+            judge.replace(list);
+            assert!(judge.is_answered(1) && judge.is_answered(2));
+        }
+    }
+}
+
+#[test]
+fn a_flow_does_not_outlive_its_address() {
+    let mut judge = Judge::new();
+    let policy = config(Mode::Conntrack).policy("guest").unwrap();
+    let mut moved = policy;
+    moved.addresses[0] = policy.addresses[1];
+    assert!(judge.sends(1));
+    judge.commit(moved, &allowlist());
+    assert!(!judge.is_answered(1));
+    judge.commit(policy, &allowlist());
+    assert!(!judge.is_answered(1));
+    assert!(judge.sends(1) && judge.is_answered(1));
+}
+
+/// The flows of rules that are gone make room, each as soon as something is allowed again.
+#[test]
+fn revoked_flows_keep_no_place_of_others() {
+    let mut judge = Judge::new();
+    for port in 1..=QUOTA {
+        assert!(judge.sends(port), "{port}");
+    }
+    judge.replace(&[]);
+    judge.replace(&allowlist());
+    assert_eq!(judge.0.flows().unwrap(), []);
+    for port in QUOTA + 1..=2 * QUOTA {
+        assert!(judge.sends(port), "{port}");
+    }
+    assert!(!judge.is_answered(1));
+}
+
+#[test]
+fn a_frame_that_a_rate_drops_opens_and_keeps_alive_no_flow() {
+    let mut judge = Judge::new();
+    let mut policy = config(Mode::Conntrack).policy("guest").unwrap();
+    policy.rates[Meter::EgressPackets as usize] = Rate::per_second(1, 1);
+    judge.commit(policy, &allowlist());
+    let mut events = judge.0.take_events().unwrap();
+    assert!(judge.sends(1) && judge.is_answered(1));
+    assert!(!judge.sends(2));
+    assert_eq!(events.next().unwrap().reason, Reason::Policed);
+    assert!(!judge.is_answered(2), "it was not opened");
+    assert_eq!(events.next().unwrap().reason, Reason::NoFlow);
+    judge.age(1);
+    assert!(!judge.sends(1));
+    assert_eq!(events.next().unwrap().reason, Reason::Policed);
+    assert!(!judge.is_answered(1), "it has timed out");
+}
+
+#[test]
+fn an_error_comes_in_only_for_what_the_guest_has_sent_lately_by_this_policy() {
+    for mode in [Mode::Filtered, Mode::Direct, Mode::Sampled] {
+        let mut judge = Judge::in_mode(mode);
+        assert!(!judge.hears_of(1), "{mode}: nothing was sent");
+        assert!(judge.sends(1) && judge.hears_of(1));
+        assert!(!judge.hears_of(2), "{mode}: another port");
+        // The same allowlist once more.
+        judge.replace(&allowlist());
+        assert!(!judge.hears_of(1), "{mode}: sent by another policy");
+        assert!(judge.sends(1) && judge.hears_of(1));
+        let mut sent = [SentFlow::NONE; SENT_FLOWS];
+        sent.copy_from_slice(&judge.0.sent_flows().unwrap());
+        for entry in &mut sent {
+            let seen = NOW - Flow::from_words(entry.flow).timeout_ns();
+            entry.stamp = entry.stamp >> 32 << 32 | SentFlow::stamp(0, seen);
+        }
+        judge.0.set_sent_flows(sent).unwrap();
+        assert!(!judge.hears_of(1), "{mode}: too long ago");
+        assert!(judge.sends(1) && judge.hears_of(1));
+    }
+}
+
+#[test]
+fn a_frame_that_is_dropped_lets_no_error_in() {
+    let mut judge = Judge::in_mode(Mode::Filtered);
+    judge.replace(&[]);
+    assert!(!judge.sends(1) && !judge.hears_of(1));
+    let mut policy = config(Mode::Filtered).policy("guest").unwrap();
+    policy.rates[Meter::EgressPackets as usize] = Rate::per_second(1, 1);
+    judge.commit(policy, &allowlist());
+    assert!(judge.sends(1) && judge.hears_of(1));
+    assert!(!judge.sends(2) && !judge.hears_of(2));
+}
+
+/// A guest that opens more flows than are remembered loses errors about some, and no frame.
+#[test]
+fn errors_are_forgotten_for_newer_flows_and_nothing_else_is() {
+    let mut judge = Judge::in_mode(Mode::Filtered);
+    for port in 1..=QUOTA {
+        assert!(judge.sends(port), "{port}");
+    }
+    let heard = (1..=QUOTA).filter(|port| judge.hears_of(*port)).count();
+    assert!(heard <= SENT_FLOWS && heard > SENT_FLOWS / 2, "{heard}");
+    assert!(judge.hears_of(QUOTA));
 }

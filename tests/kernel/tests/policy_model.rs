@@ -1,5 +1,5 @@
-//! Any interleaving of allow, revoke, replace, mode changes, reopening and a writer's death against a plain
-//! set: the allowlist, the epoch and the kernel's verdicts agree with it.
+//! Any interleaving of allow, revoke, replace, mode changes, reopening and a writer's death against plain
+//! sets: the allowlist, the epoch and the kernel's verdicts on frames, answers and errors agree with them.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,9 +14,10 @@ use std::time::Duration;
 
 use omerta_dataplane::{ErrorKind, Guard, Owner};
 use omerta_kernel_tests::{
-    GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, remove_left_overs, tcp, udp, victim,
+    GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, config, ethernet, icmp_unreachable,
+    remove_left_overs, tcp, udp, victim,
 };
-use omerta_test_support::{Namespace, Tap};
+use omerta_test_support::{FrameSender, Namespace, Tap};
 use omerta_verdict::{Endpoint, Mode, Protocol, Reason};
 
 const RUNS: u64 = 6;
@@ -39,16 +40,37 @@ fn world() -> Vec<Endpoint> {
     world
 }
 
+/// A packet between the guest and place `index` of [`world`].
+fn packet(index: usize, from_guest: bool) -> Vec<u8> {
+    let (host, port) = (1 + index / 4 % 3, 1 + index as u16 % 4);
+    let peer = Ipv4Addr::new(192, 0, 2, host as u8);
+    let ((from, source), (to, destination)) = if from_guest {
+        ((GUEST, 4000), (peer, port))
+    } else {
+        ((peer, port), (GUEST, 4000))
+    };
+    let (number, segment) = match world()[index].protocol {
+        Protocol::Udp => (17, udp(source, destination, b"omerta")),
+        _ => (6, tcp(source, destination)),
+    };
+    Ipv4::new(from, to, number).packet(&segment)
+}
+
 /// A frame of the guest to place `index` of [`world`].
 fn frame(index: usize) -> Vec<u8> {
-    let (host, port) = (1 + index / 4 % 3, 1 + index % 4);
-    let to = Ipv4Addr::new(192, 0, 2, host as u8);
-    let (number, segment) = match world()[index].protocol {
-        Protocol::Udp => (17, udp(4000, port as u16, b"omerta")),
-        _ => (6, tcp(4000, port as u16)),
-    };
-    let packet = Ipv4::new(GUEST, to, number).packet(&segment);
-    ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet)
+    ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet(index, true))
+}
+
+/// An answer to it.
+fn answer(index: usize) -> Vec<u8> {
+    ethernet(GATEWAY_MAC, GUEST_MAC, 0x0800, &packet(index, false))
+}
+
+/// An error about it.
+fn error(index: usize) -> Vec<u8> {
+    let message = icmp_unreachable(&packet(index, true));
+    let packet = Ipv4::new(STRANGER, GUEST, 1).packet(&message);
+    ethernet(GATEWAY_MAC, GUEST_MAC, 0x0800, &packet)
 }
 
 fn subset(world: &[Endpoint], random: &mut fastrand::Rng, odds: u32) -> Vec<Endpoint> {
@@ -67,6 +89,10 @@ fn subset(world: &[Endpoint], random: &mut fastrand::Rng, odds: u32) -> Vec<Endp
 /// What a guard must be.
 struct Model {
     listed: BTreeSet<Endpoint>,
+    /// To which the guest has sent in conntrack mode since they are listed.
+    opened: BTreeSet<Endpoint>,
+    /// To which the guest has sent in another mode since the last change.
+    sent: BTreeSet<Endpoint>,
     epoch: u64,
     mode: Mode,
 }
@@ -74,19 +100,61 @@ struct Model {
 impl Model {
     /// The epoch after a change to `listed`: it rises where something changes.
     fn becomes(&mut self, listed: BTreeSet<Endpoint>) -> u64 {
-        self.epoch += u64::from(listed != self.listed);
+        if listed != self.listed {
+            self.epoch += 1;
+            self.sent.clear();
+            self.opened.retain(|endpoint| listed.contains(endpoint));
+        }
         self.listed = listed;
         self.epoch
     }
 
     /// Likewise after a change of the mode.
     fn judges(&mut self, mode: Mode) -> u64 {
-        self.epoch += u64::from(mode != self.mode);
+        if mode != self.mode {
+            self.epoch += 1;
+            self.sent.clear();
+        }
         self.mode = mode;
         self.epoch
     }
 
-    fn holds(&self, guard: &Guard, tap: &Tap) {
+    /// Whether what is listed as `listed` may come in, of a flow that is `live`.
+    fn lets_in(&self, is_error: bool, listed: bool, (opened, sent): (bool, bool)) -> bool {
+        match self.mode {
+            Mode::Conntrack => listed && opened,
+            Mode::Filtered => listed && (sent || !is_error),
+            Mode::Sampled | Mode::Direct => sent || !is_error,
+        }
+    }
+
+    /// Sends an answer and an error for each place of the world to the guest.
+    fn holds_inwards(&self, guard: &Guard, to_guest: &FrameSender) {
+        for (index, endpoint) in world().iter().enumerate() {
+            for (is_error, frame) in [(false, answer(index)), (true, error(index))] {
+                let passed = || guard.counters().unwrap().ingress.allowed.packets;
+                let before = passed();
+                // A drop on the way out is told to the sender (ENOBUFS): the counters decide.
+                let _ = to_guest.send(&frame);
+                let listed = self.listed.contains(endpoint);
+                let live = (self.opened.contains(endpoint), self.sent.contains(endpoint));
+                let mut expected = u64::from(self.lets_in(is_error, listed, live));
+                let came = passed() - before;
+                if self.mode == Mode::Sampled && !listed {
+                    // Chance decides over what is not listed.
+                    expected = expected.min(came);
+                }
+                assert_eq!(
+                    came, expected,
+                    "{endpoint}, error: {is_error}, {:?}",
+                    self.mode
+                );
+            }
+        }
+    }
+
+    fn holds(&mut self, guard: &Guard, tap: &Tap, to_guest: &FrameSender) {
+        self.holds_inwards(guard, to_guest);
         let status = guard.status().unwrap();
         let listed: Vec<_> = self.listed.iter().map(ToString::to_string).collect();
         assert_eq!((&status.allow, status.epoch), (&listed, self.epoch));
@@ -106,11 +174,20 @@ impl Model {
                 Mode::Filtered | Mode::Conntrack => u64::from(self.listed.contains(endpoint)),
             };
             assert_eq!(allowed, expected, "{endpoint}");
+            if allowed == 1 {
+                let known = match self.mode {
+                    Mode::Conntrack => &mut self.opened,
+                    _ => &mut self.sent,
+                };
+                known.insert(*endpoint);
+            }
         }
+        self.holds_inwards(guard, to_guest);
+        while tap.recv(Duration::ZERO).unwrap().is_some() {}
     }
 }
 
-fn run(seed: u64, tap: &Tap, owner: Option<Owner>) {
+fn run(seed: u64, tap: &Tap, to_guest: &FrameSender, owner: Option<Owner>) {
     let mut random = fastrand::Rng::with_seed(seed);
     let world = world();
     let flows = seed.is_multiple_of(3);
@@ -131,6 +208,8 @@ fn run(seed: u64, tap: &Tap, owner: Option<Owner>) {
     };
     let mut model = Model {
         listed: start.allow.iter().copied().collect(),
+        opened: BTreeSet::new(),
+        sent: BTreeSet::new(),
         epoch: 1,
         mode: start.mode,
     };
@@ -202,10 +281,10 @@ fn run(seed: u64, tap: &Tap, owner: Option<Owner>) {
             _ => guard = open(),
         }
         if step % 5 == 0 {
-            model.holds(&guard, tap);
+            model.holds(&guard, tap, to_guest);
         }
     }
-    model.holds(&guard, tap);
+    model.holds(&guard, tap, to_guest);
     guard.detach().unwrap();
 }
 
@@ -233,9 +312,10 @@ fn a_guard_agrees_with_a_set_of_endpoints() {
             remove_left_overs().unwrap();
             let tap = Tap::create("guest").unwrap();
             tap.up().unwrap();
+            let to_guest = FrameSender::open("guest").unwrap();
             for seed in 0..RUNS {
                 let owner = (seed % 2 == 0).then(|| "omertad".parse().unwrap());
-                run(seed, &tap, owner);
+                run(seed, &tap, &to_guest, owner);
             }
         })
         .unwrap();

@@ -7,13 +7,14 @@
     reason = "helpers of tests"
 )]
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, allowlist, config};
+use omerta_kernel_tests::{GATEWAY_MAC, GUEST_MAC, Generator, NativeGuard, allowlist, config};
 use omerta_verdict::{
-    Bucket, Direction, Endpoint, Frame, MemoryGuard, Meter, Mode, PendingChecksum, Policy,
-    Protocol, Rate, Reason, Segments, Table, Verdict, egress, ingress,
+    Bucket, Direction, Endpoint, FixedInputs, Frame, MemoryGuard, Meter, Mode, PendingChecksum,
+    Policy, Protocol, Rate, Reason, Segments, Table, Verdict, egress, ingress,
 };
 
 const FRAMES: usize = 300_000;
@@ -100,6 +101,21 @@ fn parties(frame: &[u8], direction: Direction) -> Option<(IpAddr, Endpoint)> {
     ))
 }
 
+/// Addresses, protocol and ports (or echo identifier) of a packet of the guest's.
+fn flow(packet: &[u8]) -> Option<Vec<u8>> {
+    let (addresses, protocol, transport) = match packet.first()? >> 4 {
+        4 => (12..20, *packet.get(9)?, 20),
+        _ => (8..40, *packet.get(6)?, 40),
+    };
+    let ports = if matches!(protocol, 1 | 58) {
+        4..6
+    } else {
+        0..4
+    };
+    let ports = packet.get(transport..)?.get(ports)?;
+    Some([packet.get(addresses)?, &[protocol], ports].concat())
+}
+
 fn is_error(frame: &[u8]) -> bool {
     match frame[12..14] {
         [0x08, 0x00] => frame[23] == 1 && matches!(frame[34], 3 | 11 | 12),
@@ -110,10 +126,11 @@ fn is_error(frame: &[u8]) -> bool {
 #[test]
 fn what_is_allowed_is_owned_listed_and_whole() {
     let (policy, buckets) = guard_state(Mode::Filtered);
-    let guard = memory(&policy, &buckets);
+    let guard = NativeGuard::new(policy, buckets, FixedInputs::NONE);
     let (config, list) = (config(Mode::Filtered), allowlist());
     let mut generator = Generator::new(11);
     let (mut allowed, mut errors) = (0, 0);
+    let mut sent = HashSet::new();
     for _ in 0..FRAMES {
         let frame = generator.frame();
         let out = egress(&frame[..], &guard);
@@ -125,6 +142,7 @@ fn what_is_allowed_is_owned_listed_and_whole() {
                 parties(&frame, Direction::Egress).expect("etherparse reads it");
             assert!(config.addresses.contains(&guest), "{frame:02x?}");
             assert!(list.contains(&endpoint), "{frame:02x?}");
+            sent.insert(flow(&frame[14..]));
         }
         let input = ingress(&frame[..], &guard);
         // The guard's own ARP and neighbour answers are the only other frames let in.
@@ -138,6 +156,12 @@ fn what_is_allowed_is_owned_listed_and_whole() {
                 _ => (&frame[70..86], &frame[38..54]),
             };
             assert_eq!(quoted, receiver, "{frame:02x?}");
+            let message = if frame[12..14] == [0x08, 0x00] {
+                42
+            } else {
+                62
+            };
+            assert!(sent.contains(&flow(&frame[message..])), "{frame:02x?}");
         } else if input == Verdict::Allow && !is_answer {
             allowed += 1;
             assert_eq!(frame[..6], GUEST_MAC.0, "{frame:02x?}");
@@ -300,9 +324,9 @@ fn conntrack_lets_in_only_what_the_guest_opened() {
         let frame = generator.frame();
         assert_ne!(egress(&frame[..], &full), Verdict::Allow, "{frame:02x?}");
         if egress(&frame[..], &guard) == Verdict::Allow {
-            // A frame that finds no room takes nothing from the rates.
-            let refused = Verdict::Drop(Reason::FlowQuota);
-            assert_eq!(egress(&frame[..], &full), refused, "{frame:02x?}");
+            // A frame that a rate drops is not asked for a place.
+            let policed = Verdict::Drop(Reason::Policed);
+            assert_eq!(egress(&frame[..], &full), policed, "{frame:02x?}");
         }
         if ingress(&frame[..], &guard) == Verdict::Allow {
             assert!(

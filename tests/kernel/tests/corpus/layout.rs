@@ -156,8 +156,12 @@ impl Layout {
         self.provider.enter(set).unwrap().unwrap();
     }
 
-    /// Forgets the guest's flows: none is open.
-    pub fn forget(&self) {
+    /// Forgets the guest's flows, as if it had sent nothing in `mode`, which is the guard's.
+    pub fn forget(&self, mode: Mode) {
+        // Outside of conntrack mode each change of the policy does.
+        for mode in [Mode::Conntrack, mode] {
+            self.set_mode(mode);
+        }
         type Key = [u8; size_of::<Flow>()];
         let inode = self.provider.inode().unwrap();
         let pin = format!("/sys/fs/bpf/omerta/{inode}/guest/FLOWS");

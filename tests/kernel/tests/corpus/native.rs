@@ -121,6 +121,15 @@ impl Guard for Remembering {
         self.flows.borrow().contains(flow).then_some(0)
     }
 
+    fn note_sent(&self, flow: &Flow) -> bool {
+        self.flows.borrow_mut().push(*flow);
+        true
+    }
+
+    fn last_sent(&self, flow: &Flow) -> Option<u64> {
+        self.flow_seen(flow)
+    }
+
     fn now(&self) -> u64 {
         0
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use aya::util::KernelVersion;
 use omerta_corpus::{Case, Fate, VnetHeader, Way};
 use omerta_test_support::Tap;
-use omerta_verdict::{Direction, Outcome};
+use omerta_verdict::{Direction, Mode, Outcome};
 
 use crate::layout::{Layout, Link, Tally};
 use crate::native::{before, direction};
@@ -16,8 +16,8 @@ const VNET: usize = 10;
 
 /// Sends a case, and the one before it; says what went wrong.
 pub fn passes(layout: &mut Layout, case: &Case, all: &[Case]) -> Result<(), String> {
-    if case.before.is_some() || case.mode == omerta_verdict::Mode::Conntrack {
-        layout.forget();
+    if case.before.is_some() || case.mode == Mode::Conntrack || case.way == Way::ToGuest {
+        layout.forget(case.mode);
     }
     if let Some(first) = before(case, all) {
         alone(layout, first)?;

@@ -36,21 +36,28 @@ pub struct Kernel {
 impl Kernel {
     pub fn new(mode: Mode) -> Self {
         let mut programs = Programs::load("corpus", mode).unwrap();
-        // Without a rate of events: each drop is told of.
-        let policy = Policy {
-            rates: Default::default(),
-            ..config(mode).policy("guest").unwrap()
-        };
-        PolicyStore::of(&mut programs, "corpus")
-            .unwrap()
-            .commit(policy, &allowlist())
-            .unwrap();
         let events = programs.take_events().unwrap();
         Self {
             mode,
             programs,
             events,
         }
+    }
+
+    /// As if the guest had sent nothing: no flow is known, and none is open.
+    fn forget(&mut self) {
+        if self.mode == Mode::Conntrack {
+            *self = Self::new(self.mode);
+        }
+        // Without a rate of events: each drop is told of.
+        let policy = Policy {
+            rates: Default::default(),
+            ..config(self.mode).policy("guest").unwrap()
+        };
+        PolicyStore::of(&mut self.programs, "corpus")
+            .unwrap()
+            .commit(policy, &allowlist())
+            .unwrap();
     }
 
     fn run(&mut self, frame: &[u8], direction: Direction) -> Result<u32, ProgramError> {
@@ -66,10 +73,7 @@ impl Kernel {
 
     /// What is wrong with the kernel's verdict on a case.
     pub fn differs(&mut self, case: &Case, all: &[Case]) -> Option<String> {
-        if case.mode == Mode::Conntrack {
-            // No flow is open.
-            *self = Self::new(self.mode);
-        }
+        self.forget();
         if let Some(first) = before(case, all) {
             let code = self.run(&first.frame, direction(first)).unwrap();
             assert_eq!(code, NEXT, "{}", first.name);
