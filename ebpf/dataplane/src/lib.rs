@@ -12,6 +12,7 @@ mod bpffs;
 mod btf;
 mod clsact;
 mod config;
+mod constants;
 mod counters;
 mod diagnostics;
 mod error;

@@ -1,7 +1,7 @@
 //! The kernel programs: one instance, with maps of its own, for each guard.
 
 use std::io;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use aya::maps::{Array, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
@@ -17,7 +17,7 @@ use crate::in_place::read_in_place;
 use crate::pins::Pins;
 use crate::random::Random;
 use crate::store::{Value, map_error};
-use crate::{GuardError, Hook, diagnostics};
+use crate::{GuardError, Hook, constants, diagnostics};
 
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
@@ -90,23 +90,33 @@ impl Programs {
         inputs: FixedInputs,
         mark: u32,
     ) -> Result<Self, GuardError> {
-        let (layout, inputs) = (Value(*layout), Value(inputs));
-        let mut loader = EbpfLoader::new();
-        // The programs are built against no kernel's types; what they need of them is set here.
-        loader
-            .btf(None)
-            .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES)
-            .override_global("SKB", &layout, true)
-            .override_global("FIXED", &inputs, true)
-            .override_global("MARK", &mark, true);
-        let mask = FLOWS - 1;
-        if mode == Mode::Conntrack {
-            loader
-                .map_max_entries("FLOWS", FLOWS)
-                .map_max_entries("FLOW_PLACES", FLOWS)
-                .override_global("FLOW_MASK", &mask, true);
+        let mut object = object.to_vec();
+        let layout = Value(*layout);
+        let inputs = Value(inputs);
+        let mut constants = vec![
+            ("SKB", bytes_of(&layout)),
+            ("FIXED", bytes_of(&inputs)),
+            ("MARK", bytes_of(&mark)),
+        ];
+        let (flows, mask) = match mode {
+            Mode::Conntrack => (FLOWS, FLOWS - 1),
+            _ => (1, 0),
+        };
+        constants.push(("FLOW_MASK", bytes_of(&mask)));
+        for (name, bytes) in constants {
+            constants::write(&mut object, name, bytes).map_err(|source| GuardError::System {
+                action: "fit the programs to this kernel",
+                interface: interface.to_owned(),
+                source,
+            })?;
         }
-        let ebpf = loader.load(object).map_err(|source| {
+        let mut loader = loader();
+        loader
+            .map_max_entries("FLOWS", flows)
+            .map_max_entries("FLOW_PLACES", flows);
+        let loaded = loader.load(&object);
+        drop(loader);
+        let ebpf = loaded.map_err(|source| {
             if is_permission(&source) {
                 GuardError::NotPermitted
             } else {
@@ -229,6 +239,28 @@ impl Programs {
     pub(crate) fn ebpf(&mut self) -> &mut Ebpf {
         &mut self.ebpf
     }
+}
+
+/// The bytes of a value that has no padding.
+fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {
+    // SAFETY: `Pod` is for types of whose bytes each is initialised; the slice is as long as the value
+    // and lives as long.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+/// The loader of all guards' objects: to make one, aya reads all of the kernel's types, which takes
+/// 17 ms and 16 MiB. The programs are built against no kernel's types and need none of them.
+fn loader() -> MutexGuard<'static, EbpfLoader<'static>> {
+    static LOADER: OnceLock<Mutex<EbpfLoader<'static>>> = OnceLock::new();
+    let loader = LOADER.get_or_init(|| {
+        let mut loader = EbpfLoader::new();
+        loader
+            .btf(None)
+            .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES);
+        Mutex::new(loader)
+    });
+    // Its settings are the same after any load.
+    loader.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What marks one guard's own answers: nobody else can know it. Not 0, which marks nothing.
