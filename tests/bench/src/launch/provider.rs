@@ -59,6 +59,9 @@ impl Provider {
             .arg("--image-dir")
             .arg(images)
             .args(["--metrics", "off"])
+            // As the unit has it.
+            .env("MALLOC_ARENA_MAX", "2")
+            .env("MALLOC_TRIM_THRESHOLD_", "131072")
             .stdin(Stdio::null())
             .stderr(log);
         let omertad = Process::spawn(command)?;
