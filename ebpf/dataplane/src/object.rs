@@ -2,10 +2,12 @@
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use aya::maps::{Array, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use nix::time::{ClockId, clock_getres};
 use omerta_verdict::{
     Direction, FixedInputs, Flow, Mode, SENT_FLOWS, SentFlow, SocketBufferLayout,
 };
@@ -72,8 +74,7 @@ impl Programs {
                 "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux";
             failed(action, source)
         })?;
-        let load =
-            |object| Self::load_object(object, interface, mode, &kernel.layout, inputs, mark);
+        let load = |object| Self::load_object(object, interface, mode, kernel, inputs, mark);
         match &kernel.object {
             // A kernel that does not take it (without a just-in-time compiler, for one) says more
             // of the object as it was compiled.
@@ -86,15 +87,16 @@ impl Programs {
         object: &[u8],
         interface: &str,
         mode: Mode,
-        layout: &SocketBufferLayout,
+        kernel: &Fitted,
         inputs: FixedInputs,
         mark: u32,
     ) -> Result<Self, GuardError> {
         let mut object = object.to_vec();
-        let layout = Value(*layout);
+        let layout = Value(kernel.layout);
         let inputs = Value(inputs);
         let mut constants = vec![
             ("SKB", bytes_of(&layout)),
+            ("TICK_NS", bytes_of(&kernel.tick_ns)),
             ("FIXED", bytes_of(&inputs)),
             ("MARK", bytes_of(&mark)),
         ];
@@ -274,6 +276,8 @@ fn random_mark() -> io::Result<u32> {
 /// What is found once of the running kernel, whose types do not change.
 struct Fitted {
     layout: SocketBufferLayout,
+    /// The length of a tick.
+    tick_ns: u64,
     /// The object with its reads in place, where the kernel can have them so.
     object: Option<Vec<u8>>,
 }
@@ -288,9 +292,20 @@ impl Fitted {
         let types = Btf::parse(&types).ok_or_else(unknown)?;
         let fitted = Self {
             layout: socket_buffer_layout(&types)?,
+            tick_ns: tick_ns()?,
             object: read_in_place(OBJECT, &types),
         };
         Ok(FITTED.get_or_init(|| fitted))
+    }
+}
+
+/// The coarse clocks go on with each tick, so it is what they tell as their resolution.
+fn tick_ns() -> io::Result<u64> {
+    let resolution = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?;
+    let tick = Duration::from(resolution).as_nanos();
+    match u64::try_from(tick) {
+        Ok(tick @ 1..) => Ok(tick),
+        _ => Err(io::Error::other("the coarse clock has no resolution")),
     }
 }
 

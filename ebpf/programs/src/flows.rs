@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use omerta_verdict::{Flow, SENT_FLOWS, SentFlow};
 
-use crate::state::{full_barrier, generation, keep_order, now};
+use crate::state::{full_barrier, generation, keep_order, now, tick, time_of};
 
 /// When the guest last sent on each flow, nanoseconds of `CLOCK_MONOTONIC`. Userspace sets the size,
 /// which is the quota, at load.
@@ -30,7 +30,7 @@ static FLOW_HAND: Array<u64> = Array::with_max_entries(1, 0);
 #[unsafe(no_mangle)]
 static FLOW_MASK: u32 = 0;
 
-/// What the guest sent on outside of conntrack mode, each flow at [`Flow::sent_place`].
+/// What the guest sent on outside of conntrack mode, each flow at its place by [`SentFlow::place_and_check`].
 #[unsafe(no_mangle)]
 static mut SENT: [SentFlow; SENT_FLOWS] = [SentFlow::NONE; SENT_FLOWS];
 
@@ -150,64 +150,46 @@ fn place(flow: &Flow) -> bool {
     false
 }
 
-/// Remembers the flow with [`SentFlow::stamp`].
+/// Remembers that the guest sends on `flow` now, by the policy of `generation`.
 #[inline(always)]
-pub fn note(flow: &Flow, stamp: u64) {
-    let entry = sent(flow);
-    if holds(entry, flow, stamp) {
+pub fn note(flow: &Flow, generation: u64) {
+    let tick = tick();
+    let (place, check) = SentFlow::place_and_check(flow, tick, generation);
+    let entry = sent(place);
+    // SAFETY: the element lives as long as the program, and this is an aligned word.
+    if unsafe { (&raw const (*entry).check).read_volatile() } == check {
         return;
     }
     let (words, flow) = (entry.cast::<u64>(), flow.words());
     let mut word = 0;
     while word < flow.len() {
-        // SAFETY: the element starts with as many words, aligned, and lives as long as the program.
-        // Where two CPUs write one it may become a mixture of two flows that this guest sent on. The
-        // stamp comes last, so that what it vouches for was written under it.
+        // SAFETY: the element starts with as many words. Where two CPUs write one it may become a
+        // mixture of two flows that this guest sent on. The generation comes last, so that what it
+        // vouches for was written under it.
         unsafe { words.add(word).write_volatile(flow[word]) };
         word += 1;
     }
-    keep_order();
     // SAFETY: as above.
-    unsafe { (&raw mut (*entry).stamp).write_volatile(stamp) };
-}
-
-/// Whether `entry` is of this flow and has the stamp.
-#[inline(always)]
-fn holds(entry: *mut SentFlow, flow: &Flow, stamp: u64) -> bool {
-    if stamp_of(entry) != stamp {
-        return false;
+    unsafe {
+        (&raw mut (*entry).tick).write_volatile(tick);
+        (&raw mut (*entry).check).write_volatile(check);
+        keep_order();
+        (&raw mut (*entry).generation).write_volatile(generation);
     }
-    keep_order();
-    let (words, flow) = (entry.cast::<u64>(), flow.words());
-    let mut word = 0;
-    while word < flow.len() {
-        // SAFETY: as in [`note`].
-        if unsafe { words.add(word).read_volatile() } != flow[word] {
-            return false;
-        }
-        word += 1;
-    }
-    true
 }
 
 #[inline(always)]
-fn stamp_of(entry: *mut SentFlow) -> u64 {
-    // SAFETY: as in [`note`].
-    unsafe { (&raw const (*entry).stamp).read_volatile() }
+fn sent(place: usize) -> *mut SentFlow {
+    // SAFETY: each place is less than the number of elements.
+    unsafe { (&raw mut SENT).cast::<SentFlow>().add(place) }
 }
 
+/// [`note`] by the policy in force. Where that is a later one than the frame was judged by, the frame
+/// is judged anew by it, as is each error.
 #[inline(always)]
-fn sent(flow: &Flow) -> *mut SentFlow {
-    // SAFETY: the place is less than the number of elements.
-    unsafe { (&raw mut SENT).cast::<SentFlow>().add(flow.sent_place()) }
-}
-
-/// [`note`] of now and the policy in force. Where that is a later one than the frame was judged by, the
-/// frame is judged anew by it, as is each error.
-#[inline(always)]
-pub fn note_apart(flow: &Flow) -> bool {
+pub fn note_apart(flow: &Flow) {
     let [peer_high, peer_low, high, low, rest] = flow.words();
-    note_flow(peer_high, peer_low, high, low, rest) == 1
+    note_flow(peer_high, peer_low, high, low, rest);
 }
 
 /// [`note_apart`] of the flow of these [`Flow::words`].
@@ -215,8 +197,8 @@ pub fn note_apart(flow: &Flow) -> bool {
 #[inline(never)]
 pub extern "C" fn note_flow(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u32 {
     let flow = Flow::from_words([peer_high, peer_low, high, low, rest]);
-    note(&flow, SentFlow::stamp(generation(), now()));
-    1
+    note(&flow, generation());
+    0
 }
 
 /// When the guest last sent on `flow`, as [`note`] has it of the policy in force.
@@ -234,10 +216,23 @@ pub fn last_noted(flow: &Flow) -> Option<u64> {
 #[inline(never)]
 pub extern "C" fn flow_noted(peer_high: u64, peer_low: u64, high: u64, low: u64, rest: u64) -> u64 {
     let flow = Flow::from_words([peer_high, peer_low, high, low, rest]);
-    let entry = sent(&flow);
-    let stamp = stamp_of(entry);
-    match SentFlow::seen(stamp, generation()) {
-        Some(seen) if holds(entry, &flow, stamp) => seen,
-        _ => NEVER,
+    let generation = generation();
+    let (place, _) = SentFlow::place_and_check(&flow, 0, generation);
+    let entry = sent(place);
+    // SAFETY: as in [`note`].
+    if unsafe { (&raw const (*entry).generation).read_volatile() } != generation {
+        return NEVER;
     }
+    keep_order();
+    let (words, flow) = (entry.cast::<u64>(), flow.words());
+    let mut word = 0;
+    while word < flow.len() {
+        // SAFETY: as in [`note`].
+        if unsafe { words.add(word).read_volatile() } != flow[word] {
+            return NEVER;
+        }
+        word += 1;
+    }
+    // SAFETY: as in [`note`].
+    time_of(unsafe { (&raw const (*entry).tick).read_volatile() })
 }

@@ -132,7 +132,7 @@ fn judge_usual(context: &TcContext, direction: Direction) -> u32 {
         Direction::Ingress => usual_ingress(&frame, &straight),
     };
     match verdict {
-        // A flow that is not known yet, or not to be noted without the time.
+        // A flow that is not known yet.
         Some(Verdict::Drop(Reason::FlowQuota)) => OPEN,
         Some(verdict) if guard.holds() => verdict.outcome().index() as u32,
         _ => OPEN,

@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use omerta_verdict::{
     Address, AddressClass, Bucket, FixedInputs, Flow, Guard, INLINE_BUCKETS, MAX_ADDRESSES, Meter,
-    Mode, Policy, Protocol, Rate, SentFlow, Slot, State, table_holds,
+    Mode, Policy, Protocol, Rate, Slot, State, table_holds,
 };
 
 use crate::flows;
@@ -38,6 +38,10 @@ const BANK_FLAGS: usize = (BPF_F_MMAPABLE | BPF_F_INNER_MAP) as usize;
 /// The bucket of each meter, shared by all CPUs.
 #[map]
 static METERS: Array<u64> = Array::with_max_entries(Meter::COUNT as u32, 0);
+
+/// How long a tick is, in nanoseconds. Set at load.
+#[unsafe(no_mangle)]
+static TICK_NS: u64 = 0;
 
 /// Set at load, by tests alone.
 #[unsafe(no_mangle)]
@@ -219,8 +223,8 @@ impl Guard for KernelGuard {
     }
 
     #[inline(always)]
-    fn note_sent(&self, flow: &Flow) -> bool {
-        flows::note_apart(flow)
+    fn note_sent(&self, flow: &Flow) {
+        flows::note_apart(flow);
     }
 
     #[inline(always)]
@@ -329,14 +333,9 @@ impl Guard for StraightGuard<'_> {
         flows::seen(flow)
     }
 
-    /// Without the call that asks for the time: the general way does so in each tick.
     #[inline(always)]
-    fn note_sent(&self, flow: &Flow) -> bool {
-        let Some(now) = told_of(self.whole.state) else {
-            return false;
-        };
-        flows::note(flow, SentFlow::stamp(self.whole.generation, now));
-        true
+    fn note_sent(&self, flow: &Flow) {
+        flows::note(flow, self.whole.generation);
     }
 
     /// Errors go the general way.
@@ -460,36 +459,50 @@ pub fn now() -> u64 {
     }
 }
 
-/// [`now`], where it has been asked for in this tick.
+/// The kernel's tick. (On 64 bits it is no call.)
 #[inline(always)]
-fn told_of(state: *mut State) -> Option<u64> {
-    let fixed = fixed();
-    if fixed.now_ns != 0 {
-        return Some(fixed.now_ns);
+pub fn tick() -> u64 {
+    match fixed_now() {
+        // SAFETY: the helper takes no arguments and has no preconditions.
+        0 => unsafe { bpf_jiffies64() },
+        now => now,
     }
-    // SAFETY: the helper takes no arguments and has no preconditions. (On 64 bits it is no call.)
-    let tick = unsafe { bpf_jiffies64() };
-    // SAFETY: as in [`now_of`].
-    unsafe {
-        if (&raw const (*state).tick).read_volatile() != tick {
-            return None;
-        }
-        keep_order();
-        Some((&raw const (*state).tick_ns).read_volatile())
-    }
+}
+
+/// The time at a tick that was not long ago, as [`now`] tells it.
+#[inline(always)]
+pub fn time_of(then: u64) -> u64 {
+    let length = match fixed_now() {
+        // SAFETY: as in [`fixed`].
+        0 => unsafe { core::ptr::read_volatile(&raw const TICK_NS) },
+        _ => 1,
+    };
+    now().saturating_sub(tick().saturating_sub(then).wrapping_mul(length))
+}
+
+/// `FIXED`'s time, or 0.
+#[inline(always)]
+fn fixed_now() -> u64 {
+    // SAFETY: as in [`fixed`].
+    unsafe { core::ptr::read_volatile(&raw const FIXED.now_ns) }
 }
 
 /// [`now`], as the guard's state holds it.
 #[inline(always)]
 fn now_of(state: *mut State) -> u64 {
-    if let Some(now) = told_of(state) {
-        return now;
+    let fixed = fixed_now();
+    if fixed != 0 {
+        return fixed;
     }
-    // SAFETY: the helpers take no arguments and have no preconditions.
-    let (tick, now) = unsafe { (bpf_jiffies64(), bpf_ktime_get_coarse_ns()) };
+    let tick = tick();
     // SAFETY: an array map's element lives as long as the map; these are aligned words, written in
     // the other order than they are read.
     unsafe {
+        if (&raw const (*state).tick).read_volatile() == tick {
+            keep_order();
+            return (&raw const (*state).tick_ns).read_volatile();
+        }
+        let now = bpf_ktime_get_coarse_ns();
         (&raw mut (*state).tick_ns).write_volatile(now);
         keep_order();
         (&raw mut (*state).tick).write_volatile(tick);

@@ -187,15 +187,12 @@ fn to_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
     admit(guard, policy, mode, &segment, &flow)?;
     police(frame, guard, policy, Direction::Egress, count)?;
     // Last, so that only what passes lets anything in: a frame that a rate drops opens no flow.
-    let known = match mode {
-        Mode::Conntrack => guard.open_flow(&flow),
-        _ => guard.note_sent(&flow),
-    };
-    if known {
-        Ok(Verdict::Allow)
-    } else {
-        Err(Reason::FlowQuota)
+    if !matches!(mode, Mode::Conntrack) {
+        guard.note_sent(&flow);
+    } else if !guard.open_flow(&flow) {
+        return Err(Reason::FlowQuota);
     }
+    Ok(Verdict::Allow)
 }
 
 /// As [`general_egress`].

@@ -76,15 +76,6 @@ impl Flow {
         })
     }
 
-    /// The flow's place among [`SENT_FLOWS`]. Only the guest chooses flows: those that it makes collide
-    /// cost it errors of its own.
-    #[inline(always)]
-    pub const fn sent_place(&self) -> usize {
-        let [peer_high, peer_low, _, _, rest] = self.words();
-        let mixed = (peer_high ^ peer_low ^ rest).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (mixed >> (u64::BITS - SENT_FLOWS.ilog2())) as usize
-    }
-
     /// Whether the flow lives at `now` (ns), when the guest last sent on it at `seen`.
     #[inline(always)]
     pub const fn is_live(&self, seen: u64, now: u64) -> bool {
@@ -115,40 +106,34 @@ pub const SENT_FLOWS: usize = 1024;
 pub struct SentFlow {
     /// [`Flow::words`].
     pub flow: [u64; 5],
-    /// [`SentFlow::stamp`]. Written after the flow and read before it.
-    pub stamp: u64,
-    /// Zero.
-    pub padding: [u64; 2],
+    /// When the guest last sent on it, in the shell's own unit.
+    pub tick: u64,
+    /// Of the policy that allowed it: no other lets an error in for it. Written after all else and
+    /// read before it.
+    pub generation: u64,
+    /// [`SentFlow::place_and_check`] of all that, by which a shell may know that it need not be written.
+    pub check: u64,
 }
 
 impl SentFlow {
     /// No flow.
     pub const NONE: Self = Self {
         flow: [0; 5],
-        stamp: 0,
-        padding: [0; 2],
+        tick: 0,
+        generation: 0,
+        check: 0,
     };
 
-    /// Of what a frame left at `now` that the policy of `generation` allowed: of both as many bits as
-    /// tell policies of an instant apart, and the second, roughly.
+    /// The flow's place among [`SENT_FLOWS`], and a number that is most likely another for another
+    /// flow, tick or generation. Only the guest chooses flows: those that it makes collide cost it
+    /// errors of its own.
     #[inline(always)]
-    pub const fn stamp(generation: u64, now: u64) -> u64 {
-        generation << 32 | (now >> Self::TICK) & u32::MAX as u64
+    pub const fn place_and_check(flow: &Flow, tick: u64, generation: u64) -> (usize, u64) {
+        let [peer_high, peer_low, _, low, rest] = flow.words();
+        let mixed = (peer_high ^ peer_low ^ rest).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let place = mixed >> (u64::BITS - SENT_FLOWS.ilog2());
+        (place as usize, mixed ^ low ^ generation << 32 ^ tick)
     }
-
-    /// When the frame of `stamp` was sent, at the earliest; `None` where another policy allowed it than
-    /// that of `generation`: none but it lets an error in for the flow.
-    #[inline(always)]
-    pub const fn seen(stamp: u64, generation: u64) -> Option<u64> {
-        if stamp >> 32 == generation & u32::MAX as u64 {
-            Some((stamp & u32::MAX as u64) << Self::TICK)
-        } else {
-            None
-        }
-    }
-
-    /// Time in units of 2^30 ns, which last for 146 years.
-    const TICK: u32 = 30;
 }
 
 /// The state of one guard, as the shell holds it: maps in the kernel, plain memory elsewhere.
@@ -203,8 +188,8 @@ pub trait Guard {
     fn flow_seen(&self, flow: &Flow) -> Option<u64>;
 
     /// The other modes: remembers that the guest sends on `flow` now, in place of another where there
-    /// is no room; false only where another guard is to be asked.
-    fn note_sent(&self, flow: &Flow) -> bool;
+    /// is no room.
+    fn note_sent(&self, flow: &Flow);
 
     /// The other modes: when the guest last sent on `flow`, under the policy in force.
     fn last_sent(&self, flow: &Flow) -> Option<u64>;
@@ -282,9 +267,7 @@ impl Guard for MemoryGuard<'_> {
         self.live_flows.contains(flow).then_some(self.now_ns)
     }
 
-    fn note_sent(&self, _flow: &Flow) -> bool {
-        true
-    }
+    fn note_sent(&self, _flow: &Flow) {}
 
     fn last_sent(&self, flow: &Flow) -> Option<u64> {
         self.flow_seen(flow)

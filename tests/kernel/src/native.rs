@@ -118,17 +118,19 @@ impl Guard for NativeGuard {
         self.flows.borrow().get(flow).copied()
     }
 
-    fn note_sent(&self, flow: &Flow) -> bool {
-        self.sent.borrow_mut()[flow.sent_place()] = SentFlow {
+    fn note_sent(&self, flow: &Flow) {
+        let (place, check) = SentFlow::place_and_check(flow, self.now(), GENERATION);
+        self.sent.borrow_mut()[place] = SentFlow {
             flow: flow.words(),
-            stamp: SentFlow::stamp(GENERATION, self.now()),
-            ..SentFlow::NONE
+            tick: self.now(),
+            generation: GENERATION,
+            check,
         };
-        true
     }
 
     fn last_sent(&self, flow: &Flow) -> Option<u64> {
-        let sent = self.sent.borrow()[flow.sent_place()];
-        SentFlow::seen(sent.stamp, GENERATION).filter(|_| sent.flow == flow.words())
+        let (place, _) = SentFlow::place_and_check(flow, self.now(), GENERATION);
+        let sent = self.sent.borrow()[place];
+        (sent.generation == GENERATION && sent.flow == flow.words()).then_some(sent.tick)
     }
 }

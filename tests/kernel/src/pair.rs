@@ -153,14 +153,14 @@ impl Pair {
             return Ok(());
         }
         let sent = self.native.sent.get_mut();
-        for entry in sent.iter_mut().filter(|entry| entry.stamp != 0) {
+        for entry in sent.iter_mut().filter(|entry| entry.check != 0) {
             if random.u8(..4) == 0 {
                 let timeout = Flow::from_words(entry.flow).timeout_ns();
-                let second = 1 << 30;
-                let seen = [NOW - timeout + second, NOW - timeout, NOW + second];
+                entry.tick = [NOW - timeout + 1, NOW - timeout, NOW + 1][random.usize(..3)];
                 // Of the policy before, of this one, or of the next.
-                let generation = random.u64(..8).min(1) + u64::from(random.u8(..8) == 0);
-                entry.stamp = SentFlow::stamp(generation, seen[random.usize(..3)]);
+                entry.generation = random.u64(..8).min(1) + u64::from(random.u8(..8) == 0);
+                // Of the flow at another time.
+                entry.check = 1;
             }
         }
         let mut table = [SentFlow::NONE; SENT_FLOWS];

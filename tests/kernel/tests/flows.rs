@@ -8,8 +8,10 @@
 )]
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use aya::programs::{TestRun, TestRunOptions};
+use nix::time::{ClockId, clock_getres};
 use omerta_dataplane::{PolicyStore, Programs};
 use omerta_kernel_tests::*;
 use omerta_verdict::{
@@ -20,6 +22,8 @@ use omerta_verdict::{
 const NEXT: u32 = -1_i32 as u32;
 const NOW: u64 = 1_000_000_000_000;
 const QUOTA: u16 = 4096;
+/// RFC 4787, REQ-5.
+const UDP_TIMEOUT_NS: u64 = 180_000_000_000;
 
 struct Judge(Programs);
 
@@ -29,8 +33,13 @@ impl Judge {
     }
 
     fn in_mode(mode: Mode) -> Self {
+        Self::with(mode, NOW)
+    }
+
+    /// By the kernel's clock where `now_ns` is 0.
+    fn with(mode: Mode, now_ns: u64) -> Self {
         let inputs = FixedInputs {
-            now_ns: NOW,
+            now_ns,
             ..FixedInputs::NONE
         };
         let programs = Programs::load_with("flows", mode, inputs).unwrap();
@@ -79,6 +88,17 @@ impl Judge {
         let packet = Ipv4::new(STRANGER, GUEST, 1).packet(&icmp_unreachable(&quoted));
         let frame = ethernet(GATEWAY_MAC, GUEST_MAC, 0x0800, &packet);
         self.passes(Direction::Ingress, &frame)
+    }
+
+    /// Lets what the guest has sent be so many ticks older.
+    fn set_sent_back(&mut self, ticks: u64) {
+        let mut sent = [SentFlow::NONE; SENT_FLOWS];
+        sent.copy_from_slice(&self.0.sent_flows().unwrap());
+        for entry in sent.iter_mut().filter(|entry| entry.generation != 0) {
+            entry.tick -= ticks;
+            entry.check = 0;
+        }
+        self.0.set_sent_flows(sent).unwrap();
     }
 
     /// Lets the flow from `port` time out.
@@ -258,15 +278,26 @@ fn an_error_comes_in_only_for_what_the_guest_has_sent_lately_by_this_policy() {
         judge.replace(&allowlist());
         assert!(!judge.hears_of(1), "{mode}: sent by another policy");
         assert!(judge.sends(1) && judge.hears_of(1));
-        let mut sent = [SentFlow::NONE; SENT_FLOWS];
-        sent.copy_from_slice(&judge.0.sent_flows().unwrap());
-        for entry in &mut sent {
-            let seen = NOW - Flow::from_words(entry.flow).timeout_ns();
-            entry.stamp = entry.stamp >> 32 << 32 | SentFlow::stamp(0, seen);
-        }
-        judge.0.set_sent_flows(sent).unwrap();
+        judge.set_sent_back(UDP_TIMEOUT_NS);
         assert!(!judge.hears_of(1), "{mode}: too long ago");
         assert!(judge.sends(1) && judge.hears_of(1));
+    }
+}
+
+#[test]
+fn the_kernels_ticks_are_as_long_as_its_clock_says() {
+    let tick = Duration::from(clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).unwrap());
+    let ticks = |time: u64| time / tick.as_nanos() as u64;
+    let mut judge = Judge::with(Mode::Filtered, 0);
+    let second = 1_000_000_000;
+    for (age, heard) in [
+        (UDP_TIMEOUT_NS / 2, true),
+        (UDP_TIMEOUT_NS - 60 * second, true),
+        (UDP_TIMEOUT_NS + 60 * second, false),
+    ] {
+        assert!(judge.sends(1) && judge.hears_of(1));
+        judge.set_sent_back(ticks(age));
+        assert_eq!(judge.hears_of(1), heard, "{age}");
     }
 }
 

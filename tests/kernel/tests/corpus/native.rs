@@ -121,9 +121,8 @@ impl Guard for Remembering {
         self.flows.borrow().contains(flow).then_some(0)
     }
 
-    fn note_sent(&self, flow: &Flow) -> bool {
+    fn note_sent(&self, flow: &Flow) {
         self.flows.borrow_mut().push(*flow);
-        true
     }
 
     fn last_sent(&self, flow: &Flow) -> Option<u64> {
