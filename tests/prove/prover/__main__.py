@@ -63,7 +63,7 @@ class Subject:
         return cls(content, load(content), layouts(content))
 
     def execute(self, function: str, branch: Branch | None = None) -> Program:
-        machine = Machine(self.program, branch)
+        machine = Machine(self.program, self.sizes, branch)
         return Program.execute(function, self.program, self.sizes, machine)
 
 
@@ -91,7 +91,20 @@ class Finding:
     mutant: Mutant | None = None
 
 
-def prove(report: Report, function: str, subject: Subject, workers: int) -> None:
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be shown, of which programs, and how many questions at once."""
+
+    functions: tuple[str, ...]
+    # Part of the claims' names.
+    only: str
+    workers: int
+
+    def among(self, questions: dict[str, z3.BoolRef]) -> dict[str, z3.BoolRef]:
+        return {name: question for name, question in questions.items() if self.only in name}
+
+
+def prove(report: Report, function: str, subject: Subject, wanted: Wanted) -> None:
     """All claims of one program, and that none is true of nothing."""
     began = time.monotonic()
     proof = subject.execute(function)
@@ -99,7 +112,7 @@ def prove(report: Report, function: str, subject: Subject, workers: int) -> None
     paths = sum(end.paths for end in proof.ends)
     report.line(
         f"{function}: {len(machine.executed)} instructions, {len(machine.branches)} undecided "
-        f"jumps, {paths:.1e} paths in {machine.merges} merges, "
+        f"jumps, some 10^{len(str(paths)) - 1} paths in {machine.merges} merges, "
         f"{time.monotonic() - began:.0f} s"
     )
 
@@ -109,9 +122,9 @@ def prove(report: Report, function: str, subject: Subject, workers: int) -> None
         about = None if model is None else describe(model)
         return Finding(answer, time.monotonic() - began, about)
 
-    violations, possible = proof.violations(), proof.possible()
+    violations, possible = wanted.among(proof.violations()), wanted.among(proof.possible())
     asked = [partial(ask, question) for question in (*violations.values(), *possible.values())]
-    findings = at_once(workers, asked)
+    findings = at_once(wanted.workers, asked)
     for name, found in zip(violations, findings, strict=False):
         if found.answer is Answer.NO:
             report.proven += 1
@@ -128,7 +141,7 @@ def prove(report: Report, function: str, subject: Subject, workers: int) -> None
     report.line(f"  possible: {'; '.join(possible)}")
 
 
-def refute(report: Report, function: str, subject: Subject, workers: int) -> None:
+def refute(report: Report, function: str, subject: Subject, wanted: Wanted) -> None:
     """For each essential claim a mutant that violates it."""
     began = time.monotonic()
     mutated = subject.execute(function, mutants.branch)
@@ -153,8 +166,8 @@ def refute(report: Report, function: str, subject: Subject, workers: int) -> Non
             about += ", in the file too" if answer is Answer.YES else ", but not in the file"
         return Finding(answer, time.monotonic() - began, about, mutant)
 
-    names = ESSENTIAL[function]
-    findings = at_once(workers, [partial(find, name) for name in names])
+    names = [name for name in ESSENTIAL[function] if wanted.only in name]
+    findings = at_once(wanted.workers, [partial(find, name) for name in names])
     for name, found in zip(names, findings, strict=True):
         if found.mutant is None:
             report.fail(f"{function}: no mutant violates: {name} ({found.answer.value})")
@@ -175,10 +188,14 @@ def main() -> int:
     parser.add_argument("--binary", type=Path, help="a program that should hold the object")
     parser.add_argument("--only-mutants", action="store_true", help="the mutants alone")
     parser.add_argument("--no-mutants", action="store_true", help="the proof alone")
+    parser.add_argument("--program", choices=FUNCTIONS, help="one of the programs alone")
+    parser.add_argument("--only", default="", help="the claims whose name has this in it")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="questions at once"
     )
     arguments = parser.parse_args()
+    functions = FUNCTIONS if arguments.program is None else (arguments.program,)
+    wanted = Wanted(functions, arguments.only, arguments.jobs)
     content = arguments.object.read_bytes()
     report = Report()
     began = time.monotonic()
@@ -189,10 +206,10 @@ def main() -> int:
         report.line(f"this object {held} the one in {arguments.binary}")
     try:
         subject = Subject.of(content)
-        for function in () if arguments.only_mutants else FUNCTIONS:
-            prove(report, function, subject, arguments.jobs)
-        for function in () if arguments.no_mutants else FUNCTIONS:
-            refute(report, function, subject, arguments.jobs)
+        for function in () if arguments.only_mutants else functions:
+            prove(report, function, subject, wanted)
+        for function in () if arguments.no_mutants else functions:
+            refute(report, function, subject, wanted)
     except Unmodelled as unknown:
         report.fail(f"the prover does not know {unknown}; teach it (tests/prove/prover)")
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

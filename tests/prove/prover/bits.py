@@ -31,6 +31,14 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
+def simplified(value: Word) -> Word:
+    """The word as the solver would write it; a number where it is one."""
+    if isinstance(value, int):
+        return value
+    value = z3.simplify(value)
+    return value.as_long() if z3.is_bv_value(value) else value
+
+
 def low(value: Word, width: int) -> Word:
     """The lowest `width` bits of a word that has as many or more."""
     if isinstance(value, int):
@@ -105,9 +113,19 @@ _OPAQUE = {
 }
 
 
+def _is_bit(value: Word) -> bool:
+    """Whether the word is 0 or 1 by construction."""
+    if isinstance(value, int):
+        return value < 2
+    if value.decl().kind() == z3.Z3_OP_ZERO_EXT:
+        return _is_bit(value.arg(0))
+    one = value.decl().kind() == z3.Z3_OP_BAND
+    return one and any(z3.is_bv_value(a) and a.as_long() == 1 for a in value.children())
+
+
 def _multiply(a: Word, b: Word, width: int) -> Word:
     for known, other in ((a, b), (b, a)):
-        if isinstance(known, int) and known.bit_count() <= 2:
+        if isinstance(known, int) and (known.bit_count() <= 2 or _is_bit(other)):
             return term(known, width) * term(other, width)
     return _OPAQUE["mul", width](term(a, width), term(b, width))
 
@@ -263,3 +281,12 @@ def choose(condition: z3.BoolRef, a: Word, b: Word, width: int) -> Word:
     if same(a, b):
         return a
     return z3.If(condition, term(a, width), term(b, width))
+
+
+def either(condition: z3.BoolRef, a: Truth, b: Truth) -> Truth:
+    """`a` where the condition holds, else `b`."""
+    if same(a, b):
+        return a
+    if isinstance(a, bool) and isinstance(b, bool):
+        return condition if a else negate(condition)
+    return z3.If(condition, a, b)

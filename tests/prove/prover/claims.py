@@ -26,6 +26,7 @@ from .guard import (
 )  # fmt: skip
 from .layout import Layout
 from .memory import constant_byte, context_field, frame_byte, kernel_byte, kernel_memory
+from .slots import Slots
 from .state import Entry, State
 
 # Results (include/uapi/linux/pkt_cls.h): TCX_NEXT is TC_ACT_UNSPEC.
@@ -44,7 +45,12 @@ class Run:
     """One end of a program: its claims, and the inputs that must be able to reach it."""
 
     def __init__(
-        self, function: str, program: Object, layouts: dict[str, Layout], end: State
+        self,
+        function: str,
+        program: Object,
+        layouts: dict[str, Layout],
+        slots: Slots,
+        end: State,
     ) -> None:
         self.egress = function == "guest_egress"
         self.program = program
@@ -53,9 +59,13 @@ class Run:
         result = end.registers[0]
         assert isinstance(result, (int, z3.BitVecRef))
         self.result = bits.term(bits.low(result, 32), 32)
-        self.reached = truth(bits.every(end.path))
+        self.guard = Guard(slots, end.slot_reads)
+        passes = z3.Or(self.result == NEXT, self.result == REDIRECT)
+        # However its policy changes meanwhile.
+        self.ended = truth(bits.every(end.path))
+        # By a policy that stayed in force, where the frame passes: `is_confirmed` is claimed.
+        self.reached = z3.And(self.ended, self.guard.prophecies(passes))
         self.frame = Frame(frame_byte, z3.BitVec("length", 32))
-        self.guard = Guard(program, layouts, end.log)
         # Marks the guard's own answers for the guest; 0 marks nothing.
         mark = z3.Concat(*[constant_byte("MARK", index) for index in (3, 2, 1, 0)])
         self.marked = z3.And(z3.BitVec("mark", 32) == mark, mark != 0)
@@ -99,7 +109,13 @@ class Run:
 
     def claims(self) -> Iterator[Claim]:
         known = z3.Or(*[self.result == value for value in (NEXT, SHOT, REDIRECT)])
-        yield Claim("the result is next, shot or redirect", self.reached, known)
+        yield Claim("the result is next, shot or redirect", self.ended, known)
+        passes = z3.And(self.ended, z3.Or(self.result == NEXT, self.result == REDIRECT))
+        yield Claim(
+            "what passes was judged by one policy, then still in force",
+            z3.And(passes, *[z3.Not(one) for one in self.guard.all_judged()]),
+            self.guard.is_confirmed(),
+        )
         yield from self._allowed_claims()
         yield from self._answer_claims()
         yield from self._counter_claims()
@@ -111,10 +127,6 @@ class Run:
         allowed = self.allowed()
         judged = z3.And(allowed, z3.Not(self.own_answer()))
         mode = g.mode()
-        reads = how_many(g.generation_reads())
-        expected = z3.If(self.marked, reads, z3.BitVecVal(1, 32)) if self.egress else 1
-        yield Claim("the generation is read once", allowed, reads == expected)
-        yield Claim("the policy is the one in force", allowed, g.policy_is_in_force())
         modes = z3.Or(*[mode == value for value in (FILTERED, CONNTRACK, SAMPLED, DIRECT)])
         yield Claim("there is a policy with a known mode", judged, modes)
         yield Claim("no VLAN tag", allowed, context_field("vlan_present") == 0)

@@ -21,7 +21,7 @@ class Flow:
         predecessors: dict[int, int] = {}
         finished: list[int] = []
         seen = {entry}
-        work = [(entry, iter(self._successors(entry)))]
+        work = [(entry, iter(self.successors(entry)))]
         while work:
             pc, rest = work[-1]
             after = next(rest, None)
@@ -32,7 +32,7 @@ class Flow:
             predecessors[after] = predecessors.get(after, 0) + 1
             if after not in seen:
                 seen.add(after)
-                work.append((after, iter(self._successors(after))))
+                work.append((after, iter(self.successors(after))))
         for number, pc in enumerate(reversed(finished)):
             self.order[pc] = number
         self.joins |= {pc for pc, count in predecessors.items() if count > 1}
@@ -44,7 +44,7 @@ class Flow:
         instruction = self.program.code[pc]
         return instruction is not None and instruction.callee is not None
 
-    def _successors(self, pc: int) -> list[int]:
+    def successors(self, pc: int) -> list[int]:
         i = self.program.code[pc] if 0 <= pc < len(self.program.code) else None
         if i is None:
             raise Unmodelled(f"control flow leaves the program at {pc}")

@@ -1,18 +1,16 @@
-"""The guard's state as the claims see it: the policy in force and its allowlist."""
+"""The guard's state as the claims see it: the policy that a frame was judged by, its allowlist."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import z3
 
 from . import bits
-from .elf import Object, Unmodelled
 from .frame import Byte, constant, equal
-from .layout import Layout
-from .memory import frozen_byte
-from .state import Entry
+from .slots import Slots, bucket_byte, judged, policy_byte
+from .state import Entry, SlotReads
 
 # Numbers of `Mode` (ebpf/verdict/src/policy.rs).
 FILTERED, CONNTRACK, SAMPLED, DIRECT = 1, 2, 3, 4
@@ -40,66 +38,47 @@ def how_many(entries: Sequence[Entry]) -> z3.BitVecRef:
 class Guard:
     """What one run of a program read of its guard."""
 
-    program: Object
-    layouts: dict[str, Layout]
-    log: Sequence[Entry]
-    _bytes: dict[int, Byte] = field(default_factory=dict)
+    slots: Slots
+    reads: SlotReads
 
-    def __post_init__(self) -> None:
-        if self.layouts["Policy"].size != self.program.maps["POLICY"].value_size:
-            raise Unmodelled("POLICY does not hold a Policy")
-        banks = self.program.maps["RULES"].inner
-        if banks is None or self.layouts["Bucket"].size != banks.value_size:
-            raise Unmodelled("RULES does not hold banks of Buckets")
+    # The judgement
 
-    def generation_reads(self) -> list[Entry]:
-        return all_entries(self.log, "read", "GENERATION")
+    def is_judged_by(self, generation: int) -> z3.BoolRef:
+        """Whether the last slot that was read was the one that this generation named."""
+        return bits.term(self.reads.judgement, 16) == generation + 1
 
-    def slot(self) -> z3.BitVecRef:
-        """The slot in force: the lowest bit of the generation, as it was last read."""
-        slot = z3.BitVecVal(0, 32)
-        for entry in self.generation_reads():
-            value = entry.args[2]
-            assert isinstance(value, z3.BitVecRef)
-            slot = z3.If(truth(entry.guard), z3.ZeroExt(31, z3.Extract(0, 0, value)), slot)
-        return slot
+    def prophecies(self, passes: z3.BoolRef) -> z3.BoolRef:
+        """What passes was judged by the slot that was read last; reads of all others are of any
+        content, and of what does not pass all are."""
+        return z3.And(
+            *[
+                judged(generation) == z3.And(passes, self.is_judged_by(generation))
+                for generation in range(len(self.slots.generations))
+            ]
+        )
 
-    def policy_lookups(self) -> list[Entry]:
-        return all_entries(self.log, "lookup", "POLICY")
+    def all_judged(self) -> list[z3.BoolRef]:
+        return [judged(generation) for generation in range(len(self.slots.generations))]
 
-    def policy_is_in_force(self) -> z3.BoolRef:
-        """The policy that was last looked up is the one in the slot in force."""
-        key = z3.BitVecVal(0xFFFF_FFFF, 32)
-        for entry in self.policy_lookups():
-            word = entry.args[1]
-            assert isinstance(word, (int, z3.BitVecRef))
-            key = z3.If(truth(entry.guard), bits.term(word, 32), key)
-        return key == self.slot()
+    def is_confirmed(self) -> z3.BoolRef:
+        """The slot that was read last was in force: its generation was read again and was the same,
+        after all that was read of it."""
+        pending = [
+            z3.And(self.is_judged_by(generation), truth(since))
+            for generation, since in self.reads.pending.items()
+        ]
+        judged_once = bits.term(self.reads.judgement, 16) != 0
+        return z3.And(judged_once, z3.Not(z3.Or(*pending)))
+
+    # The policy
 
     def policy(self, field: str, size: int, skip: int = 0) -> list[Byte]:
-        """Bytes of a field of the policy that was last looked up, in memory order."""
-        start = self.layouts["Policy"].fields[field] + skip
-        return [self._policy_byte(start + index) for index in range(size)]
-
-    def _policy_byte(self, offset: int) -> Byte:
-        if offset not in self._bytes:
-            turns: list[tuple[str, list[z3.BoolRef]]] = []
-            for entry in self.policy_lookups():
-                region = entry.args[2]
-                assert isinstance(region, str)
-                if not turns or turns[-1][0] != region:
-                    turns.append((region, []))
-                turns[-1][1].append(truth(entry.guard))
-            content = z3.BitVec(f"no policy+{offset}", 8)
-            for region, held in turns:
-                byte = frozen_byte(region, offset)
-                # Where there was one policy only, it is the one.
-                content = byte if len(turns) == 1 else z3.If(z3.Or(*held), byte, content)
-            self._bytes[offset] = content
-        return self._bytes[offset]
+        """Bytes of a field of the policy that judged, in memory order."""
+        start = self.slots.policy.fields[field] + skip
+        return [policy_byte(start + index) for index in range(size)]
 
     def policy_number(self, field: str) -> z3.BitVecRef:
-        """A 32-bit field of the policy in force."""
+        """A 32-bit field of the policy."""
         return z3.Concat(*reversed(self.policy(field, 4)))
 
     def mac(self) -> list[Byte]:
@@ -127,33 +106,38 @@ class Guard:
         known = [equal(address, self._address(field, index)) for index in range(count)]
         return z3.And(z3.Or(*known), z3.Not(equal(address, constant(bytes(16)))))
 
+    # The allowlist
+
     def has_live_rule(
         self, protocol: z3.BitVecRef, address: Sequence[Byte], port: z3.BitVecRef
     ) -> z3.BoolRef:
-        """Some bucket of the bank in the slot in force holds the rule.
+        """Some bucket of the policy's allowlist holds the rule.
 
-        The buckets that the program found stand as witnesses for "some bucket".
+        The buckets that the program read stand as witnesses for "some bucket". One beside the
+        policy is of the allowlist if that is short, one of the bank in its slot if it is long.
         """
         service = protocol << 16 | port
-        held: dict[str, z3.BoolRef] = {}
-        for entry in all_entries(self.log, "lookup", "RULES's"):
-            _, _, region, slot = entry.args
-            assert isinstance(region, str) and isinstance(slot, (int, z3.BitVecRef))
-            in_force = bits.term(slot, 32) == self.slot()
-            here = z3.And(truth(entry.guard), in_force)
-            held[region] = z3.Or(held.get(region, z3.BoolVal(False)), here)
-        return z3.Or(
-            *[z3.And(here, self._bucket_holds(r, service, address)) for r, here in held.items()]
-        )
+        mask = z3.ZeroExt(32, self.policy_number("table_mask"))
+        found = []
+        for number, read in self.reads.buckets.items():
+            bucket = self.slots.buckets[number]
+            listed = z3.And(
+                truth(read),
+                self.is_judged_by(bucket.generation),
+                z3.UGE(mask, self.slots.inline) == bucket.banked,
+                z3.ULE(bits.term(bucket.index, 64), mask),
+            )
+            found.append(z3.And(listed, self._bucket_holds(number, service, address)))
+        return z3.Or(*found)
 
     def _bucket_holds(
-        self, region: str, service: z3.BitVecRef, address: Sequence[Byte]
+        self, bucket: int, service: z3.BitVecRef, address: Sequence[Byte]
     ) -> z3.BoolRef:
-        fields = self.layouts["Bucket"].fields
+        fields = self.slots.bucket.fields
 
         def word(field: str, place: int, size: int) -> list[Byte]:
             start = fields[field] + size * place
-            content = [frozen_byte(region, start + offset) for offset in range(size)]
+            content = [bucket_byte(bucket, start + offset) for offset in range(size)]
             return list(reversed(content))
 
         places = [

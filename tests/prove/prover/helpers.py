@@ -9,15 +9,9 @@ import z3
 
 from . import bits
 from .bits import Truth, Word
+from .cells import without_packet_pointers
 from .elf import MapDefinition, Unmodelled
-from .memory import (
-    FROZEN,
-    Region,
-    frame_byte,
-    kernel_byte,
-    kernel_memory,
-    without_packet_pointers,
-)
+from .memory import Region, frame_byte, kernel_byte, kernel_memory
 from .state import Choice, MapReference, Pointer, State, Value
 
 if TYPE_CHECKING:
@@ -53,7 +47,7 @@ class Helpers:
         if not isinstance(reference, MapReference):
             raise Unmodelled(f"a map is expected, not {reference}, at {state.pc}")
         definition = self.machine.program.maps[reference.name]
-        if reference.slot is None:
+        if reference.generation is None:
             return definition
         assert definition.inner is not None
         return definition.inner
@@ -86,46 +80,30 @@ class Helpers:
     # Maps
 
     def map_lookup(self, state: State) -> Iterator[State]:
-        definition, parts = self._map(state), None
-        reference = state.registers[1]
+        definition, reference = self._map(state), state.registers[1]
         assert isinstance(reference, MapReference)
-        if definition.kind in ("array", "percpu_array", "hash", "lru_hash", "array_of_maps"):
-            parts = self._key(state, definition)
-        else:
+        if definition.kind not in ("array", "percpu_array", "hash", "lru_hash", "array_of_maps"):
             raise Unmodelled(f"lookup in {definition.name}, a {definition.kind}, at {state.pc}")
+        parts = self._key(state, definition)
         if parts is None:
             return
+        key = bits.simplified(bits.join(parts))
+        # Userspace makes arrays of other sizes than the object's, banks may be missing.
         found: Truth = self.machine.fresh_truth(f"{definition.name} has it")
         value: Value
         if definition.kind in ("hash", "lru_hash"):
             region = Region("shared", definition.value_size, definition.name)
             value = Pointer(self.memory.add(region), 0)
+        elif definition.kind == "array_of_maps":
+            value = MapReference(definition.name, self.memory.slots.bank(state, key))
+        elif reference.generation is not None:
+            value = Pointer(self.memory.bucket_in_bank(reference.generation, key), 0)
         else:
-            key = _simplified(bits.join(parts))
-            # A slot may be empty, and each inner map has a size of its own.
-            if definition.kind != "array_of_maps" and reference.slot is None:
-                found = bits.compare("lt", key, definition.max_entries, 32)
-            if definition.kind == "array_of_maps":
-                value = MapReference(definition.name, key)
-            else:
-                value = Pointer(self.memory.element(definition, reference.slot, key), 0)
-                self._note_lookup(state, definition, key, value.region, reference.slot)
-        if isinstance(found, bool):
-            state.registers[0] = value if found else 0
-        else:
-            state.registers[0] = Choice(found, value, 0)
+            value = Pointer(self.memory.element(definition, key), 0)
+            if isinstance(key, int) and key < definition.max_entries:
+                found = True
+        state.registers[0] = value if found is True else Choice(found, value, 0)
         yield state
-
-    @staticmethod
-    def _note_lookup(
-        state: State, definition: MapDefinition, key: Word, region: str, slot: Word | None
-    ) -> None:
-        if definition.name not in FROZEN:
-            return
-        last = [e for e in state.log if e.kind == "lookup" and e.args[0] == definition.name][-1:]
-        # What was looked up last and surely need not be noted again.
-        if not (last and last[0].guard is True and last[0].args[2] == region):
-            state.note("lookup", definition.name, key, region, slot)
 
     def map_update(self, state: State) -> Iterator[State]:
         definition = self._map(state)
@@ -135,7 +113,6 @@ class Helpers:
         value = self.memory.load_bytes(state, self._pointer(state, 3), definition.value_size)
         if key is None or value is None:
             return
-        state.note("update", definition.name, tuple(key), tuple(value))
         state.registers[0] = self._error("map_update_elem")
         yield state
 
@@ -282,13 +259,6 @@ class Helpers:
         yield state
 
 
-def _simplified(word: Word) -> Word:
-    if isinstance(word, int):
-        return word
-    word = z3.simplify(word)
-    return word.as_long() if z3.is_bv_value(word) else word
-
-
 # By number: how many arguments, and the model.
 HELPERS: dict[int, tuple[int, Model]] = {
     1: (2, Helpers.map_lookup),
@@ -303,6 +273,7 @@ HELPERS: dict[int, tuple[int, Model]] = {
     38: (3, Helpers.skb_change_tail),
     39: (2, Helpers.skb_pull_data),
     113: (3, Helpers.probe_read_kernel),
+    118: (0, Helpers.time),
     125: (0, Helpers.time),
     160: (0, Helpers.time),
     163: (5, Helpers.check_mtu),

@@ -9,7 +9,7 @@ from elftools.elf.elffile import ELFFile
 
 from .elf import Unmodelled
 
-STRUCTURES = ("Policy", "Bucket", "Count", "SocketBufferLayout")
+STRUCTURES = ("State", "Slot", "Policy", "Bucket", "Count", "SocketBufferLayout")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ import z3
 
 from . import bits
 from .bits import Truth, Word
+from .atomics import atomic
 from .elf import CALL, LD_IMM64, PSEUDO_CALL, Instruction, Object, Unmodelled
 from .flow import Flow
+from .layout import Layout
 from .memory import Memories
 from .state import (
     UNWRITTEN,
@@ -30,6 +32,7 @@ from .state import (
     State,
     Value,
 )
+from .tries import STAGE, Tries
 
 ALU = {
     0: "add", 1: "sub", 2: "mul", 3: "div", 4: "or", 5: "and", 6: "lsh", 7: "rsh", 8: "neg",
@@ -63,6 +66,7 @@ class Machine:
     def __init__(
         self,
         program: Object,
+        layouts: dict[str, Layout],
         branch: Branch | None = None,
     ) -> None:
         from .helpers import Helpers
@@ -75,8 +79,9 @@ class Machine:
         self.executed: set[int] = set()
         self.steps = 0
         self.merges = 0
-        self.memory = Memories(self)
+        self.memory = Memories(self, layouts)
         self.helpers = Helpers(self)
+        self.tries = Tries(self)
         self.finals: list[State] = []
         self._names = 0
         self._rounds: dict[object, int] = {}
@@ -112,22 +117,24 @@ class Machine:
         registers[1] = Pointer("context", 0)
         registers[10] = Pointer("stack0", 512)
         start = State(
-            self.program.functions[function], registers, length, linear, z3.BitVec("mark", 32)
+            self.program.functions[function], registers, length, linear, z3.BitVec("mark", 32),
+            path=(STAGE == 0,),
         )
+        self.tries.start(start.pc)
         self._flow.add(start.pc)
         self._park(start)
         while self._order:
             _, _, key = heapq.heappop(self._order)
             waiting = self._waiting.pop(key, None)
             if waiting is not None:
-                self._run_on(waiting)
+                self._run_on(self.tries.returned(waiting))
         return self.finals
 
     def _run_on(self, state: State) -> None:
         work = [state]
         while work:
-            for after in self._step(work.pop()):
-                if after.pc in self._flow.joins:
+            for after, apart in self._step(work.pop()):
+                if apart or after.pc in self._flow.joins or after.returned_from is not None:
                     self._park(after)
                 else:
                     work.append(after)
@@ -146,14 +153,18 @@ class Machine:
 
     # One instruction
 
-    def _step(self, state: State) -> Iterator[State]:
+    def _step(self, state: State) -> Iterator[tuple[State, bool]]:
+        """The states after the next instruction, and whether one was taken apart for it. Those
+        meet again at once."""
         instruction = self.program.code[state.pc]
         if instruction is None:
             raise Unmodelled(f"a jump into the middle of an instruction at {state.pc}")
         self.steps += 1
         self.executed.add(state.pc)
-        for ready in self._decided(state, self._operands(state, instruction)):
-            yield from self._execute(ready, instruction)
+        decided = list(self._decided(state, self._operands(state, instruction)))
+        for ready in decided:
+            for after in self._execute(ready, instruction):
+                yield after, len(decided) > 1
 
     def _operands(self, state: State, i: Instruction) -> list[int]:
         """The registers whose kind must be known before the instruction can be executed."""
@@ -360,8 +371,9 @@ class Machine:
             return bits.compare(op, a.offset, b.offset, 64)
         if isinstance(a, (Pointer, MapReference)) or isinstance(b, (Pointer, MapReference)):
             # A valid pointer is not null.
-            if op in ("eq", "ne") and width == 64 and (bits.same(a, 0) or bits.same(b, 0)):
-                return op == "ne"
+            if op in ("eq", "ne") and (bits.same(a, 0) or bits.same(b, 0)):
+                # Half of one may be.
+                return op == "ne" if width == 64 else self.fresh_truth("half of a pointer")
             raise Unmodelled(f"comparison of {a} and {b} at {state.pc}")
         x = bits.low(self._word(state, a), width)
         y = bits.low(self._word(state, b), width)
@@ -375,7 +387,11 @@ class Machine:
             if depth > 7:
                 raise Unmodelled(f"calls nested more than eight deep at {state.pc}")
             self._flow.add(i.callee)
-            state.callers += (Frame(state.pc + 1, tuple(state.registers[6:10])),)
+            known = self.tries.call(state, i.callee)
+            if known is not None:
+                yield known
+                return
+            state.callers += (Frame(state.pc + 1, i.callee, tuple(state.registers[6:10])),)
             state.memory.pop(f"stack{depth}", None)
             state.registers[10] = Pointer(f"stack{depth}", 512)
             state.registers[6:10] = [UNWRITTEN] * 4
@@ -401,6 +417,8 @@ class Machine:
         state.registers[10] = Pointer(f"stack{depth}", 512)
         state.memory.pop(f"stack{depth + 1}", None)
         state.pc = frame.return_to
+        if not state.callers:
+            state.returned_from = frame.callee
         yield state
 
     # Loads and stores
@@ -430,7 +448,7 @@ class Machine:
                     bits.widen(value, 64) if isinstance(value, (int, z3.BitVecRef)) else value
                 )
             elif mode == 6:
-                self.memory.atomic(part, pointer, size, i)
+                atomic(self.memory, part, pointer, size, i)
             else:
                 yield from self._stores(part, i, pointer, size)
                 continue

@@ -10,16 +10,16 @@ import z3
 
 from . import bits
 from .bits import Truth, Word
-from .elf import Instruction, MapDefinition, Unmodelled
-from .state import UNWRITTEN_STACK, Cell, Choice, Lost, Memory, Pointer, State, Value
+from .cells import MOST_VALUES, PACKET, constants_of, joined, part_of
+from .elf import MapDefinition, Unmodelled
+from .layout import Layout
+from .slots import BANKS, STATE, Slots
+from .state import UNWRITTEN_STACK, Cell, Choice, Memory, Pointer, State, Value
 
 if TYPE_CHECKING:
     from .machine import Machine
 
 STACK = 512
-# How many values an offset or length may take where it depends on the path or the frame.
-MOST_VALUES = 64
-PACKET = "packet"
 
 # struct __sk_buff (include/uapi/linux/bpf.h): 32-bit fields that a program may read.
 CONTEXT = {
@@ -28,10 +28,6 @@ CONTEXT = {
     40: "ifindex", 76: "data", 80: "data_end", 160: "wire_len", 164: "gso_segs", 176: "gso_size",
 }  # fmt: skip
 
-# Maps that only userspace writes, and never the slot that a program reads (ARCHITECTURE.md,
-# "Changing a policy"; "RULES's" are the
-# banks in RULES): each element is one unknown value for the whole run.
-FROZEN = {"POLICY", "RULES's"}
 # Per-CPU maps of 64-bit words, of which the program computes which one it changes.
 TALLIED = {"COUNTERS"}
 
@@ -40,25 +36,23 @@ TALLIED = {"COUNTERS"}
 class Region:
     """Memory that a pointer can point into.
 
-    `kind`: *frozen* and *constant* do not change; *private* belongs to this CPU, and the program
-    finds what it wrote; *tallied* is the same, word by word at offsets that need not be known;
-    *shared* may be changed by others at any time, so that every read is a new unknown.
+    `kind`: *constant* does not change; *private* belongs to this CPU, and the program finds what it
+    wrote; *tallied* is the same, word by word at offsets that need not be known; *shared* may be
+    changed by others at any time, so that every read is a new unknown; *slots* and *bucket* hold
+    policies (`slots.py`).
     """
 
     kind: str
     size: int
     map: str = ""
     key: Word = 0
+    # Of a bucket: the number of the generation that chose its slot, and its own.
+    bucket: tuple[int, int] = (0, 0)
 
 
 def frame_byte(offset: int) -> z3.BitVecRef:
     """The frame's byte at `offset` from its destination MAC."""
     return z3.BitVec(f"frame[{offset}]", 8)
-
-
-def frozen_byte(region: str, offset: int) -> z3.BitVecRef:
-    """A byte of an element of a frozen array."""
-    return z3.BitVec(f"{region}+{offset}", 8)
 
 
 def constant_byte(name: str, offset: int) -> z3.BitVecRef:
@@ -85,32 +79,33 @@ def context_field(name: str) -> z3.BitVecRef:
 class Memories:
     """Loads and stores of one machine."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, layouts: dict[str, Layout]) -> None:
         self.machine = machine
+        self.slots = Slots(machine, layouts)
         self.regions: dict[str, Region] = {"context": Region("context", 192)}
         self.regions |= {f"stack{depth}": Region("stack", STACK) for depth in range(8)}
         self.regions[PACKET] = Region("packet", 0)
 
     # Regions
 
-    def element(self, definition: MapDefinition, slot: Word | None, key: Word) -> str:
-        """The region of an array's element; of the array in `slot` where there are several.
-
-        Elements under keys that are not the same by construction are different regions. For
-        frozen ones that forgets that they may be equal, which allows the program more than it
-        can do, never less.
-        """
-        names = [
-            str(k) if isinstance(k, int) else f"#{k.get_id()}" for k in (slot, key) if k is not None
-        ]
-        name = f"{definition.name}[{']['.join(names)}]"
+    def element(self, definition: MapDefinition, key: Word) -> str:
+        """The region of an array's element."""
+        name = f"{definition.name}[{key if isinstance(key, int) else f'#{key.get_id()}'}]"
         if name not in self.regions:
             kind = "shared"
-            if definition.name in FROZEN:
-                kind = "frozen"
+            if definition.name == STATE:
+                kind = "slots"
             elif definition.kind == "percpu_array":
                 kind = "tallied" if definition.name in TALLIED else "private"
             self.regions[name] = Region(kind, definition.value_size, definition.name, key)
+        return name
+
+    def bucket_in_bank(self, generation: int, index: Word) -> str:
+        """The region of a bucket of the bank in the slot that the generation chose."""
+        number = self.slots.bucket_in_bank(generation, index)
+        name = f"bucket {number}"
+        region = Region("bucket", self.slots.bucket.size, BANKS, bucket=(generation, number))
+        self.regions[name] = region
         return name
 
     def constant(self, name: str) -> str:
@@ -134,9 +129,9 @@ class Memories:
     def at_known_offset(self, state: State, pointer: Pointer) -> Iterator[tuple[State, Pointer]]:
         """The pointer with a known offset; one state for each value that the offset can have.
 
-        Tallied words are found by any offset.
+        Tallied words and slots are found by any offset.
         """
-        if self.regions[pointer.region].kind == "tallied":
+        if self.regions[pointer.region].kind in ("tallied", "slots"):
             yield state, pointer
             return
         for part, offset in self.known(state, pointer.offset):
@@ -169,7 +164,7 @@ class Memories:
             yield state.fork(word == value), value
         raise Unmodelled(f"an offset or length with more than {MOST_VALUES} values at {state.pc}")
 
-    def _within(self, state: State, pointer: Pointer, size: int) -> bool:
+    def within(self, state: State, pointer: Pointer, size: int) -> bool:
         """Requires the access to be within its region; false where it cannot be."""
         region = self.regions[pointer.region]
         if region.kind == "tallied":
@@ -205,7 +200,9 @@ class Memories:
 
     def load(self, state: State, pointer: Pointer, size: int) -> Value | None:
         """`size` bytes at a known offset, or None where that is out of bounds."""
-        if not self._within(state, pointer, size):
+        if self.regions[pointer.region].kind == "slots":
+            return self.slots.load(state, pointer.offset, size)
+        if not self.within(state, pointer, size):
             return None
         offset, region = pointer.offset, self.regions[pointer.region]
         if region.kind == "tallied":
@@ -216,16 +213,13 @@ class Memories:
                 return self._load_context(state, offset, size)
             case "packet":
                 return bits.join([frame_byte(offset + index) for index in range(size)])
-            case "frozen":
-                return bits.join([frozen_byte(pointer.region, offset + i) for i in range(size)])
+            case "bucket":
+                return self.slots.load_bucket(state, *region.bucket, offset, size)
             case "constant":
                 return bits.join([constant_byte(region.map, offset + i) for i in range(size)])
             case "shared":
-                value = self.machine.fresh(f"{region.map}+{offset}", 8 * size)
-                if region.map == "GENERATION":
-                    state.note("read", region.map, offset, value)
-                return value
-        return self._load_cells(state, pointer.region, offset, size)
+                return self.machine.fresh(f"{region.map}+{offset}", 8 * size)
+        return self.load_cells(state, pointer.region, offset, size)
 
     def _load_context(self, state: State, offset: int, size: int) -> Value:
         name = CONTEXT.get(offset)
@@ -242,7 +236,7 @@ class Memories:
                 return state.mark
         return context_field(name)
 
-    def _load_cells(self, state: State, region: str, offset: int, size: int) -> Value:
+    def load_cells(self, state: State, region: str, offset: int, size: int) -> Value:
         memory = state.memory.get(region, {})
         cells = []
         for place in range(offset, offset + size):
@@ -261,7 +255,7 @@ class Memories:
             for index, cell in enumerate(cells)
         ):
             return first
-        return _joined([_part(cell.value, cell.index) for cell in cells])
+        return joined([part_of(cell.value, cell.index) for cell in cells])
 
     @staticmethod
     def _load_tallied(state: State, region: Region, offset: Word) -> Word:
@@ -316,7 +310,9 @@ class Memories:
 
     def store(self, state: State, pointer: Pointer, size: int, value: Value) -> bool:
         """Stores the lowest `size` bytes; false where that is out of bounds."""
-        if not self._within(state, pointer, size):
+        if self.regions[pointer.region].kind == "slots":
+            return self.slots.store(state, pointer.offset, size)
+        if not self.within(state, pointer, size):
             return False
         offset, region = pointer.offset, self.regions[pointer.region]
         if region.kind == "tallied":
@@ -335,7 +331,7 @@ class Memories:
             case "stack" | "ring":
                 self._put(state, pointer.region, offset, size, value)
             case "private" | "shared":
-                self._store_map(state, pointer.region, offset, size, value)
+                self.store_map(state, pointer.region, offset, size, value)
             case "context" if CONTEXT.get(offset) == "mark" and size == 4:
                 if not isinstance(value, (int, z3.BitVecRef)):
                     raise Unmodelled(f"mark is set to {value} at {state.pc}")
@@ -349,7 +345,7 @@ class Memories:
         for index in range(size):
             memory[offset + index] = Cell(value, index, size)
 
-    def _store_map(self, state: State, name: str, offset: int, size: int, value: Value) -> None:
+    def store_map(self, state: State, name: str, offset: int, size: int, value: Value) -> None:
         region = self.regions[name]
         if not isinstance(value, (int, z3.BitVecRef)):
             raise Unmodelled(f"{value} is stored to {region.map} at {state.pc}")
@@ -379,105 +375,7 @@ class Memories:
         assert isinstance(pointer.offset, int)
         return self.regions[pointer.region].size - pointer.offset
 
-    # Atomics
-
-    def atomic(self, state: State, pointer: Pointer, size: int, i: Instruction) -> None:
-        region = self.regions[pointer.region]
-        if region.kind not in ("private", "shared") or not self._within(state, pointer, size):
-            raise Unmodelled(f"an atomic operation on {pointer.region} at {state.pc}")
-        operand = state.registers[i.src]
-        if not isinstance(operand, (int, z3.BitVecRef)):
-            raise Unmodelled(f"an atomic operation with {operand} at {state.pc}")
-        assert isinstance(pointer.offset, int)
-        operand = bits.low(operand, 8 * size)
-        old: Value = self.machine.fresh(f"{region.map}+{pointer.offset}", 8 * size)
-        if region.kind == "private":
-            old = self._load_cells(state, pointer.region, pointer.offset, size)
-        if not isinstance(old, (int, z3.BitVecRef)):
-            raise Unmodelled(f"an atomic operation on {old} at {state.pc}")
-        operations = {0x00: "add", 0x40: "or", 0x50: "and", 0xA0: "xor"}
-        result: int | None = i.src if i.imm & 1 else None
-        if i.imm & ~1 in operations:
-            new = bits.arithmetic(operations[i.imm & ~1], old, operand, 8 * size)
-        elif i.imm == 0xE1:
-            new = operand
-        elif i.imm == 0xF1:
-            expected = state.registers[0]
-            if not isinstance(expected, (int, z3.BitVecRef)):
-                raise Unmodelled(f"cmpxchg against {expected} at {state.pc}")
-            equal = bits.compare("eq", old, bits.low(expected, 8 * size), 8 * size)
-            new = (
-                (operand if equal else old)
-                if isinstance(equal, bool)
-                else bits.choose(equal, operand, old, 8 * size)
-            )
-            result = 0
-        else:
-            raise Unmodelled(f"atomic operation {i.imm:#x} at {state.pc}")
-        self._store_map(state, pointer.region, pointer.offset, size, new)
-        if result is not None:
-            state.registers[result] = bits.widen(old, 64)
-
 
 def _as_word(value: object) -> Word:
     assert isinstance(value, (int, z3.BitVecRef))
     return value
-
-
-def without_packet_pointers(value: Value) -> Value:
-    """What is left of a value when the kernel may have moved the packet."""
-    if isinstance(value, Pointer) and value.region == PACKET:
-        return Lost("a packet pointer from before the packet was moved")
-    if isinstance(value, Choice):
-        yes, no = without_packet_pointers(value.yes), without_packet_pointers(value.no)
-        if yes is not value.yes or no is not value.no:
-            return Choice(value.condition, yes, no)
-    return value
-
-
-def _part(value: Value, index: int) -> Value:
-    """One byte of a value."""
-    if isinstance(value, Choice):
-        return Choice(value.condition, _part(value.yes, index), _part(value.no, index))
-    if isinstance(value, (int, z3.BitVecRef)):
-        return bits.byte(value, index)
-    return value if isinstance(value, Lost) else Lost("part of a pointer")
-
-
-def _joined(parts: list[Value]) -> Value:
-    """The value whose bytes these are."""
-    words = [part for part in parts if isinstance(part, (int, z3.BitVecRef))]
-    if len(words) == len(parts):
-        return bits.join(words)
-    for part in parts:
-        if isinstance(part, Lost):
-            return part
-    condition = next(part.condition for part in parts if isinstance(part, Choice))
-
-    def under(yes: bool) -> list[Value]:
-        return [
-            (part.yes if yes else part.no)
-            if isinstance(part, Choice) and part.condition.eq(condition)
-            else part
-            for part in parts
-        ]
-
-    return Choice(condition, _joined(under(True)), _joined(under(False)))
-
-
-def constants_of(word: z3.BitVecRef) -> set[int] | None:
-    """The values of a word that is computed from choices between constants; None for others."""
-    if z3.is_bv_value(word):
-        return {word.as_long()}
-    if word.decl().kind() == z3.Z3_OP_ITE:
-        yes, no = constants_of(word.arg(1)), constants_of(word.arg(2))
-        return None if yes is None or no is None or len(yes | no) > MOST_VALUES else yes | no
-    if not word.children() or not all(z3.is_bv(child) for child in word.children()):
-        return None
-    terms = [[]]
-    for child in word.children():
-        values = constants_of(child)
-        if values is None or len(values) * len(terms) > MOST_VALUES:
-            return None
-        terms = [[*head, z3.BitVecVal(v, child.size())] for head in terms for v in values]
-    return {z3.simplify(word.decl()(*arguments)).as_long() for arguments in terms}

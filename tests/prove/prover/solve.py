@@ -12,7 +12,9 @@ from .claims import Claim, Run
 from .elf import Object
 from .layout import Layout
 from .machine import Machine
+from .slots import judged
 from .state import State
+from .tries import STAGE
 
 # The solver's steps for one question, some minutes' worth, however busy the machine is. What is
 # not decided by then is not proven.
@@ -37,8 +39,8 @@ class Program:
     def execute(
         cls, function: str, program: Object, layouts: dict[str, Layout], machine: Machine
     ) -> Program:
-        ends = machine.run(function)
-        return cls(machine, ends, [Run(function, program, layouts, end) for end in ends])
+        ends, slots = machine.run(function), machine.memory.slots
+        return cls(machine, ends, [Run(function, program, layouts, slots, end) for end in ends])
 
     def violations(self) -> dict[str, z3.BoolRef]:
         """For each claim by name: that some run violates it. First, that memory is left."""
@@ -53,7 +55,9 @@ class Program:
         for obligation in self.machine.obligations:
             wrong = [] if obligation.wrong is True else [obligation.wrong]
             wrongs.append(z3.And(*obligation.path, *wrong))
-        return z3.Or(*wrongs)
+        # However policies change meanwhile.
+        torn = [z3.Not(judged(n)) for n in range(len(self.machine.memory.slots.generations))]
+        return z3.And(z3.Or(*wrongs), *torn)
 
     def possible(self) -> dict[str, z3.BoolRef]:
         """What must be possible, at one end or another."""
@@ -64,11 +68,18 @@ class Program:
         return {name: z3.Or(*part) for name, part in parts.items()}
 
     def ask(self, *conditions: z3.BoolRef) -> tuple[Answer, z3.ModelRef | None]:
-        """Whether some input fulfils all conditions, and one that does."""
-        solver = _bit_level_solver()
-        solver.add(*self.machine.axioms, *conditions)
-        answer = Answer(str(solver.check()))
-        return answer, solver.model() if answer is Answer.YES else None
+        """Whether some input fulfils all conditions, and one that does. Each stage of a run is asked
+        for itself: of the others nothing is left but what it took from them."""
+        answer = Answer.NO
+        for stage in range(self.machine.tries.stages):
+            solver = _bit_level_solver()
+            solver.add(STAGE == stage, *self.machine.axioms, *conditions)
+            found = Answer(str(solver.check()))
+            if found is Answer.YES:
+                return found, solver.model()
+            if found is Answer.UNDECIDED:
+                answer = found
+        return answer, None
 
 
 def _bit_level_solver() -> z3.Solver:

@@ -29,8 +29,8 @@ class MapReference:
     """A map: what ld_imm64 of it gives, or for an inner map what a lookup gave."""
 
     name: str
-    # The inner map's key in the outer.
-    slot: Word | None = None
+    # Of a bank in RULES: the number of the generation that chose its slot.
+    generation: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,56 @@ class Frame:
     """A caller: where to return to, and its r6 to r9."""
 
     return_to: int
+    callee: int
     saved: tuple[Value, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SlotReads:
+    """What the last judgement on a path has read of its slot (`slots.py`).
+
+    `judgement` is the number of its generation, plus one; 0 where there was none.
+    """
+
+    judgement: Word = 0
+    # By the generation's number: whether something was read since it was last known to be in force.
+    pending: dict[int, Truth] = field(default_factory=dict)
+    # By the bucket's number: whether it was read.
+    buckets: dict[int, Truth] = field(default_factory=dict)
+
+    def read(self, generation: int, kept: list[int], bucket: int | None) -> SlotReads:
+        """The slot of that generation is read. Buckets of others than `kept` are forgotten."""
+        same = self.judgement == generation + 1 if isinstance(self.judgement, int) else False
+        if same and self.pending[generation] is True:
+            if bucket is None or self.buckets.get(bucket) is True:
+                return self
+        buckets = {number: self.buckets[number] for number in kept}
+        if bucket is not None:
+            buckets[bucket] = True
+        return SlotReads(generation + 1, {generation: True}, buckets)
+
+    def confirmed(self, generations: list[z3.BitVecRef], value: z3.BitVecRef) -> SlotReads:
+        """The generation is read: what was read by the same one counts."""
+        pending = {
+            number: bits.every([was, bits.compare("ne", generations[number], value, 64)])
+            for number, was in self.pending.items()
+        }
+        return replace(self, pending=pending)
+
+    def merged(self, condition: z3.BoolRef, other: SlotReads) -> SlotReads:
+        """These where the condition holds, else the others."""
+
+        def both(a: dict[int, Truth], b: dict[int, Truth]) -> dict[int, Truth]:
+            return {
+                number: bits.either(condition, a.get(number, False), b.get(number, False))
+                for number in a | b
+            }
+
+        if self is other:
+            return self
+        judgement = bits.choose(condition, self.judgement, other.judgement, 16)
+        pending = both(self.pending, other.pending)
+        return SlotReads(judgement, pending, both(self.buckets, other.buckets))
 
 
 @dataclass
@@ -97,8 +146,11 @@ class State:
     callers: tuple[Frame, ...] = ()
     path: tuple[z3.BoolRef, ...] = ()
     log: tuple[Entry, ...] = ()
+    slot_reads: SlotReads = SlotReads()
     memory: dict[str, Memory] = field(default_factory=dict)
     frame_changed: bool = False
+    # The function that has just returned, where that matters (`tries.py`).
+    returned_from: int | None = None
     # How many paths of the program this state stands for.
     paths: int = 1
     _owned: set[str] = field(default_factory=set)
@@ -127,7 +179,8 @@ class State:
 
     def key(self) -> tuple[object, ...]:
         """States with the same key are merged."""
-        return (self.pc, tuple(frame.return_to for frame in self.callers), self.frame_changed)
+        calls = tuple(frame.return_to for frame in self.callers)
+        return (self.pc, calls, self.frame_changed, self.returned_from)
 
     def replace_values(self, change: Callable[[Value], Value]) -> None:
         """Applies `change` to every value held in registers and memory."""
@@ -141,7 +194,7 @@ class State:
 
         self.registers = [once(value) for value in self.registers]
         self.callers = tuple(
-            Frame(frame.return_to, tuple(once(value) for value in frame.saved))
+            Frame(frame.return_to, frame.callee, tuple(once(value) for value in frame.saved))
             for frame in self.callers
         )
         for region in list(self.memory):
@@ -159,10 +212,44 @@ def same_value(a: Value, b: Value) -> bool:
     if isinstance(a, Pointer) and isinstance(b, Pointer):
         return a.region == b.region and bits.same(a.offset, b.offset)
     if isinstance(a, MapReference) and isinstance(b, MapReference):
-        return a.name == b.name and bits.same(a.slot, b.slot)
+        return a == b
     if isinstance(a, Choice) or isinstance(b, Choice):
         return False
     return bits.same(a, b)
+
+
+def _by_kind(value: Value, width: int) -> dict[object, tuple[Truth, Value]]:
+    """What a choice is between, and when it is which: one value of each kind."""
+    if not isinstance(value, Choice):
+        return {_kind(value): (True, value)}
+    found = _by_kind(value.no, width)
+    no = bits.negate(value.condition)
+    found = {kind: (bits.every([no, held]), one) for kind, (held, one) in found.items()}
+    for kind, (held, one) in _by_kind(value.yes, width).items():
+        other_held, other = found.get(kind, (False, None))
+        both = bits.some([bits.every([value.condition, held]), other_held])
+        found[kind] = (both, _one(value.condition, one, other, width))
+    return found
+
+
+def _kind(value: Value) -> object:
+    """Values of the same kind can be one value."""
+    if isinstance(value, (int, z3.BitVecRef)):
+        return "word"
+    return value.region if isinstance(value, Pointer) else value
+
+
+def _one(condition: z3.BoolRef, a: Value | None, b: Value | None, width: int) -> Value:
+    """Two values of a kind as one, or the one that there is."""
+    if a is None or b is None:
+        found = b if a is None else a
+        assert found is not None
+        return found
+    if isinstance(a, Pointer) and isinstance(b, Pointer):
+        return Pointer(a.region, bits.choose(condition, a.offset, b.offset, 64))
+    if isinstance(a, (int, z3.BitVecRef)) and isinstance(b, (int, z3.BitVecRef)):
+        return bits.choose(condition, a, b, width)
+    return a
 
 
 class Merge:
@@ -195,14 +282,17 @@ class Merge:
             callers=tuple(
                 Frame(
                     x.return_to,
+                    x.callee,
                     tuple(self.value(v, w, 64) for v, w in zip(x.saved, y.saved, strict=True)),
                 )
                 for x, y in zip(a.callers, b.callers, strict=True)
             ),
             path=self.path,
             log=self.logs(),
+            slot_reads=a.slot_reads.merged(self.condition, b.slot_reads),
             memory=self.memories(),
             frame_changed=a.frame_changed,
+            returned_from=a.returned_from,
             paths=a.paths + b.paths,
         )
 
@@ -215,14 +305,22 @@ class Merge:
         return self.values[known]
 
     def _value(self, a: Value, b: Value, width: int) -> Value:
-        if isinstance(a, (int, z3.BitVecRef)) and isinstance(b, (int, z3.BitVecRef)):
-            return bits.choose(self.condition, a, b, width)
-        if isinstance(a, Pointer) and isinstance(b, Pointer) and a.region == b.region:
-            return Pointer(a.region, bits.choose(self.condition, a.offset, b.offset, 64))
-        if isinstance(a, MapReference) and isinstance(b, MapReference) and a.name == b.name:
-            if a.slot is not None and b.slot is not None:
-                return MapReference(a.name, bits.choose(self.condition, a.slot, b.slot, 32))
-        return Choice(self.condition, a, b)
+        """One value of each kind, whatever the number of paths."""
+        ours, theirs = _by_kind(a, width), _by_kind(b, width)
+        nothing: tuple[Truth, Value | None] = (False, None)
+        *rest, last = ours | theirs
+        chosen = self._of_kind(ours.get(last, nothing), theirs.get(last, nothing), width)[1]
+        for kind in reversed(rest):
+            held, value = self._of_kind(ours.get(kind, nothing), theirs.get(kind, nothing), width)
+            assert not isinstance(held, bool)
+            chosen = Choice(held, value, chosen)
+        return chosen
+
+    def _of_kind(
+        self, ours: tuple[Truth, Value | None], theirs: tuple[Truth, Value | None], width: int
+    ) -> tuple[Truth, Value]:
+        held = bits.either(self.condition, ours[0], theirs[0])
+        return held, _one(self.condition, ours[1], theirs[1], width)
 
     def logs(self) -> tuple[Entry, ...]:
         a, b = self.a.log, self.b.log
