@@ -12,19 +12,17 @@ from .state import Pointer, State, Value
 _ARITHMETIC = {0x00: "add", 0x40: "or", 0x50: "and", 0xA0: "xor"}
 
 
-def atomic(
-    memory: Memories, state: State, pointer: Pointer, size: int, i: Instruction
-) -> None:
+def atomic(memory: Memories, state: State, pointer: Pointer, size: int, i: Instruction) -> None:
     region = memory.regions[pointer.region]
-    if region.kind not in ("private", "shared") or not memory.within(state, pointer, size):
+    if region.kind not in ("private", "shared", "stack") or not memory.within(state, pointer, size):
         raise Unmodelled(f"an atomic operation on {pointer.region} at {state.pc}")
     operand = state.registers[i.src]
     if not isinstance(operand, (int, z3.BitVecRef)):
         raise Unmodelled(f"an atomic operation with {operand} at {state.pc}")
-    assert isinstance(pointer.offset, int)
     operand = bits.low(operand, 8 * size)
-    old: Value = memory.machine.fresh(f"{region.map}+{pointer.offset}", 8 * size)
-    if region.kind == "private":
+    old: Value = memory.machine.fresh(region.map, 8 * size)
+    if region.kind != "shared":
+        assert isinstance(pointer.offset, int)
         old = memory.load_cells(state, pointer.region, pointer.offset, size)
     if not isinstance(old, (int, z3.BitVecRef)):
         raise Unmodelled(f"an atomic operation on {old} at {state.pc}")
@@ -46,6 +44,6 @@ def atomic(
         result = 0
     else:
         raise Unmodelled(f"atomic operation {i.imm:#x} at {state.pc}")
-    memory.store_map(state, pointer.region, pointer.offset, size, new)
+    memory.store(state, pointer, size, new)
     if result is not None:
         state.registers[result] = bits.widen(old, 64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
-from elftools.elf.sections import SymbolTableSection
+from elftools.elf.sections import Section, SymbolTableSection
 
 from .btf import VAR, Btf, lines
 
@@ -33,7 +33,7 @@ class Unmodelled(Exception):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `map`, `constant` and `callee` are filled in from relocations."""
+    """One instruction; what it names (a map, a callee) is filled in from relocations."""
 
     opcode: int
     dst: int
@@ -43,6 +43,7 @@ class Instruction:
     map: str | None = None
     callee: int | None = None
     constant: str | None = None
+    variable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Object:
     maps: dict[str, MapDefinition]
     # Sizes of the read-only constants, whose values the loader may set.
     constants: dict[str, int]
+    # Sizes of the variables, which all CPUs share.
+    variables: dict[str, int]
     # The line of source that an instruction comes from.
     sources: dict[int, str]
     # Where in the file each instruction stands.
@@ -96,10 +99,10 @@ def load(content: bytes) -> Object:
         raise Unmodelled("the object has no type information (BTF)")
     btf = Btf(types.data())
     maps = _maps(elf, symbols, btf)
-    constants = _constants(elf, symbols)
+    constants, variables = _data(elf, symbols, ".rodata"), _data(elf, symbols, ".bss")
     for section in elf.iter_sections():
         if isinstance(section, RelocationSection) and section["sh_info"] in base:
-            _relocate(code, base, section, elf, symbols, set(maps), set(constants))
+            _relocate(code, base, section, elf, symbols, set(maps), set(constants), set(variables))
     functions = {
         symbol.name: base[symbol["st_shndx"]] + symbol["st_value"] // 8
         for symbol in symbols.iter_symbols()
@@ -108,7 +111,7 @@ def load(content: bytes) -> Object:
     by_name = {elf.get_section(index).name: start for index, start in base.items()}
     extension = elf.get_section_by_name(".BTF.ext")
     sources = lines(btf, extension.data(), by_name) if extension is not None else {}
-    return Object(tuple(code), functions, maps, constants, sources, places)
+    return Object(tuple(code), functions, maps, constants, variables, sources, places)
 
 
 def _decode(data: bytes, start: int) -> list[Instruction | None]:
@@ -139,6 +142,7 @@ def _relocate(
     symbols: SymbolTableSection,
     maps: set[str],
     constants: set[str],
+    variables: set[str],
 ) -> None:
     for relocation in section.iter_relocations():
         position = base[section["sh_info"]] + relocation["r_offset"] // 8
@@ -154,6 +158,8 @@ def _relocate(
             code[position] = replace(old, imm=0, map=name)
         elif kind == R_BPF_64_64 and name in constants:
             code[position] = replace(old, constant=name)
+        elif kind == R_BPF_64_64 and name in variables:
+            code[position] = replace(old, variable=name)
         elif kind == R_BPF_64_32 and old.opcode == CALL and symbol["st_shndx"] in base:
             target = base[symbol["st_shndx"]] + symbol["st_value"] // 8
             # Of a section only the immediate tells which function: its start less one.
@@ -204,17 +210,19 @@ def _map(
     return MapDefinition(name, MAP_TYPES[kind], key, value, entries, inner)
 
 
-def _constants(elf: ELFFile, symbols: SymbolTableSection) -> dict[str, int]:
-    found = {
-        section.name: section.data_size
-        for section in elf.iter_sections()
-        if section.name.startswith(".rodata") and not section["sh_flags"] & 1
-    }
+def _data(elf: ELFFile, symbols: SymbolTableSection, prefix: str) -> dict[str, int]:
+    """Sizes of the sections of that name and of what is in them: .rodata, which the loader freezes
+    before the programs run, or .bss, which stays writable."""
+
+    def is_here(section: Section) -> bool:
+        # SHF_WRITE
+        writable = bool(section["sh_flags"] & 1)
+        return section.name.startswith(prefix) and writable == (prefix == ".bss")
+
+    found = {section.name: section.data_size for section in elf.iter_sections() if is_here(section)}
     for symbol in symbols.iter_symbols():
         shndx = symbol["st_shndx"]
         if symbol["st_info"]["type"] == "STT_OBJECT" and isinstance(shndx, int):
-            section = elf.get_section(shndx)
-            # SHF_WRITE; the loader freezes .rodata before the programs run.
-            if section.name.startswith(".rodata") and not section["sh_flags"] & 1:
+            if is_here(elf.get_section(shndx)):
                 found[symbol.name] = symbol["st_size"]
     return found

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import z3
 
 from . import bits
-from .bits import Truth, Word
 from .atomics import atomic
+from .bits import Truth, Word
 from .elf import CALL, LD_IMM64, PSEUDO_CALL, Instruction, Object, Unmodelled
 from .flow import Flow
 from .layout import Layout
@@ -117,7 +117,11 @@ class Machine:
         registers[1] = Pointer("context", 0)
         registers[10] = Pointer("stack0", 512)
         start = State(
-            self.program.functions[function], registers, length, linear, z3.BitVec("mark", 32),
+            self.program.functions[function],
+            registers,
+            length,
+            linear,
+            z3.BitVec("mark", 32),
             path=(STAGE == 0,),
         )
         self.tries.start(start.pc)
@@ -240,6 +244,8 @@ class Machine:
             return MapReference(i.map)
         if i.constant:
             return Pointer(self.memory.constant(i.constant), i.imm)
+        if i.variable:
+            return Pointer(self.memory.variable(i.variable), i.imm)
         if i.src:
             raise Unmodelled(f"ld_imm64 of kind {i.src} at {state.pc}")
         return i.imm

@@ -113,6 +113,11 @@ class Memories:
         self.regions[region] = Region("constant", self.machine.program.constants[name], name)
         return region
 
+    def variable(self, name: str) -> str:
+        region = f"variable {name}"
+        self.regions[region] = Region("shared", self.machine.program.variables[name], name)
+        return region
+
     def add(self, region: Region) -> str:
         name = f"{region.kind} {region.map} {len(self.regions)}"
         self.regions[name] = region
@@ -129,9 +134,9 @@ class Memories:
     def at_known_offset(self, state: State, pointer: Pointer) -> Iterator[tuple[State, Pointer]]:
         """The pointer with a known offset; one state for each value that the offset can have.
 
-        Tallied words and slots are found by any offset.
+        Tallied words, slots and what others change anyway are found by any offset.
         """
-        if self.regions[pointer.region].kind in ("tallied", "slots"):
+        if self.regions[pointer.region].kind in ("tallied", "slots", "shared"):
             yield state, pointer
             return
         for part, offset in self.known(state, pointer.offset):
@@ -169,6 +174,8 @@ class Memories:
         region = self.regions[pointer.region]
         if region.kind == "tallied":
             return self._is_word(state, region, pointer.offset, size)
+        if region.kind == "shared":
+            return self._is_inside(state, region, pointer.offset, size)
         assert isinstance(pointer.offset, int)
         offset = bits.signed(pointer.offset, 64)
         if region.kind == "packet":
@@ -183,6 +190,16 @@ class Memories:
         fits = 0 <= offset and offset + size <= region.size
         self.machine.require(state, fits, f"{pointer.region} access at {offset}, {size} bytes")
         return fits
+
+    def _is_inside(self, state: State, region: Region, offset: Word, size: int) -> bool:
+        fits = bits.every(
+            [
+                bits.compare("le", offset, region.size, 64),
+                bits.compare("le", bits.arithmetic("add", offset, size, 64), region.size, 64),
+            ]
+        )
+        self.machine.require(state, fits, f"{region.map} access, {size} bytes")
+        return fits is not False
 
     def _is_word(self, state: State, region: Region, offset: Word, size: int) -> bool:
         if size != 8:
@@ -207,6 +224,8 @@ class Memories:
         offset, region = pointer.offset, self.regions[pointer.region]
         if region.kind == "tallied":
             return self._load_tallied(state, region, offset)
+        if region.kind == "shared":
+            return self.machine.fresh(region.map, 8 * size)
         assert isinstance(offset, int)
         match region.kind:
             case "context":
@@ -217,8 +236,6 @@ class Memories:
                 return self.slots.load_bucket(state, *region.bucket, offset, size)
             case "constant":
                 return bits.join([constant_byte(region.map, offset + i) for i in range(size)])
-            case "shared":
-                return self.machine.fresh(f"{region.map}+{offset}", 8 * size)
         return self.load_cells(state, pointer.region, offset, size)
 
     def _load_context(self, state: State, offset: int, size: int) -> Value:
@@ -320,6 +337,10 @@ class Memories:
                 raise Unmodelled(f"{value} is stored to {region.map} at {state.pc}")
             old = self._load_tallied(state, region, offset)
             state.note("store", region.map, region.key, offset, value, old)
+            return True
+        if region.kind == "shared":
+            if not isinstance(value, (int, z3.BitVecRef)):
+                raise Unmodelled(f"{value} is stored to {region.map} at {state.pc}")
             return True
         assert isinstance(offset, int)
         if isinstance(value, (int, z3.BitVecRef)):

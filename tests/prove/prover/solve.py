@@ -68,8 +68,10 @@ class Program:
         return {name: z3.Or(*part) for name, part in parts.items()}
 
     def ask(self, *conditions: z3.BoolRef) -> tuple[Answer, z3.ModelRef | None]:
-        """Whether some input fulfils all conditions, and one that does. Each stage of a run is asked
-        for itself: of the others nothing is left but what it took from them."""
+        """Whether some input fulfils all conditions, and one that does.
+
+        Each stage of a run is asked for itself: of the others only what it took from them is left.
+        """
         answer = Answer.NO
         for stage in range(self.machine.tries.stages):
             solver = _bit_level_solver()

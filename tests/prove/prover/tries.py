@@ -1,11 +1,11 @@
 """Functions that a program calls again when a policy has changed meanwhile.
 
-Such a function is given the context alone, so whatever it does in a later try it may do in the first:
-what it reads is the frame, constants, and what others may have changed. So its first call is
+Such a function is given the context alone, so whatever it does in a later try it may do in the
+first: what it reads is the frame, constants, and what others may have changed. So its first call is
 executed from a state that allows for all that earlier tries, and whatever else came before, may
 have done: nothing is known of how the program came there (`STAGE` keeps such parts of a run apart),
-of private maps, or of how much of the frame is linear. Further calls end as that one did; a prophecy
-tells which call it is. What follows the calls is executed for each of them.
+of private maps, or of how much of the frame is linear. Further calls end as that one did; a
+prophecy tells which call it is. What follows the calls is executed for each of them.
 """
 
 from __future__ import annotations
@@ -40,18 +40,25 @@ class Tries:
         self._several = _called_often(self.machine.program, entry)
 
     def call(self, state: State, callee: int) -> State | None:
-        """The state after the call, if it ends as an earlier one did. If not, prepares the state for
-        the first call."""
+        """The state after the call, if it ends as an earlier one did.
+
+        If not, the state is made ready for the first call.
+        """
         context = same_value(state.registers[1], Pointer("context", 0))
         if state.callers or callee not in self._several or not context:
             return None
         kept = self._kept.pop(callee, None)
-        if kept is not None and _is_as_before(state, kept):
+        if kept is not None and _is_as_before(state, kept, self._unread(state.pc + 1)):
             kept.pc, kept.returned_from = state.pc + 1, callee
             return kept
         if kept is None and not state.frame_changed:
             self._forget(state)
         return None
+
+    def _unread(self, pc: int) -> set[int]:
+        """The registers of which what is in them now is no longer needed."""
+        flow = Flow(self.machine.program)
+        return {register for register in range(6, 10) if not flow.is_read(pc, register)}
 
     def _forget(self, state: State) -> None:
         """Leaves only what no earlier call could have changed."""
@@ -94,16 +101,13 @@ def _called_often(program: Object, entry: int) -> set[int]:
     return {callee for callee in calls if calls.count(callee) > 1}
 
 
-def _is_as_before(state: State, kept: State) -> bool:
+def _is_as_before(state: State, kept: State, unread: set[int]) -> bool:
     """Whether the caller has done nothing since, but for asking what the call gave."""
     if state.frame_changed or kept.frame_changed or len(state.log) != len(kept.log):
         return False
     stack, old = state.memory.get("stack0", {}), kept.memory.get("stack0", {})
-    values = [
-        *zip(state.registers[6:10], kept.registers[6:10], strict=True),
-        (state.mark, kept.mark),
-        (state.length, kept.length),
-    ]
+    values = [(state.mark, kept.mark), (state.length, kept.length)]
+    values += [(state.registers[n], kept.registers[n]) for n in range(6, 10) if n not in unread]
     values += [(stack[place].value, old[place].value) for place in stack if place in old]
     return (
         stack.keys() == old.keys()
