@@ -20,10 +20,13 @@ check "the unit is sound" systemd-analyze verify /etc/systemd/system/omertad.ser
 tell "$(systemd-analyze security --no-pager omertad.service | tail -n 1)"
 
 # A guest of a few instructions: a multiboot kernel that writes A to its console without end.
-image=/var/lib/omerta/images/bare
+image=/root/bare
 mkdir -p $image
 printf '\x02\xb0\xad\x1b\x00\x00\x01\x00\xfe\x4f\x51\xe4\x00\x00\x10\x00\x00\x00\x10\x00\x2a\x00\x10\x00\x2a\x00\x10\x00\x20\x00\x10\x00\xba\xf8\x03\x00\x00\xb0\x41\xee\xeb\xfd' > $image/vmlinuz
 echo none > $image/initrd.img
+check "a key is made" omerta image keygen /root/image.key
+install -D -m 644 /root/image.key.pub /etc/omerta/trusted-keys/image.key.pub
+check "the image is imported" omerta image import $image --name bare --sign-with /root/image.key
 ip link set lo up
 modprobe tun
 

@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 
 use crate::jail::{CONFIG, INITRD, KERNEL};
-use crate::{Accel, MachineType, Spec};
+use crate::{Accel, MachineType, Spec, StoredDisk};
 
 /// The program that runs guests.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -37,6 +37,17 @@ pub(crate) struct Descriptors {
     pub(crate) control: RawFd,
     /// A file, open for appending.
     pub(crate) console_log: RawFd,
+    pub(crate) disks: Option<DiskDescriptors>,
+}
+
+/// Under which numbers it finds disks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DiskDescriptors {
+    /// Open for reading alone.
+    pub(crate) base: RawFd,
+    pub(crate) layer: RawFd,
+    /// Open for reading alone.
+    pub(crate) seed: Option<RawFd>,
 }
 
 /// QEMU's arguments for `spec`, in its jail.
@@ -78,7 +89,7 @@ pub(crate) fn arguments(spec: &Spec, open: &Descriptors) -> Vec<OsString> {
 
     args.option("-kernel", KERNEL);
     args.option("-initrd", INITRD);
-    args.option("-append", kernel_line(spec.accel));
+    args.option("-append", kernel_line(spec));
     args.option("-fw_cfg", format!("name={CONFIG_FW_CFG},file={CONFIG}"));
 
     let socket = |id, fd| format!("socket,id={id},fd={fd},server=on,wait=off");
@@ -112,6 +123,9 @@ pub(crate) fn arguments(spec: &Spec, open: &Descriptors) -> Vec<OsString> {
         format!("virtio-net-pci,netdev=uplink,mac={},romfile=", spec.mac),
     );
 
+    if let (Some(disk), Some(disks)) = (spec.image.disk(), &open.disks) {
+        disk_arguments(&mut args, disk, disks);
+    }
     args.option("-device", "virtio-rng-pci");
     // The port for firmware and small kernels, the PCI device for Linux.
     args.option("-device", "pvpanic")
@@ -119,13 +133,62 @@ pub(crate) fn arguments(spec: &Spec, open: &Descriptors) -> Vec<OsString> {
     args.0
 }
 
+/// Disks by number, each by the format that the manifest names: QEMU opens no path and guesses nothing,
+/// and what a layer lies above it is told here, never by the layer's header. The launcher holds what the
+/// files are locked for.
+fn disk_arguments(args: &mut Arguments, disk: &StoredDisk, open: &DiskDescriptors) {
+    let mut file = |set: u8, fd: RawFd, node: &str, access: &str| {
+        args.option("-add-fd", format!("set={set},fd={fd}"));
+        args.option(
+            "-blockdev",
+            format!("driver=file,node-name={node}-file,filename=/dev/fdset/{set},locking=off,auto-read-only=off,read-only={access}"),
+        );
+    };
+    file(2, open.base, "base", "on");
+    file(3, open.layer, "layer", "off");
+    if let Some(seed) = open.seed {
+        file(4, seed, "seed", "on");
+    }
+    let format = disk.format.word();
+    args.option(
+        "-blockdev",
+        format!("driver={format},node-name=base,file=base-file,read-only=on"),
+    );
+    // What the guest discards stays reserved for it.
+    args.option(
+        "-blockdev",
+        "driver=qcow2,node-name=layer,file=layer-file,backing=base,discard=ignore",
+    );
+    // An error is the guest's to handle: it is not stopped for it.
+    let errors = "rerror=report,werror=report";
+    args.option(
+        "-device",
+        format!("virtio-blk-pci,drive=layer,serial=omerta-disk,{errors}"),
+    );
+    if open.seed.is_some() {
+        args.option(
+            "-blockdev",
+            "driver=raw,node-name=seed,file=seed-file,read-only=on",
+        );
+        args.option(
+            "-device",
+            format!("virtio-blk-pci,drive=seed,serial=omerta-seed,{errors}"),
+        );
+    }
+}
+
 /// What the guest's kernel is told. At boot it checks that its timer ticks, and panics where it does
 /// not in time, as may happen to an emulated guest of a busy host: such a guest skips that check.
-fn kernel_line(accel: Accel) -> &'static str {
-    match accel {
-        Accel::Kvm => "console=ttyS0 quiet panic=1",
-        Accel::Tcg => "console=ttyS0 quiet panic=1 no_timer_check",
+fn kernel_line(spec: &Spec) -> String {
+    let mut line = "console=ttyS0 quiet panic=1".to_owned();
+    if spec.accel == Accel::Tcg {
+        line.push_str(" no_timer_check");
     }
+    if let Some(disk) = spec.image.disk() {
+        // The interface has the name that the firewall knows.
+        line.push_str(&format!(" root=/dev/{} rw net.ifnames=0", disk.root));
+    }
+    line
 }
 
 #[derive(Default)]
@@ -147,7 +210,7 @@ impl Arguments {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::tests::spec;
+    use crate::spec::tests::{spec, spec_with_disk};
 
     fn lines(spec: &Spec) -> Vec<String> {
         let open = Descriptors {
@@ -156,6 +219,11 @@ mod tests {
             console: 11,
             control: 12,
             console_log: 13,
+            disks: spec.image.disk().map(|disk| DiskDescriptors {
+                base: 20,
+                layer: 21,
+                seed: disk.has_seed.then_some(22),
+            }),
         };
         arguments(spec, &open)
             .into_iter()
@@ -271,5 +339,31 @@ mod tests {
             ]
         );
         assert_eq!(values(&lines, "-add-fd"), ["set=1,fd=13"]);
+    }
+
+    #[test]
+    fn disks_are_named_by_number_and_format_and_the_image_is_never_written() {
+        let with = spec_with_disk();
+        let lines = lines(&with);
+        let nodes = values(&lines, "-blockdev");
+        assert!(nodes.contains(&"driver=file,node-name=base-file,filename=/dev/fdset/2,locking=off,auto-read-only=off,read-only=on"));
+        assert!(nodes.contains(&"driver=raw,node-name=base,file=base-file,read-only=on"));
+        assert!(
+            nodes.contains(
+                &"driver=qcow2,node-name=layer,file=layer-file,backing=base,discard=ignore"
+            )
+        );
+        for node in &nodes {
+            let is_writable = node.contains("node-name=layer");
+            assert_eq!(node.contains("read-only=on"), !is_writable, "{node}");
+            assert!(!node.contains("/img"), "{node}");
+        }
+        assert_eq!(
+            values(&lines, "-add-fd"),
+            ["set=1,fd=13", "set=2,fd=20", "set=3,fd=21", "set=4,fd=22"]
+        );
+        assert!(values(&lines, "-append")[0].ends_with(" root=/dev/vda1 rw net.ifnames=0"));
+        let without = values(&self::lines(&spec()), "-blockdev").len();
+        assert_eq!(without, 0);
     }
 }

@@ -6,7 +6,8 @@ use omerta_dataplane::{ErrorKind, GuardError};
 
 use crate::jail::CellError;
 use crate::{
-    CanaryError, ImageError, JailError, ProcessError, QmpError, RunDirError, SpecError, TapError,
+    CanaryError, DiskError, ImageError, JailError, ProcessError, QmpError, RunDirError, SpecError,
+    TapError,
 };
 
 /// Why a guest did not come up. Everything made for it is gone when this is returned, save what
@@ -22,6 +23,9 @@ pub enum LaunchError {
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// It can have no disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The run directory cannot be used.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
@@ -72,6 +76,7 @@ impl LaunchError {
         match self {
             Self::Spec(_) => ErrorKind::Usage,
             Self::Image(ImageError::Missing { .. }) => ErrorKind::NotFound,
+            Self::Disk(DiskError::NoRoom { .. }) => ErrorKind::Refused,
             Self::Guard(error) => error.kind(),
             Self::Tap(TapError::Exists(_) | TapError::AddressTaken { .. }) => ErrorKind::Refused,
             Self::LeftBehind { cause, .. } => cause.kind(),

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use omerta_images::{Digest, Digesting, Lease, Opened};
+use omerta_images::{Digest, Digesting, DiskFormat, Lease, Opened, RootDevice, Seed};
 
 use crate::jail::{INITRD, KERNEL};
 use crate::memory_file::MemoryFile;
@@ -31,8 +31,29 @@ pub struct Stored {
     pub kernel: Digest,
     /// The initramfs' digest.
     pub initrd: Digest,
+    /// The disk, if it has one.
+    pub disk: Option<StoredDisk>,
     /// Keeps the image in the store for as long as its guest's QEMU lives, which inherits it.
     pub lease: Lease,
+}
+
+/// A disk of the store's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredDisk {
+    /// Its file.
+    pub path: PathBuf,
+    /// The file's digest.
+    pub sha256: Digest,
+    /// The file's length.
+    pub bytes: u64,
+    /// How QEMU reads it.
+    pub format: DiskFormat,
+    /// Its size as the guest sees it.
+    pub virtual_bytes: u64,
+    /// Where on it the root file system is.
+    pub root: RootDevice,
+    /// Whether the guest is given a seed for cloud-init.
+    pub has_seed: bool,
 }
 
 /// The directory of an image's file.
@@ -122,9 +143,23 @@ impl Image {
             stored: Some(Stored {
                 kernel: manifest.kernel.sha256,
                 initrd: manifest.initrd.sha256,
+                disk: manifest.disk.map(|disk| StoredDisk {
+                    path: opened.path(disk.blob()),
+                    sha256: disk.sha256,
+                    bytes: disk.bytes,
+                    format: disk.format,
+                    virtual_bytes: disk.virtual_bytes,
+                    root: disk.root,
+                    has_seed: manifest.seed == Seed::Nocloud,
+                }),
                 lease: opened.lease.clone(),
             }),
         }
+    }
+
+    /// Its disk, if it has one.
+    pub fn disk(&self) -> Option<&StoredDisk> {
+        self.stored.as_ref()?.disk.as_ref()
     }
 
     /// A copy of the store's lease, for QEMU to inherit: the image is in use for as long as that
@@ -304,6 +339,7 @@ mod tests {
             image.stored = Some(Stored {
                 kernel: Digest::of(b"kernel"),
                 initrd: Digest::of(b"initrd"),
+                disk: None,
                 lease: Lease::of(File::open(directory.path()).unwrap()),
             });
             let copied = image.copy_into(|_, bytes| io::copy(bytes, &mut io::sink()));

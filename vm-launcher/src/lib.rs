@@ -14,6 +14,7 @@ mod canary;
 mod clock;
 mod command;
 mod control_port;
+mod disk;
 mod error;
 mod guard_alarm;
 mod guest_name;
@@ -28,16 +29,19 @@ mod process;
 mod qmp;
 mod qmp_lines;
 mod run_dir;
+mod seed;
 mod spec;
+mod ssh_public_key;
 mod tap;
 mod wg_public_key;
 
 pub use accel::{AccelReport, KernelProbe, MicrovmProbe, probe_accel, probe_kernel, probe_microvm};
 pub use canary::CanaryError;
 pub use control_port::{ControlPort, Report};
+pub use disk::{DiskError, LayerSpec, Scrubbed};
 pub use error::LaunchError;
 pub use guest_name::{GuestName, GuestNameError};
-pub use image::{Image, ImageError, Stored};
+pub use image::{Image, ImageError, Stored, StoredDisk};
 pub use jail::{
     Jail, JailError, Part, PartError, Step, UidRange, UidRangeError, lacking_parts, qemu_program,
     sweep_jails,
@@ -49,5 +53,6 @@ pub use process::{ExitStatus, ProcessError};
 pub use qmp::QmpError;
 pub use run_dir::RunDirError;
 pub use spec::{Accel, Consumer, Spec, SpecError, Tunnel};
+pub use ssh_public_key::{SshPublicKey, SshPublicKeyError};
 pub use tap::TapError;
 pub use wg_public_key::{WgPublicKey, WgPublicKeyError};

@@ -39,6 +39,11 @@ impl RunFiles {
             qemu_log: directory.join("qemu.log"),
         }
     }
+
+    /// What QEMU appends to.
+    pub(crate) fn logs(&self) -> [PathBuf; 2] {
+        [self.console_log.clone(), self.qemu_log.clone()]
+    }
 }
 
 /// Why a run directory cannot be used.

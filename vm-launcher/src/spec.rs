@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use omerta_dataplane::{DirectionLimits, Owner};
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
 
-use crate::{GuestName, Image, Jail, MachineType, WgPublicKey};
+use crate::{GuestName, Image, Jail, LayerSpec, MachineType, SshPublicKey, WgPublicKey};
 
 /// How QEMU executes the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +73,10 @@ pub struct Spec {
     pub name: GuestName,
     /// What it boots.
     pub image: Image,
+    /// The guest's own disk above the image's, where that has one.
+    pub layer: Option<LayerSpec>,
+    /// Who may log in as root by SSH, through the tunnel, where the image asks for a seed.
+    pub ssh_key: Option<SshPublicKey>,
     /// How many virtual CPUs, 1 to [`Spec::MAX_CPUS`].
     pub cpus: u8,
     /// Memory in MiB, [`Spec::MIN_MEMORY_MIB`] to [`Spec::MAX_MEMORY_MIB`].
@@ -140,6 +144,22 @@ pub enum SpecError {
     /// The tunnel's prefix is too long.
     #[error("the tunnel's prefix is {0}: give 0 to 32")]
     TunnelPrefix(u8),
+    /// There is a disk where there should be none, or none where there should be one.
+    #[error(
+        "the image and the guest differ in whether there is a disk: give a disk's size for an image that has one, and none otherwise"
+    )]
+    Disk,
+    /// The disk is smaller than the image's.
+    #[error("a disk of {given} MiB is smaller than the image's: give {least} MiB or more")]
+    DiskSmall {
+        /// Its size in MiB.
+        given: u64,
+        /// The image's, in MiB.
+        least: u64,
+    },
+    /// There is a key for an image that takes none.
+    #[error("the image takes no SSH key: give one for an image with a seed for cloud-init alone")]
+    SshKey,
     /// The run directory is relative.
     #[error("run directory {} is not an absolute path", .0.display())]
     RunDirRelative(PathBuf),
@@ -201,6 +221,14 @@ impl Spec {
         }
         if self.tunnel.prefix > 32 {
             return Err(SpecError::TunnelPrefix(self.tunnel.prefix));
+        }
+        match (self.image.disk(), &self.layer) {
+            (None, None) => {}
+            (Some(disk), Some(layer)) => layer.check(disk.virtual_bytes)?,
+            _ => return Err(SpecError::Disk),
+        }
+        if self.ssh_key.is_some() && !self.image.disk().is_some_and(|disk| disk.has_seed) {
+            return Err(SpecError::SshKey);
         }
         if !self.run_dir.is_absolute() {
             return Err(SpecError::RunDirRelative(self.run_dir.clone()));
@@ -274,6 +302,8 @@ fn is_interface_name(name: &str) -> bool {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::{Stored, StoredDisk};
+    use omerta_images::qcow2::Layer;
 
     pub(crate) fn spec() -> Spec {
         Spec {
@@ -283,6 +313,8 @@ pub(crate) mod tests {
                 initrd: "/img/initrd.img".into(),
                 stored: None,
             },
+            layer: None,
+            ssh_key: None,
             cpus: 1,
             memory_mib: 256,
             mac: "52:54:00:12:34:56".parse().unwrap(),
@@ -307,6 +339,48 @@ pub(crate) mod tests {
             jail: Jail::default(),
             guard_owner: None,
         }
+    }
+
+    pub(crate) fn spec_with_disk() -> Spec {
+        let digest = omerta_images::Digest::of(b"");
+        let lease = std::fs::File::open("/dev/null").unwrap();
+        let mut spec = spec();
+        spec.image.stored = Some(Stored {
+            kernel: digest,
+            initrd: digest,
+            disk: Some(StoredDisk {
+                path: "/img/disk".into(),
+                sha256: digest,
+                bytes: 1 << 20,
+                format: omerta_images::DiskFormat::Raw,
+                virtual_bytes: 1 << 20,
+                root: "vda1".parse().unwrap(),
+                has_seed: true,
+            }),
+            lease: omerta_images::Lease::of(lease),
+        });
+        spec.layer = Some(LayerSpec {
+            directory: "/disks".into(),
+            layer: Layer::new(1 << 30).unwrap(),
+        });
+        spec
+    }
+
+    #[test]
+    fn a_disk_is_as_large_as_the_images_and_there_when_the_images_is() {
+        let mut with = spec_with_disk();
+        with.ssh_key = Some(crate::ssh_public_key::tests::KEY.parse().unwrap());
+        with.validate().unwrap();
+        with.layer.as_mut().unwrap().layer = Layer::new(1 << 19).unwrap();
+        assert!(matches!(with.validate(), Err(SpecError::DiskSmall { .. })));
+        with.layer = None;
+        assert_eq!(with.validate(), Err(SpecError::Disk));
+        let mut without = spec();
+        without.layer = spec_with_disk().layer;
+        assert_eq!(without.validate(), Err(SpecError::Disk));
+        without.layer = None;
+        without.ssh_key = with.ssh_key;
+        assert_eq!(without.validate(), Err(SpecError::SshKey));
     }
 
     fn refusal(change: impl FnOnce(&mut Spec)) -> SpecError {

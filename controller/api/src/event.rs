@@ -89,6 +89,11 @@ pub enum Occurrence {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         frame_to_paused_us: Option<u64>,
     },
+    /// What the guest had written to its disk was given back to the file system, and found gone.
+    Scrubbed {
+        /// How much of the file system that had taken.
+        bytes: u64,
+    },
     /// The guest could not be paused; it is killed instead where that was for rogue traffic.
     PauseFailed {
         /// What went wrong.

@@ -39,7 +39,7 @@ pub struct GuestLimits {
 pub struct RunRequest {
     /// The guest's name: 1–32 of `a`–`z`, `0`–`9`, `-`, starting with a letter.
     pub name: String,
-    /// The image's name: a directory below the daemon's image directory.
+    /// The image's name, in the store or in the daemon's image directory.
     pub image: String,
     /// The consumer's WireGuard: `PUBLIC_KEY@ADDRESS:PORT`.
     pub consumer: String,
@@ -55,6 +55,13 @@ pub struct RunRequest {
     /// Memory in MiB; 256 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mib: Option<u32>,
+    /// The size of the guest's disk in MiB, for an image that has one; the image's own when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mib: Option<u32>,
+    /// Who may log in as root by SSH through the tunnel: a line of `authorized_keys` without options, for an
+    /// image that is seeded by cloud-init.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssh_key: Option<String>,
     /// The guard's mode: `filtered`, `conntrack`, `sampled` or `direct`; `filtered` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,

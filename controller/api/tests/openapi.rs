@@ -44,6 +44,8 @@ fn run_request() -> RunRequest {
         tunnel_peer: Some(Ipv4Addr::new(10, 66, 0, 1)),
         cpus: Some(1),
         memory_mib: Some(256),
+        disk_mib: Some(4096),
+        ssh_key: Some("ssh-ed25519 AAAA".into()),
         mode: Some("filtered".into()),
         on_violation: Some(OnViolation::Terminate),
         limits: Some(GuestLimits::default()),
@@ -128,6 +130,7 @@ fn occurrences() -> Vec<Occurrence> {
         Occurrence::Stopping {
             deadline_seconds: 1,
         },
+        Occurrence::Scrubbed { bytes: 1 },
         Occurrence::Ended(ended()),
         Occurrence::Lost { events: 1 },
     ];
@@ -149,6 +152,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Reset {}
             | Occurrence::Panicked {}
             | Occurrence::Stopping { .. }
+            | Occurrence::Scrubbed { .. }
             | Occurrence::Ended(_)
             | Occurrence::Lost { .. }
             | Occurrence::Unknown => {}

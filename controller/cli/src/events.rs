@@ -8,7 +8,7 @@ use crate::args::{EventsArgs, Format};
 use crate::client::{Client, ClientError};
 use crate::exit::Exit;
 use crate::guest_text::visible;
-use crate::output::{Output, Style, microseconds};
+use crate::output::{Output, Style, bytes, microseconds};
 use crate::vm::ending;
 
 /// Prints the events that omertad remembers, and with `--follow` those to come.
@@ -123,6 +123,11 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
             Style::Changing,
             "stopping",
             format!("has {deadline_seconds} s"),
+        ),
+        Occurrence::Scrubbed { bytes: count } => (
+            Style::Plain,
+            "scrubbed",
+            format!("{} of its disk are gone", bytes(*count)),
         ),
         Occurrence::Ended(ended) => {
             let mut text = ending(ended);

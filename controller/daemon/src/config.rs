@@ -63,6 +63,8 @@ pub(crate) struct Settings {
     pub(crate) run_dir: PathBuf,
     /// Where images are found.
     pub(crate) images: Images,
+    /// Where guests' own disks are made.
+    pub(crate) disk_dir: PathBuf,
     /// Where metrics are served, if they are.
     pub(crate) metrics: Option<SocketAddr>,
     /// Where guests' addresses come from.
@@ -190,6 +192,7 @@ impl Config {
         Ok(Settings {
             socket: absolute("socket", socket)?,
             run_dir: absolute("run directory", run_dir)?,
+            disk_dir: absolute("state directory", state_dir.join("disks"))?,
             images: Images {
                 directory: image_dir.transpose()?,
                 store: Store::at(absolute("image store", store)?),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_api::{ApiError, ErrorKind};
-use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, RogueFrame};
+use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame};
 use omerta_vm_launcher::{
     ExitStatus, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
 };
@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::clock;
 use crate::failure::{failed, report};
 use crate::fleet::Fleet;
 use crate::order::kind_of;
@@ -359,6 +360,11 @@ impl GuestTask {
             tap_removed_at: ended.tap_removed_at_ns.map(Monotonic),
             leftovers: ended.leftovers,
         };
+        if let Some(scrubbed) = ended.scrubbed {
+            let bytes = scrubbed.bytes;
+            let record = Record::Scrubbed { bytes };
+            self.fleet.publish(self.id, clock::now(), record);
+        }
         self.fleet
             .note_remains(self.id, ended.counters, ended.console);
         reaped.into_iter().chain([undone]).collect()

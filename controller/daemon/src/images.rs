@@ -38,7 +38,13 @@ impl Images {
             let message = report(&error);
             match error {
                 StoreError::NotFound { .. } => not_found(match &self.directory {
-                    Some(directory) => format!("{message}, and none in {}", directory.display()),
+                    Some(directory) => {
+                        let path = directory.join(name.as_str());
+                        format!(
+                            "{message}, or build one by `make image IMAGE={}`",
+                            path.display()
+                        )
+                    }
                     None => message,
                 }),
                 StoreError::Trust(_) => refused(message),

@@ -1,16 +1,21 @@
 //! A request for a guest, checked.
 
 use std::collections::BTreeMap;
+use std::fs::DirBuilder;
 use std::net::Ipv4Addr;
 use std::num::NonZero;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::Duration;
 
 use omerta_api::{ApiError, ErrorKind, GuestLimits, RunRequest};
 use omerta_dataplane::{DirectionLimits, Limits, OwnerParseError};
 use omerta_engine::OnViolation;
+use omerta_images::qcow2::Layer;
 use omerta_verdict::Mode;
-use omerta_vm_launcher::{Consumer, GuestName, Image, Jail, Spec, Tunnel, WgPublicKey};
+use omerta_vm_launcher::{
+    Consumer, GuestName, Image, Jail, LayerSpec, PathError, Spec, SshPublicKey, Tunnel, WgPublicKey,
+};
 
 use crate::acceleration::Platform;
 use crate::config::Settings;
@@ -37,6 +42,8 @@ pub(crate) struct Order {
     /// Whether an interface has the name of its tap, as its own guest's does while it lives.
     pub(crate) tap_exists: bool,
     image: Image,
+    layer: Option<LayerSpec>,
+    ssh_key: Option<SshPublicKey>,
     consumer: Consumer,
     tunnel: Tunnel,
     mode: Mode,
@@ -82,6 +89,8 @@ impl Order {
             name,
             image_name: request.image,
             on_violation: request.on_violation.unwrap_or(settings.on_violation),
+            layer: checked_layer(&image, request.disk_mib, &settings.disk_dir)?,
+            ssh_key: checked_ssh_key(request.ssh_key.as_deref())?,
             image,
             consumer,
             tunnel,
@@ -143,6 +152,8 @@ impl Order {
         let spec = Spec {
             name: self.name.clone(),
             image: self.image.clone(),
+            layer: self.layer.clone(),
+            ssh_key: self.ssh_key.clone(),
             cpus: self.cpus,
             memory_mib: self.memory_mib,
             mac: addresses.mac,
@@ -167,6 +178,42 @@ impl Order {
         spec.validate().map_err(|error| usage(format!("{error}")))?;
         Ok(spec)
     }
+}
+
+/// The guest's own disk above the image's. Makes the directory for it.
+fn checked_layer(
+    image: &Image,
+    disk_mib: Option<u32>,
+    directory: &Path,
+) -> Result<Option<LayerSpec>, ApiError> {
+    let bytes = match (image.disk(), disk_mib) {
+        (None, None) => return Ok(None),
+        (None, Some(_)) => {
+            return Err(usage(
+                "disk_mib is given and the image has no disk: leave it out".into(),
+            ));
+        }
+        (Some(disk), None) => disk.virtual_bytes,
+        (Some(_), Some(mib)) => u64::from(mib) << 20,
+    };
+    let layer = Layer::new(bytes)
+        .ok_or_else(|| usage("disk_mib: give 1 to 1048576, which is 1 TiB".into()))?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(PathError::of("create", directory))
+        .map_err(|error| failed(&error))?;
+    Ok(Some(LayerSpec {
+        directory: directory.to_owned(),
+        layer,
+    }))
+}
+
+fn checked_ssh_key(text: Option<&str>) -> Result<Option<SshPublicKey>, ApiError> {
+    text.map(str::parse)
+        .transpose()
+        .map_err(|error| usage(format!("ssh_key: {error}")))
 }
 
 fn checked_timeout(seconds: Option<u32>) -> Result<Option<NonZero<u32>>, ApiError> {
@@ -303,6 +350,8 @@ pub(crate) mod tests {
             tunnel_peer: None,
             cpus: None,
             memory_mib: None,
+            disk_mib: None,
+            ssh_key: None,
             mode: None,
             on_violation: None,
             limits: None,
@@ -365,7 +414,12 @@ pub(crate) mod tests {
             Order::check(changed, &settings).unwrap_err()
         };
         type Change = dyn Fn(&mut RunRequest);
-        let cases: [(&Change, &str); 9] = [
+        let cases: [(&Change, &str); 11] = [
+            (&|r| r.disk_mib = Some(1), "the image has no disk"),
+            (
+                &|r| r.ssh_key = Some("ssh-dss x".into()),
+                "no SSH public key",
+            ),
             (&|r| r.name = "Alpha".into(), "`Alpha` is not a guest name"),
             (
                 &|r| r.image = "../etc".into(),

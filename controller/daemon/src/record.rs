@@ -44,6 +44,7 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
         Record::Reset => Occurrence::Reset {},
         Record::Panicked => Occurrence::Panicked {},
         Record::Stopping { deadline_seconds } => Occurrence::Stopping { deadline_seconds },
+        Record::Scrubbed { bytes } => Occurrence::Scrubbed { bytes },
         Record::Ended(ending) => Occurrence::Ended(ended(&ending)),
     }
 }

@@ -112,6 +112,11 @@ pub enum Record {
         /// Seconds it has.
         deadline_seconds: u32,
     },
+    /// What it had written to its disk is gone.
+    Scrubbed {
+        /// How much of the file system that had taken.
+        bytes: u64,
+    },
     /// Nothing of it is left but what its ending lists.
     Ended(Ending),
 }

@@ -125,6 +125,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::Reset => "reset",
                 Record::Panicked => "panicked",
                 Record::Stopping { .. } => "stopping",
+                Record::Scrubbed { .. } => "scrubbed",
                 Record::Ended(_) => "ended",
             },
         })

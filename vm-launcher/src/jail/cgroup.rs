@@ -63,7 +63,11 @@ impl Limits {
             memory_bytes: (guest + guest / 64 + QEMU_MIB) << 20,
             cpu_percent: cpus * 100 + QEMU_CPU_PERCENT,
             threads: cpus + QEMU_THREADS,
-            disk: spec.run_dir.parent().and_then(disk_of),
+            // Where there is both, the disk is what a guest can keep busy.
+            disk: match &spec.layer {
+                Some(layer) => disk_of(&layer.directory),
+                None => spec.run_dir.parent().and_then(disk_of),
+            },
         }
     }
 }

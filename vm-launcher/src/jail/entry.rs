@@ -21,9 +21,9 @@ use rustix::mount::{MoveMountFlags, move_mount};
 
 use super::JailError;
 
-/// The most that QEMU may write into any one file, in bytes: the console log is the guest's to
-/// fill, the disk is not.
-const MAX_FILE_BYTES: u64 = 16 << 20;
+/// The most that QEMU may write into any one file, in bytes, where the guest has no disk: the console
+/// log is the guest's to fill, the host's disk is not.
+pub(crate) const MAX_LOG_BYTES: u64 = 16 << 20;
 
 /// The most descriptors that QEMU may have open.
 const MAX_DESCRIPTORS: u64 = 1024;
@@ -56,6 +56,8 @@ pub(crate) struct Entry {
     /// Beside the user's own.
     pub(super) groups: Vec<libc::gid_t>,
     pub(super) landlock: Option<OwnedFd>,
+    /// The most that QEMU may write into any one file, in bytes.
+    pub(super) file_bytes: u64,
     /// What stays open, under the same numbers.
     pub(super) handed: Vec<OwnedFd>,
 }
@@ -139,7 +141,7 @@ impl Entry {
         for cgroup in &self.cgroups {
             write(cgroup, b"0").map_err(at(Step::Cgroups))?;
         }
-        limit().map_err(at(Step::Limits))?;
+        limit(self.file_bytes).map_err(at(Step::Limits))?;
         let namespaces = CloneFlags::CLONE_NEWNET
             | CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWIPC
@@ -228,7 +230,7 @@ impl Entry {
 pub(crate) fn confine(parent: u32) -> io::Result<()> {
     die_with(parent)?;
     unshare(CloneFlags::CLONE_NEWNET)?;
-    limit()?;
+    limit(MAX_LOG_BYTES)?;
     Ok(close_all_on_exec()?)
 }
 
@@ -258,7 +260,7 @@ fn change_root() -> nix::Result<()> {
     chdir(c"/")
 }
 
-fn limit() -> nix::Result<()> {
+fn limit(file_bytes: u64) -> nix::Result<()> {
     // Where the host itself runs out of memory, a guest goes before anything of the host's.
     let score = open(
         c"/proc/self/oom_score_adj",
@@ -268,7 +270,7 @@ fn limit() -> nix::Result<()> {
     write(score, OOM_SCORE)?;
     // After the last file is opened: a launcher with many guests has more open than QEMU may have.
     for (resource, most) in [
-        (Resource::RLIMIT_FSIZE, MAX_FILE_BYTES),
+        (Resource::RLIMIT_FSIZE, file_bytes),
         (Resource::RLIMIT_CORE, 0),
         (Resource::RLIMIT_NOFILE, MAX_DESCRIPTORS),
     ] {

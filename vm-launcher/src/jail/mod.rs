@@ -19,7 +19,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 pub use entry::Step;
-pub(crate) use entry::{Entry, confine};
+pub(crate) use entry::{Entry, MAX_LOG_BYTES, confine};
 pub(crate) use root::{CONFIG, INITRD, KERNEL, Root};
 pub use uid::{UidRange, UidRangeError};
 
@@ -222,6 +222,10 @@ impl Cell {
             uid: self.uid,
             groups,
             landlock,
+            // A limit is a process's, not a file's: the logs are held to theirs by the watcher.
+            file_bytes: spec.layer.as_ref().map_or(MAX_LOG_BYTES, |layer| {
+                layer.layer.max_file_bytes().max(MAX_LOG_BYTES)
+            }),
             handed,
         })
     }

@@ -2,7 +2,7 @@
 
 use omerta_dataplane::Counters;
 
-use crate::{ExitStatus, LaunchError};
+use crate::{ExitStatus, LaunchError, Scrubbed};
 
 /// A guest that is no more: QEMU reaped, guard detached, tap and run directory removed, save what
 /// [`Ended::leftovers`] lists.
@@ -17,6 +17,9 @@ pub struct Ended {
     /// What the guard had counted when QEMU was gone; `None` if there was no guard, or if it could
     /// not be read.
     pub counters: Option<Counters>,
+    /// What it had written to its disk, given back to the file system, looked at and found gone; `None`
+    /// if it had no disk, or if that is among [`Ended::leftovers`].
+    pub scrubbed: Option<Scrubbed>,
     /// The end of what the serial console had printed, at most [`Ended::MAX_CONSOLE_BYTES`].
     pub console: Vec<u8>,
     /// What could not be removed and why, one line each; empty when all went well.

@@ -7,6 +7,7 @@ use omerta_dataplane::{Guard, GuardWatch};
 use tokio::time::timeout;
 
 use crate::clock::monotonic_ns;
+use crate::disk::Disks;
 use crate::jail::Cell;
 use crate::lifecycle::Ended;
 use crate::process::QemuProcess;
@@ -25,6 +26,7 @@ const TAP_DEADLINE: Duration = Duration::from_secs(1);
 pub(super) struct Machine {
     pub(super) spec: Spec,
     pub(super) cell: Option<Cell>,
+    pub(super) disks: Option<Disks>,
     pub(super) run_dir: Option<RunDir>,
     pub(super) tap: Option<Tap>,
     pub(super) process: Option<Arc<QemuProcess>>,
@@ -38,6 +40,7 @@ impl Machine {
         Self {
             spec,
             cell: None,
+            disks: None,
             run_dir: None,
             tap: None,
             process: None,
@@ -65,6 +68,7 @@ impl Machine {
                 ended_at_ns: None,
                 tap_removed_at_ns: None,
                 counters: None,
+                scrubbed: None,
                 console: Vec::new(),
                 leftovers: vec![format!("unknown: tidying up failed: {error}")],
             }
@@ -91,6 +95,8 @@ impl Machine {
         let tap = self.tap.take();
         let run_dir = self.run_dir.take();
         let cell = self.cell.take();
+        let disks = self.disks.take();
+        let mut scrubbed = None;
         // After the reap, for until then the guest may send; before the detach takes them along.
         let counters = guard.as_ref().and_then(|guard| {
             guard
@@ -120,6 +126,10 @@ impl Machine {
             if run_dir.is_some_and(|run_dir| !run_dir.remove()) {
                 leftovers.push(format!("directory {path}: see the log"));
             }
+            match disks.map(Disks::scrub).transpose() {
+                Ok(done) => scrubbed = done,
+                Err(error) => leftovers.push(format!("disk: it may not be scrubbed: {error}")),
+            }
             leftovers.extend(cell.map(Cell::tear_down).into_iter().flatten());
         } else {
             if guard.is_some() {
@@ -132,6 +142,10 @@ impl Machine {
                 run_dir.keep();
                 leftovers.push(format!("directory {path}: QEMU uses it"));
             }
+            if let Some(disks) = disks {
+                disks.keep();
+                leftovers.push("disk: QEMU uses it".to_owned());
+            }
             if let Some(cell) = cell {
                 cell.keep();
                 leftovers.push("its user and cgroups: QEMU has them".to_owned());
@@ -142,6 +156,7 @@ impl Machine {
             ended_at_ns,
             tap_removed_at_ns,
             counters,
+            scrubbed,
             console,
             leftovers,
         }

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::task::{block_in_place, spawn_blocking};
 use tokio::time::timeout;
 
+use crate::disk::{DiskError, Disks, Handles};
 use crate::jail::{Cell, Root};
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
@@ -57,12 +58,17 @@ impl Paused {
         }
         // The image may lie on a file system that hangs; this thread serves other guests too.
         let wanted = spec.clone();
-        let built = spawn_blocking(move || Cell::build(&wanted)).await;
-        let (cell, root) = built.map_err(|error| ImageError::Copy {
+        let building = move || -> Result<_, LaunchError> {
+            let (cell, root) = Cell::build(&wanted)?;
+            Ok((cell, root, Disks::prepare(&wanted)?))
+        };
+        let built = spawn_blocking(building).await;
+        let (cell, root, disks) = built.map_err(|error| ImageError::Copy {
             path: spec.image.kernel.clone(),
             source: std::io::Error::other(error),
         })??;
         let mut machine = Machine::new(spec);
+        machine.disks = disks;
         match Self::start(&mut machine, cell, root).await {
             Ok((process, qmp, machine_events, control_port)) => Ok(Self {
                 machine,
@@ -84,12 +90,15 @@ impl Paused {
 
         let tap = Tap::create(&spec.tap, spec.gateway_mac()).await?;
         let tap = machine.tap.insert(tap).handle()?;
+        let disks = machine.disks.as_ref().map(Disks::handles).transpose();
+        let disks = disks.map_err(DiskError::Handles)?;
         let open = command::Descriptors {
             tap: tap.as_raw_fd(),
             qmp: channels.qmp.as_raw_fd(),
             console: channels.console.as_raw_fd(),
             control: channels.control.as_raw_fd(),
             console_log: channels.console_log.as_raw_fd(),
+            disks: disks.as_ref().map(Handles::numbers),
         };
         let mut handed = vec![
             tap,
@@ -99,6 +108,7 @@ impl Paused {
             channels.console_log,
         ];
         handed.extend(spec.image.lease()?);
+        handed.extend(disks.into_iter().flat_map(Handles::into_all));
         let process = Arc::new(QemuProcess::spawn(
             root.program(),
             &command::arguments(spec, &open),

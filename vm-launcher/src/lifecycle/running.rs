@@ -60,6 +60,7 @@ impl Running {
         let Guarding { guard, watch, .. } = guarding;
         let control = Control::new(qmp, watch);
         let (sender, events) = mpsc::channel(EVENT_BACKLOG);
+        let files = RunFiles::within(&machine.spec.run_dir);
         let watcher = Watcher {
             process: Arc::clone(&process),
             control: control.clone(),
@@ -68,8 +69,8 @@ impl Running {
             events: sender,
             links,
             alarm,
+            logs: machine.spec.layer.as_ref().map(|_| files.logs()),
         };
-        let files = RunFiles::within(&machine.spec.run_dir);
         let watcher = Watching(tokio::spawn(watcher.run()));
         Self {
             machine,

@@ -1,5 +1,9 @@
 //! The task that listens to QEMU and to the guest, from resume to the end.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +15,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::error::report;
 use crate::guard_alarm::GuardAlarm;
+use crate::jail::MAX_LOG_BYTES;
 use crate::lifecycle::Control;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
@@ -61,6 +66,8 @@ pub(super) struct Watcher {
     pub(super) events: mpsc::Sender<GuestEvent>,
     pub(super) links: LinkWatch,
     pub(super) alarm: GuardAlarm,
+    /// Logs to be held to their length, where the limit of QEMU's files does not.
+    pub(super) logs: Option<[PathBuf; 2]>,
 }
 
 /// How long QEMU may take to confirm that the guest stands still, before it is killed.
@@ -107,6 +114,7 @@ impl Watcher {
                     guarded = self.stands_or_stops(looked).await;
                 }
                 _ = look.tick(), if guarded => {
+                    self.logs.iter().flatten().for_each(|log| cut_log(log));
                     let looked = self.look();
                     guarded = self.stands_or_stops(looked).await;
                 }
@@ -194,6 +202,23 @@ impl Watcher {
         // The guest stands still: this may wait for a slow reader, and must not be lost.
         let _ = self.events.send(GuestEvent::GuardLost { why }).await;
         false
+    }
+}
+
+/// Cuts a log at its most. QEMU appends to it, so what was written beyond is lost and the start stays.
+fn cut_log(path: &Path) {
+    let cut = || {
+        let log = File::options()
+            .write(true)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)?;
+        if log.metadata()?.len() > MAX_LOG_BYTES {
+            log.set_len(MAX_LOG_BYTES)?;
+        }
+        io::Result::Ok(())
+    };
+    if let Err(error) = cut() {
+        tracing::warn!(path = %path.display(), %error, "cannot hold a log to its length");
     }
 }
 

@@ -134,6 +134,8 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
     Spec {
         name: "web-1".parse().unwrap(),
         image,
+        layer: None,
+        ssh_key: None,
         cpus: 1,
         memory_mib: 64,
         mac: "52:54:00:12:34:56".parse().unwrap(),

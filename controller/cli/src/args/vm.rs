@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
@@ -15,6 +17,9 @@ use super::Shown;
 use super::guard::{AttachError, check_limits};
 use super::limit::{self, Limit};
 use crate::spec::{self, SpecError};
+
+/// The most that is read of a public key: a little more than any has.
+const MAX_KEY_BYTES: u64 = 16 << 10;
 
 /// The verbs of `omerta vm`.
 #[derive(Debug, Subcommand)]
@@ -160,6 +165,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
     memory: Option<u32>,
 
+    /// Its disk in MiB, for an image that has one [default: as large as the image's]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    disk: Option<u32>,
+
+    /// A file with the SSH public key of who may log in as root through the tunnel, for an image with
+    /// cloud-init
+    #[arg(long, value_name = "FILE")]
+    ssh_key: Option<PathBuf>,
+
     /// How the guest's frames are judged: filtered, conntrack, sampled or direct
     /// [default: filtered]
     #[arg(long)]
@@ -234,6 +248,8 @@ impl RunArgs {
             "tunnel_peer": self.tunnel_peer,
             "cpus": self.cpus,
             "memory_mib": self.memory,
+            "disk_mib": self.disk,
+            "ssh_key": self.ssh_key.as_deref().map(key_of).transpose()?,
             "mode": self.mode.map(|mode| mode.to_string()),
             "on_violation": self.on_violation,
             "limits": limits,
@@ -247,6 +263,19 @@ impl RunArgs {
         }
         Ok(given)
     }
+}
+
+/// The one line of a file of a public key.
+fn key_of(path: &Path) -> Result<String, RunError> {
+    let read = || {
+        let mut text = String::new();
+        let bounded = &mut File::open(path)?.take(MAX_KEY_BYTES);
+        bounded.read_to_string(&mut text).map(|_| text)
+    };
+    read().map_err(|source| RunError::SshKey {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// A label as typed.
@@ -284,6 +313,15 @@ pub enum RunError {
     /// The file is no spec.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The file of the SSH key cannot be read.
+    #[error("--ssh-key {}: give a file as ~/.ssh/id_ed25519.pub", path.display())]
+    SshKey {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// One label is given twice.
     #[error("--label {0} is given twice: give it once")]
     LabelTwice(String),

@@ -134,10 +134,7 @@ fn missing_image_is_not_found_with_its_path_and_the_remedy() {
     let message = daemon
         .post(route::GUESTS, &request().to_string())
         .refusal(404, "not_found");
-    assert!(
-        message.contains("state/images/default/vmlinuz"),
-        "{message}"
-    );
+    assert!(message.contains("state/images/default"), "{message}");
     assert!(message.contains("make image"), "{message}");
 }
 

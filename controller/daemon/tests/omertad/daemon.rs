@@ -55,6 +55,8 @@ pub fn command(namespace: &Namespace, directory: &Path) -> Command {
         .arg(directory.join("run"))
         .arg("--state-dir")
         .arg(directory.join("state"))
+        .arg("--image-dir")
+        .arg(directory.join("state/images"))
         .args(["--accel", "tcg"])
         .stdin(Stdio::null());
     command
