@@ -75,8 +75,8 @@ mmdebstrap --quiet --mode=root --variant=essential --include="$(sed '/^#/d' "$re
     --dpkgopt='path-exclude=/usr/share/info/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
     "$suite" "$work/tree.tar" "deb $mirror $suite main" "deb $mirror $suite-updates main" \
     "deb $security $suite-security main" >"$work/mmdebstrap.log" 2>&1 || { cat "$work/mmdebstrap.log" >&2; die "mmdebstrap failed"; }
-# By name, for the order in which a directory was filled shows in the disk.
-tar -C "$tree" --sort=name -xf "$work/tree.tar" 2>/dev/null || tar -C "$tree" -xf "$work/tree.tar"
+# In mmdebstrap's order, which is by name: the order in which a directory was filled shows in the disk.
+tar -C "$tree" -xf "$work/tree.tar"
 rm "$work/tree.tar"
 
 say "adding what makes it a guest"
@@ -89,10 +89,11 @@ cp -R "$recipe/debian/rootfs/." "$tree/"
 cp "$recipe/rootfs/usr/lib/omerta/facts" "$recipe/rootfs/usr/lib/omerta/network" "$recipe/rootfs/usr/lib/omerta/report" "$tree/usr/lib/omerta/"
 cp "$recipe/rootfs/etc/omerta/firewall.nft" "$tree/etc/omerta/"
 chmod 755 "$tree/usr/lib/omerta/"*
-chmod 644 "$tree/etc/systemd/system/omerta-"*.service "$tree/etc/cloud/cloud.cfg.d/90_omerta.cfg" "$tree/etc/modules-load.d/omerta.conf" "$tree/usr/lib/omerta/facts" "$tree/usr/lib/omerta/network"
+chmod 644 "$tree/etc/systemd/system/omerta-"*.service "$tree/etc/cloud/cloud.cfg.d/90_omerta.cfg" "$tree/etc/modules-load.d/omerta.conf" \
+    "$tree/etc/systemd/network/10-cloud-init-eth0.network.d/omerta.conf" "$tree/usr/lib/omerta/facts" "$tree/usr/lib/omerta/network"
 systemctl --root="$tree" --quiet enable omerta-firewall.service omerta-tunnel.service omerta-console.service systemd-networkd.service
 systemctl --root="$tree" --quiet mask serial-getty@ttyS0.service getty@tty1.service apt-daily.timer apt-daily-upgrade.timer \
-    e2scrub_all.timer fstrim.timer
+    e2scrub_all.timer fstrim.timer dpkg-db-backup.timer systemd-networkd-wait-online.service
 # Each guest has its own.
 rm -f "$tree"/etc/ssh/ssh_host_* "$tree/var/lib/dbus/machine-id" "$tree/var/lib/systemd/random-seed"
 : >"$tree/etc/machine-id"

@@ -107,7 +107,7 @@ fn build(args: &BuildArgs, out: &mut Output) -> Result<(), ImageError> {
     let key = args.signing.sign_with.as_deref().map(SecretKey::read);
     let key = key.transpose()?;
     let recipe = Recipe::unpack()?;
-    let script = recipe.path("build.sh");
+    let script = recipe.path(args.kind.script());
     let mut command = Command::new("sh");
     command.arg(&script);
     if args.refresh {
@@ -123,31 +123,19 @@ fn build(args: &BuildArgs, out: &mut Output) -> Result<(), ImageError> {
     if !status.success() {
         return Err(ImageError::Build { word, status });
     }
-    let sources = Sources::within(&place);
-    let Some(key) = key else {
-        if args.signing.unsigned {
-            return import_made(
-                &sources,
-                &name_of(args, word)?,
-                Seed::Facts,
-                None,
-                &args.place,
-                args.shown.format,
-                out,
-            );
-        }
+    if key.is_none() && !args.signing.unsigned {
         let told = format!(
-            "built {word} in {}; `omerta image import {} --name {word} --sign-with KEY` puts it into the store",
+            "built {word} in {}; `omerta image build {word} --out {} --sign-with KEY` puts it into the store",
             place.display(),
             place.display()
         );
         return say(out, args.shown.format, &json!({"built": place}), &told);
-    };
+    }
     import_made(
-        &sources,
+        &Sources::within(&place),
         &name_of(args, word)?,
-        Seed::Facts,
-        Some(&key),
+        args.kind.seed(),
+        key.as_ref(),
         &args.place,
         args.shown.format,
         out,

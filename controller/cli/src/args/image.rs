@@ -103,13 +103,32 @@ pub struct Signing {
 pub enum Kind {
     /// A kernel and an initramfs of 5 MiB: a shell and WireGuard
     Small,
+    /// Debian with systemd and cloud-init, on a disk of 2 GiB; takes mmdebstrap and qemu-utils
+    Debian,
 }
 
 impl Kind {
+    /// The script that builds it.
+    pub const fn script(self) -> &'static str {
+        match self {
+            Self::Small => "build.sh",
+            Self::Debian => "debian.sh",
+        }
+    }
+
+    /// How its guests are told what they are.
+    pub const fn seed(self) -> Seed {
+        match self {
+            Self::Small => Seed::Facts,
+            Self::Debian => Seed::Nocloud,
+        }
+    }
+
     /// Its name.
     pub const fn word(self) -> &'static str {
         match self {
             Self::Small => "small",
+            Self::Debian => "debian",
         }
     }
 }
