@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::IntoRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,6 +27,8 @@ const ANCHOR: &str = "/run/omerta-bpf";
 /// How long one process waits for another that mounts. It takes milliseconds: one that takes longer
 /// hangs, and holds nobody up for it.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a mount in another mount namespace may take, where it is a process's work.
+const MOUNTING: Duration = Duration::from_secs(10);
 
 /// What is pinned for this thread's network namespace is below it. It need not exist.
 pub fn namespace_directory() -> Result<PathBuf, GuardError> {
@@ -204,17 +206,39 @@ impl Mounts {
     /// threads; nsenter has none.
     fn within(&self, program: &str, arguments: &[&str]) -> io::Result<()> {
         let outer = self.outer.unwrap_or(1);
-        let status = Command::new("nsenter")
+        let mut command = Command::new("nsenter");
+        command
             .arg(format!("--mount=/proc/{outer}/ns/mnt"))
             .arg(program)
-            .args(arguments)
-            .status()?;
+            .args(arguments);
+        let status = ended_within(MOUNTING, command)?;
         if status.success() {
             Ok(())
         } else {
             Err(io::Error::other(format!("{program}: {status}")))
         }
     }
+}
+
+/// Runs `command`, and kills it where it has not ended within `patience`.
+fn ended_within(patience: Duration, mut command: Command) -> io::Result<ExitStatus> {
+    let deadline = Instant::now() + patience;
+    let mut child = command.spawn()?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    let name = command.get_program().to_string_lossy();
+    let problem = format!("{name} has not ended in {patience:?} and was killed");
+    child.kill()?;
+    // Where the kernel itself hangs it goes on hanging: nobody waits for that.
+    thread::spawn(move || child.wait());
+    Err(io::Error::new(io::ErrorKind::TimedOut, problem))
 }
 
 /// The outermost process within reach whose mount namespace is not this one's: init, or where
@@ -276,6 +300,22 @@ pub fn shown(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mount_that_hangs_is_given_up() {
+        let mut hangs = Command::new("sleep");
+        hangs.arg("infinity");
+        let given_up = ended_within(Duration::from_millis(10), hangs).map_err(|e| e.kind());
+        assert_eq!(given_up, Err(io::ErrorKind::TimedOut));
+    }
+
+    #[test]
+    fn how_a_mount_ends_is_told() {
+        for (program, success) in [("true", true), ("false", false)] {
+            let status = ended_within(MOUNTING, Command::new(program));
+            assert_eq!(status.ok().map(|status| status.success()), Some(success));
+        }
+    }
 
     #[test]
     fn paths_below_a_held_descriptor_are_shown_by_their_own_names() {

@@ -54,7 +54,17 @@ impl Lock {
 
     fn until(namespace: PathBuf, interface: &str, deadline: Instant) -> Result<Self, GuardError> {
         let directory = namespace.join(format!("{}{LOCK}", encode(interface)));
+        let busy = || GuardError::Busy {
+            interface: interface.to_owned(),
+            path: shown(&directory),
+        };
+        let mut tried = false;
         loop {
+            // Others may remove what is made here as often as it is made.
+            if tried && Instant::now() >= deadline {
+                return Err(busy());
+            }
+            tried = true;
             let made = match directory.parent() {
                 Some(parent) => fs::create_dir_all(parent),
                 None => Ok(()),
@@ -75,12 +85,7 @@ impl Lock {
                     Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
                         thread::sleep(Duration::from_millis(1));
                     }
-                    Err(TryLockError::WouldBlock) => {
-                        return Err(GuardError::Busy {
-                            interface: interface.to_owned(),
-                            path: shown(&directory),
-                        });
-                    }
+                    Err(TryLockError::WouldBlock) => return Err(busy()),
                     Err(TryLockError::Error(source)) => {
                         return Err(failed("lock", &directory)(source));
                     }
@@ -110,5 +115,28 @@ impl Drop for Lock {
         {
             let _ = remove_anchor();
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "helpers of tests")]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    /// A directory that somebody removed takes no lock, however often it is tried.
+    #[test]
+    fn a_lock_that_cannot_be_made_is_given_up() {
+        let path = std::env::temp_dir().join(format!("omerta-lock-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        let removed = File::open(&path).unwrap();
+        fs::remove_dir(&path).unwrap();
+        let namespace = PathBuf::from(format!("/proc/self/fd/{}", removed.as_raw_fd()));
+        for patience in [Duration::ZERO, Duration::from_millis(20)] {
+            let lock = Lock::until(namespace.clone(), "guest", Instant::now() + patience);
+            assert!(matches!(lock, Err(GuardError::Busy { .. })), "{lock:?}");
+        }
+        assert!(Lock::try_in(namespace, "guest").unwrap().is_none());
     }
 }

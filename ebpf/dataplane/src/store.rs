@@ -198,6 +198,17 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         Ok(policy.epoch)
     }
 
+    /// What is in force, for [`PolicyStore::put_in_force`].
+    pub fn in_force(&self) -> Slot {
+        self.state.slot()
+    }
+
+    /// Puts in force again what was, as the last step of a commit does, and nothing else: for tests
+    /// that race with the programs. A longer allowlist than stands in a slot does not come back.
+    pub fn put_in_force(&mut self, slot: &Slot) {
+        self.state.commit(slot);
+    }
+
     /// Before `next` with `endpoints` allows what the policy in force does not: removes the flows that
     /// were opened by an earlier one, which would let the peer in without the guest's doing. Programs
     /// that still judge by such a policy take back what they open from now on.
