@@ -14,12 +14,12 @@ use serde_json::Value;
 use crate::consumer::{Consumer, Place};
 use crate::daemon::Daemon;
 use crate::guest::Guest;
-use crate::leftovers::Leftovers;
+use crate::leftovers::{self, Leftovers};
 use crate::omerta::text;
 use crate::report::Report;
 use crate::requirements::Requirements;
 use crate::stage::{CONSUMER_A, CONSUMER_B, Stage};
-use crate::traces::{self, Traces};
+use crate::traces::Traces;
 
 /// The guest whose root turns on its provider.
 const TENANT_A: &str = "tenant-a";
@@ -103,11 +103,11 @@ pub fn play(
         consumer_b,
         image: &requirements.image_name,
     };
-    scene.tell(report)
+    scene.tell(report, leftovers)
 }
 
 impl Scene<'_> {
-    fn tell(&self, report: &mut Report) -> Result<()> {
+    fn tell(&self, report: &mut Report, leftovers: &Leftovers) -> Result<()> {
         let (guest_a, guest_b) = self.boot(report)?;
         self.attack(&guest_a, &guest_b, report)?;
         let floods = self.terminate(&guest_a, &guest_b, report)?;
@@ -122,13 +122,13 @@ impl Scene<'_> {
             &format!("{TENANT_B} and its process ended {took:.1} s after `omerta vm kill`"),
         );
         let mut left = traces.left()?;
-        left.extend(traces::entries(&traces::pins_of(&self.stage.provider)?)?);
+        left.extend(leftovers.pins_of(&self.stage.provider)?);
         if left.is_empty() {
             report.check(true, "no guard of the provider is in the kernel any more");
         } else {
             report.check(
                 false,
-                &format!("of guards there is left: {}", left.join(", ")),
+                &format!("of guards there is left: {}", leftovers::few(&left)),
             );
         }
         Ok(())

@@ -53,10 +53,22 @@ impl Leftovers {
 
     pub fn watch_namespace(&mut self, namespace: &Namespace) -> Result<()> {
         self.namespaces.push((namespace.path(), namespace.inode()?));
-        let pins = traces::pins_of(namespace)?;
-        let before = traces::entries(&pins)?;
-        self.pins.push((pins, before));
+        self.watch_pins(traces::pins_of(namespace)?)
+    }
+
+    fn watch_pins(&mut self, directory: PathBuf) -> Result<()> {
+        let before = traces::entries(&directory)?;
+        self.pins.push((directory, before));
         Ok(())
+    }
+
+    /// The guards' pins of a namespace that this run has made and that are there.
+    pub fn pins_of(&self, namespace: &Namespace) -> Result<Vec<String>> {
+        let pins = traces::pins_of(namespace)?;
+        let before = self.pins.iter().find(|(directory, _)| *directory == pins);
+        let before = before.map_or(&[][..], |(_, before)| before);
+        let now = traces::entries(&pins)?.into_iter();
+        Ok(now.filter(|name| !before.contains(name)).collect())
     }
 
     pub fn watch_path(&mut self, path: &Path) {
@@ -160,6 +172,42 @@ fn tell(report: &mut Report, kind: &str, left: &[String]) {
     if left.is_empty() {
         report.check(true, &format!("no {kind}"));
     } else {
-        report.check(false, &format!("a {kind} is left: {}", left.join(", ")));
+        report.check(false, &format!("a {kind} is left: {}", few(left)));
+    }
+}
+
+/// The first of `names`, and how many more there are.
+pub fn few(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = names.iter().take(SHOWN).map(String::as_str);
+    let mut text = shown.collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text += &format!(" and {} more", names.len() - SHOWN);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_former_run_left_is_not_this_ones() {
+        let directory = tempfile::tempdir().unwrap();
+        let pins = directory.path().join("pins");
+        fs::create_dir_all(pins.join("former")).unwrap();
+        let mut leftovers = Leftovers::default();
+        leftovers.watch_pins(pins.clone()).unwrap();
+        assert_eq!(leftovers.new_pins(), [""; 0]);
+        fs::create_dir(pins.join("new")).unwrap();
+        let new = pins.join("new").display().to_string();
+        assert_eq!(leftovers.new_pins(), [new]);
+    }
+
+    #[test]
+    fn a_long_list_is_cut() {
+        let names: Vec<_> = (1..=7).map(|number: u8| number.to_string()).collect();
+        assert_eq!(few(&names[..5]), "1, 2, 3, 4, 5");
+        assert_eq!(few(&names), "1, 2, 3, 4, 5 and 2 more");
     }
 }
