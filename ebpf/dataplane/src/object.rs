@@ -51,6 +51,7 @@ pub fn has_room_for_flows(interface: &str, pins: &Pins) -> Result<bool, GuardErr
 pub struct Programs {
     ebpf: Ebpf,
     interface: String,
+    reads_in_place: bool,
 }
 
 impl Programs {
@@ -78,9 +79,19 @@ impl Programs {
         match &kernel.object {
             // A kernel that does not take it (without a just-in-time compiler, for one) says more
             // of the object as it was compiled.
-            Some(object) => load(object).or_else(|_| load(OBJECT)),
+            Some(object) => load(object)
+                .map(|programs| Self {
+                    reads_in_place: true,
+                    ..programs
+                })
+                .or_else(|_| load(OBJECT)),
             None => load(OBJECT),
         }
+    }
+
+    /// Whether the kernel has taken the programs with their reads of its structures in place of calls.
+    pub fn reads_in_place(&self) -> bool {
+        self.reads_in_place
     }
 
     fn load_object(
@@ -131,6 +142,7 @@ impl Programs {
         let mut programs = Self {
             ebpf,
             interface: interface.to_owned(),
+            reads_in_place: false,
         };
         for direction in Direction::ALL {
             let program = programs.program(direction)?;

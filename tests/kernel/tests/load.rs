@@ -4,6 +4,7 @@
 
 use std::time::Instant;
 
+use aya::util::KernelVersion;
 use omerta_dataplane::Programs;
 use omerta_verdict::{Direction, Mode};
 
@@ -28,4 +29,21 @@ fn the_verifier_is_left_far_from_its_limit() {
         assert!(verified < MOST_INSTRUCTIONS);
     }
     println!("both loaded in {took:?}");
+}
+
+/// `bpf_rdonly_cast` is there since Linux 6.2; only a just-in-time compiler takes calls of the kernel's
+/// own functions.
+#[test]
+fn reads_are_in_place_where_the_kernel_can_have_them_so_and_calls_elsewhere() {
+    let compiles = std::fs::read_to_string("/proc/sys/net/core/bpf_jit_enable");
+    let compiles = compiles.is_ok_and(|enabled| enabled.trim() != "0");
+    let casts = KernelVersion::current().unwrap() >= KernelVersion::new(6, 2, 0);
+    let programs = Programs::load("load", Mode::Filtered).unwrap();
+    let word = if programs.reads_in_place() {
+        "loads, in place"
+    } else {
+        "helpers' calls"
+    };
+    println!("the programs read the kernel's structures by {word}");
+    assert_eq!(programs.reads_in_place(), casts && compiles);
 }

@@ -106,9 +106,11 @@ pub fn skips(text: &str) -> Vec<&str> {
     reasons
 }
 
-/// What a person should see of a console: failures, panics of the kernel.
+/// What a person should see of a console: failures, panics of the kernel, and which way the programs
+/// read its structures.
 pub fn noteworthy(said: &str) -> Vec<&str> {
-    const MARKS: [&str; 6] = [
+    const MARKS: [&str; 7] = [
+        "the programs read the kernel's structures by",
         "FAILED",
         "panicked at",
         "Kernel panic",
