@@ -153,6 +153,29 @@ impl Programs {
         Ok(programs)
     }
 
+    /// Other programs that read socket buffers as the guard's do, of a bench: nothing of them is
+    /// verified yet.
+    #[doc(hidden)]
+    pub fn fitted(object: &[u8]) -> Result<Ebpf, GuardError> {
+        let failed = |source| GuardError::System {
+            action: "fit programs to this kernel's types",
+            interface: "bench".to_owned(),
+            source,
+        };
+        let layout = Value(Fitted::to_this_kernel().map_err(failed)?.layout);
+        let types = std::fs::read("/sys/kernel/btf/vmlinux").map_err(failed)?;
+        let in_place = Btf::parse(&types).and_then(|types| read_in_place(object, &types));
+        EbpfLoader::new()
+            .btf(None)
+            .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES)
+            .override_global("SKB", &layout, true)
+            .load(in_place.as_deref().unwrap_or(object))
+            .map_err(|source| GuardError::Load {
+                interface: "bench".to_owned(),
+                source: Box::new(source),
+            })
+    }
+
     /// The program of one direction.
     pub fn program(&mut self, direction: Direction) -> Result<&mut SchedClassifier, GuardError> {
         let name = program_name(direction);

@@ -1,5 +1,6 @@
 //! Looks random keys up in the guard's allowlist, in a hash and in a trie: one program each, and one
 //! that makes the keys alone. A run looks up [`LOOKUPS`] keys and returns how many were found.
+//! Beside them, the egress program in steps.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch, core_intrinsics)]
@@ -9,10 +10,17 @@
     reason = "the guard's own modules, of which a part is measured"
 )]
 
+#[path = "../src/accounting.rs"]
+mod accounting;
+#[path = "../src/buffer.rs"]
+mod buffer;
+#[path = "../src/diagnostics.rs"]
+mod diagnostics;
 #[path = "../src/flows.rs"]
 mod flows;
 #[path = "../src/state.rs"]
 mod state;
+mod steps;
 
 use aya_ebpf::{
     macros::{classifier, map},

@@ -4,6 +4,7 @@
 
 mod capture;
 mod fleet;
+mod floor;
 mod iperf;
 mod kernel;
 mod launch;
@@ -51,8 +52,8 @@ struct Arguments {
     readme: Option<PathBuf>,
 }
 
-const NAMES: [&str; 9] = [
-    "verdict", "table", "tap", "policy", "capture", "scale", "iperf", "fleet", "launch",
+const NAMES: [&str; 10] = [
+    "verdict", "floor", "table", "tap", "policy", "capture", "scale", "iperf", "fleet", "launch",
 ];
 
 fn main() -> ExitCode {
@@ -66,8 +67,9 @@ fn main() -> ExitCode {
 }
 
 /// The result files that the README shows.
-const SHOWN: [&str; 15] = [
+const SHOWN: [&str; 16] = [
     "verdict",
+    "floor",
     "table",
     "tap",
     "policy",
@@ -124,6 +126,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 fn measure(name: &str, rounds: Rounds, host: &mut Option<Host>) -> Result<Vec<Bench>> {
     Ok(match name {
         "verdict" => vec![verdict::measure(rounds)?],
+        "floor" => vec![floor::measure(rounds)?],
         "table" => vec![table::measure(rounds)?],
         "tap" => vec![tap::measure(rounds)?],
         "capture" => vec![capture::measure(rounds)?],

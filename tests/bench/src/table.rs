@@ -18,7 +18,7 @@ use crate::kernel;
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_BENCH_PROGRAMS"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_BENCH_PROGRAMS"));
 
 /// As in ebpf/programs/bench/table.rs.
 const LOOKUPS: i32 = 64;

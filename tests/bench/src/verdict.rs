@@ -15,17 +15,17 @@ use crate::rounds::{Case, Rounds};
 /// Runs in one measurement. The kernel gives whole nanoseconds, so the mean of many calls is used.
 const REPEAT: u32 = 20_000;
 const CALLS: u32 = 10;
-const NEXT: i32 = -1;
+pub const NEXT: i32 = -1;
 const SHOT: i32 = 2;
 
-fn loaded(mode: Mode) -> Result<Programs> {
+pub fn loaded(mode: Mode) -> Result<Programs> {
     let mut programs = Programs::load("bench", mode)?;
     PolicyStore::of(&mut programs, "bench")?.commit(config(mode).policy("bench")?, &allowlist())?;
     Ok(programs)
 }
 
 /// Nanoseconds a run.
-fn run(program: impl std::os::fd::AsFd, frame: &[u8], expected: i32) -> Result<f64> {
+pub fn run(program: impl std::os::fd::AsFd, frame: &[u8], expected: i32) -> Result<f64> {
     let mut sum = 0.0;
     for _ in 0..CALLS {
         let (returned, nanoseconds) = kernel::test_run(&program, frame, REPEAT)?;
@@ -37,7 +37,7 @@ fn run(program: impl std::os::fd::AsFd, frame: &[u8], expected: i32) -> Result<f
     Ok(sum / f64::from(CALLS))
 }
 
-fn judge(
+pub fn judge(
     programs: &mut Programs,
     direction: Direction,
     frame: &[u8],
