@@ -4,12 +4,17 @@
 mod compile;
 
 fn main() {
-    match compile::compile("..", "omerta-programs", "") {
-        Ok(object) => println!("cargo::rustc-env=OMERTA_PROGRAMS={}", object.display()),
-        Err(message) => {
-            // Cargo shows a build script's standard error when it fails.
-            eprintln!("error: {message}");
-            std::process::exit(1);
+    for (binary, variable) in [
+        ("omerta-programs", "OMERTA_PROGRAMS"),
+        ("omerta-redirect", "OMERTA_REDIRECT"),
+    ] {
+        match compile::compile("..", binary, "") {
+            Ok(object) => println!("cargo::rustc-env={variable}={}", object.display()),
+            Err(message) => {
+                // Cargo shows a build script's standard error when it fails.
+                eprintln!("error: {message}");
+                std::process::exit(1);
+            }
         }
     }
 }

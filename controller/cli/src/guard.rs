@@ -19,6 +19,7 @@ use crate::args::guard::{
 use crate::args::limit;
 use crate::exit::{Exit, one_line};
 use crate::output::{Cell, Output, Side, Style, Table, bytes};
+use crate::translation;
 
 /// Carries out one command in the network namespace of the calling thread.
 ///
@@ -75,11 +76,29 @@ fn open(interface: &InterfaceName) -> Result<Guard, GuardError> {
 fn attach(args: AttachArgs, out: &mut Output) -> Result<(), GuardCommandError> {
     let attachment = args.check()?;
     let interface = attachment.interface.as_str();
-    let guard = Guard::attach(interface, &attachment.config).inspect_err(|error| {
+    let told = |error: &GuardError| {
         if attachment.verbose {
             last_words(error);
         }
-    })?;
+    };
+    let guard = Guard::attach(interface, &attachment.config).inspect_err(told)?;
+    if let Some(peers) = &attachment.redirect {
+        let peers: Vec<_> = peers.iter().map(InterfaceName::as_str).collect();
+        if let Err(error) = guard.redirect(&peers) {
+            told(&error);
+            // What failed has changed nothing.
+            guard.detach()?;
+            return Err(error.into());
+        }
+        if translation::is_found() {
+            // Where stderr is closed the guard is in force all the same.
+            let _ = writeln!(
+                io::stderr(),
+                "warning: this host translates source addresses, and what is redirected passes that by: \
+                 without --redirect where {interface}'s guest needs it"
+            );
+        }
+    }
     // A good moment; what cannot be removed is in nobody's way.
     let _ = Guard::sweep_gone_namespaces();
     let status = guard.status()?;
@@ -210,6 +229,27 @@ fn policy(status: &GuardStatus) -> Table {
             Cell::new(format_args!("ends in {} s", lease.remaining_seconds)),
         ),
         None => {}
+    }
+    if let Some(redirect) = status.redirect {
+        let counts = format_args!(
+            "{}: {} to neighbours, {} to peers, {} left to the stack, {} unproven",
+            if redirect.in_force {
+                "in force"
+            } else {
+                "cut off"
+            },
+            redirect.to_neighbours,
+            redirect.to_peers,
+            redirect.to_stack,
+            redirect.unproven
+        )
+        .to_string();
+        let style = if redirect.in_force {
+            Style::Good
+        } else {
+            Style::Bad
+        };
+        table.pair("redirect", Cell::styled(style, counts));
     }
     if status.events_lost > 0 {
         table.pair("events lost", Cell::styled(Style::Bad, status.events_lost));

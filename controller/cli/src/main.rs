@@ -18,6 +18,7 @@ mod image;
 mod manual;
 mod output;
 mod spec;
+mod translation;
 mod version;
 mod vm;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use aya::maps::MapData;
-use omerta_verdict::{Direction, Endpoint, Mode};
+use omerta_verdict::{Direction, Endpoint, Mac, Mode};
 
 use crate::counters::Counters;
 use crate::diagnostics::DiagnosticStream;
@@ -151,7 +151,7 @@ impl Guard {
     }
 
     /// Fails where this handle may not change the guard.
-    fn authorise(&self) -> Result<(), GuardError> {
+    pub(crate) fn authorise(&self) -> Result<(), GuardError> {
         let interface = self.interface.clone();
         match (self.pins.owner()?, &self.acting) {
             (owner, acting) if owner == *acting => Ok(()),
@@ -191,6 +191,17 @@ impl Guard {
             return Err(self.not_in_force(found.standing.why()));
         }
         Ok(found.standing)
+    }
+
+    /// Fails where the guard that was opened does not judge.
+    pub(crate) fn judging(&self) -> Result<(), GuardError> {
+        self.standing().map(|_| ())
+    }
+
+    /// Where the guest's IP frames must go.
+    pub(crate) fn gateway_mac(&self) -> Result<Mac, GuardError> {
+        let policy = PolicyStore::open(&self.interface, &self.pins)?.policy()?;
+        Ok(policy.gateway_mac)
     }
 
     fn replaced(&self) -> GuardError {

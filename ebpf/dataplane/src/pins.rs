@@ -19,6 +19,7 @@ use crate::clsact;
 use crate::link::{self, LinkInfo};
 use crate::living;
 use crate::lock::Lock;
+use crate::redirect::LINK_PIN;
 use crate::{GuardError, Owner};
 
 const OWNER: &str = "owner";
@@ -27,12 +28,14 @@ const CLSACT: &str = "clsact";
 /// Behind the index, where the guard made the qdisc of its filters.
 const QDISC_MADE: &str = "+qdisc";
 /// The pins of a guard besides its maps'.
-const OTHER_PINS: [&[u8]; 6] = [
+const OTHER_PINS: [&[u8]; 8] = [
     b"clsact",
     b"link_egress",
     b"link_ingress",
+    b"link_redirect",
     b"program_egress",
     b"program_ingress",
+    b"program_redirect",
     b"owner",
 ];
 /// Between the interface's name and a number, in the name of a directory that stands aside. No
@@ -298,11 +301,13 @@ impl Pins {
     pub fn remove_aside(&self) -> Result<(), GuardError> {
         self.remove_filters()?;
         let mut paths = self.entries()?;
-        let is_link = |path: &PathBuf| {
-            path.file_name()
-                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"link_"))
+        let rank = |path: &PathBuf| match path.file_name() {
+            // What redirects goes before what judges.
+            Some(name) if name == LINK_PIN => 0,
+            Some(name) if name.as_encoded_bytes().starts_with(b"link_") => 1,
+            _ => 2,
         };
-        paths.sort_by_key(|path| !is_link(path));
+        paths.sort_by_key(rank);
         for path in paths {
             fs::remove_file(&path).map_err(failed("remove", &path))?;
         }

@@ -10,7 +10,7 @@ use crate::counters::{self, Counters, DirectionCounters};
 use crate::lease::{self, Lease};
 use crate::pins::Pins;
 use crate::store::{PolicyStore, map_error};
-use crate::{GuardError, Limits, Standing};
+use crate::{GuardError, Limits, RedirectStatus, Standing, redirect};
 
 /// One direction's frames.
 #[derive(Clone, Debug, Serialize)]
@@ -110,6 +110,8 @@ pub struct GuardStatus {
     pub events_lost: u64,
     /// Those of them that exceeded the guard's rate of events; the others did not fit the ring.
     pub events_limited: u64,
+    /// What passes the host's stack by; `None` where nothing is redirected.
+    pub redirect: Option<RedirectStatus>,
 }
 
 impl GuardStatus {
@@ -146,6 +148,7 @@ impl GuardStatus {
             ingress: DirectionStatus::from(&counters.ingress),
             events_lost: counters.events_lost.packets,
             events_limited: counters.events_limited.packets,
+            redirect: redirect::read(interface, pins)?,
         };
         Ok((status, counters))
     }

@@ -22,6 +22,8 @@ pub enum Filter {
     None,
     /// The guard.
     Guard,
+    /// The guard, and what it allows past the stack.
+    GuardRedirect,
     /// An XDP program that drops everything: the least that a drop can cost.
     XdpFloor,
     /// nftables at the tap's netdev hook.
@@ -34,9 +36,20 @@ pub enum Filter {
     IptablesIpset,
 }
 
+/// Where the guest's frames go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// To a neighbour behind an uplink.
+    Uplink,
+    /// To another network namespace, by a veth.
+    Local,
+}
+
 /// The namespace, the guest's end of its tap and the filter.
 pub struct Lane {
     namespace: Namespace,
+    // Where the uplink ends.
+    other: Option<Namespace>,
     guest: Tap,
     filter: Filter,
     // Programs that are detached when these are closed.
@@ -50,7 +63,7 @@ pub type OffloadHeader = [u8; 10];
 pub const PLAIN: OffloadHeader = [0; 10];
 
 impl Lane {
-    pub fn new(filter: Filter) -> Result<Self> {
+    pub fn new(filter: Filter, way: Way) -> Result<Self> {
         let namespace = Namespace::new("omerta-bench")?;
         namespace.disable_ipv6()?;
         namespace.enable_forwarding()?;
@@ -62,13 +75,26 @@ impl Lane {
         for step in [
             &format!("link set guest address {GATEWAY_MAC}"),
             "link add uplink type veth peer name sink",
-            "link set sink up",
-            "link set uplink up",
-            "addr add 203.0.113.1/24 dev uplink",
         ] {
             namespace.ip(step)?;
         }
-        let links = namespace.enter(|| attach(filter))??;
+        let other = match way {
+            Way::Uplink => None,
+            Way::Local => {
+                let other = Namespace::new("omerta-bench-local")?;
+                other.disable_ipv6()?;
+                namespace.ip(&format!("link set sink netns {}", other.name()))?;
+                Some(other)
+            }
+        };
+        let sinks = other.as_ref().unwrap_or(&namespace);
+        sinks.ip("link set sink address 52:54:00:00:00:cc")?;
+        sinks.ip("link set sink up")?;
+        for step in ["link set uplink up", "addr add 203.0.113.1/24 dev uplink"] {
+            namespace.ip(step)?;
+        }
+        let mut links = vec![sinks.enter(swallow)??];
+        links.extend(namespace.enter(|| attach(filter, way))??);
         for step in [
             "link set guest up",
             "addr add 10.77.0.1/32 dev guest",
@@ -93,13 +119,14 @@ impl Lane {
         }
         Ok(Self {
             namespace,
+            other,
             guest,
             filter,
             _links: links,
         })
     }
 
-    /// Nanoseconds of this thread for one frame, over `count` frames; fails unless the uplink sent
+    /// Nanoseconds of this thread for one frame, over `count` frames; fails unless the uplink's end got
     /// exactly the frames that the filter lets through.
     pub fn send(
         &self,
@@ -109,7 +136,7 @@ impl Lane {
         passes: bool,
     ) -> Result<f64> {
         let buffer = [&header[..], frame].concat();
-        let sent_before = self.sent()?;
+        let (sent_before, redirected_before) = (self.sent()?, self.redirected()?);
         let before = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
         for _ in 0..count {
             self.guest.send(&buffer)?;
@@ -119,32 +146,50 @@ impl Lane {
         let expected = if passes { u64::from(count) } else { 0 };
         if sent != expected {
             bail!(
-                "{:?}: the uplink sent {sent} frames, not {expected}",
+                "{:?}: the uplink's end got {sent} frames, not {expected}",
                 self.filter
             );
+        }
+        let redirected = self.redirected()? - redirected_before;
+        if self.filter == Filter::GuardRedirect && redirected != expected {
+            bail!("{redirected} of {expected} frames passed the stack by");
         }
         let spent = std::time::Duration::from(after - before);
         Ok(spent.as_nanos() as f64 / f64::from(count))
     }
 
-    /// Frames that the uplink has sent.
+    /// Frames that have passed the stack by.
+    fn redirected(&self) -> Result<u64> {
+        if self.filter != Filter::GuardRedirect {
+            return Ok(0);
+        }
+        let status = self
+            .namespace
+            .enter(|| Guard::open("guest").and_then(|guard| guard.status()))??;
+        let redirect = status.redirect.context("nothing is redirected")?;
+        Ok(redirect.to_neighbours + redirect.to_peers)
+    }
+
+    /// Frames that have reached the uplink's other end.
     fn sent(&self) -> Result<u64> {
         // /proc/thread-self/net shows the namespace of the thread.
         let table = self
-            .namespace
+            .other
+            .as_ref()
+            .unwrap_or(&self.namespace)
             .enter(|| fs::read_to_string("/proc/thread-self/net/dev"))??;
         table
             .lines()
-            .find_map(|line| line.trim_start().strip_prefix("uplink:"))
-            .and_then(|fields| fields.split_whitespace().nth(9))
+            .find_map(|line| line.trim_start().strip_prefix("sink:"))
+            .and_then(|fields| fields.split_whitespace().nth(1))
             .and_then(|field| field.parse().ok())
-            .context("the uplink's count in /proc/net/dev")
+            .context("the sink's count in /proc/net/dev")
     }
 }
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        if self.filter == Filter::Guard {
+        if matches!(self.filter, Filter::Guard | Filter::GuardRedirect) {
             // Pins outlive the namespace; a drop cannot report.
             let _ = self
                 .namespace
@@ -153,26 +198,37 @@ impl Drop for Lane {
     }
 }
 
-/// The filter's program where it is one, and the one that swallows what the uplink sends.
-fn attach(filter: Filter) -> Result<Vec<OwnedFd>> {
+/// What swallows all that the uplink sends.
+fn swallow() -> Result<OwnedFd> {
     /// `TC_ACT_SHOT`.
     const SHOT: i32 = 2;
-    const XDP_DROP: i32 = 1;
     let swallow = kernel::constant(Kind::Classifier, SHOT)?;
-    let mut links = vec![kernel::attach(
-        &swallow,
-        index_of("sink")?,
-        Hook::TcxIngress,
-    )?];
+    kernel::attach(&swallow, index_of("sink")?, Hook::TcxIngress)
+}
+
+/// The filter's program where it is one.
+fn attach(filter: Filter, way: Way) -> Result<Option<OwnedFd>> {
+    const XDP_DROP: i32 = 1;
     match filter {
         Filter::Guard => drop(Guard::attach("guest", &config(Mode::Filtered))?),
+        Filter::GuardRedirect => {
+            let peers: &[&str] = match way {
+                Way::Uplink => &[],
+                Way::Local => &["uplink"],
+            };
+            Guard::attach("guest", &config(Mode::Filtered))?.redirect(peers)?;
+        }
         Filter::XdpFloor => {
             let program = kernel::constant(Kind::Xdp, XDP_DROP)?;
-            links.push(kernel::attach(&program, index_of("guest")?, Hook::Xdp)?);
+            return Ok(Some(kernel::attach(
+                &program,
+                index_of("guest")?,
+                Hook::Xdp,
+            )?));
         }
         _ => {}
     }
-    Ok(links)
+    Ok(None)
 }
 
 /// The guard's policy in another tool's words.
@@ -194,7 +250,7 @@ fn rules(filter: Filter) -> Vec<(&'static str, Vec<String>)> {
         vec![("nft", vec![script])]
     };
     match filter {
-        Filter::None | Filter::Guard | Filter::XdpFloor => Vec::new(),
+        Filter::None | Filter::Guard | Filter::GuardRedirect | Filter::XdpFloor => Vec::new(),
         Filter::NftNetdev => nft("netdev", "ingress device guest", ""),
         Filter::NftForward => nft("ip", "forward", ""),
         Filter::NftForwardConntrack => nft("ip", "forward", "ct state established,related accept"),

@@ -6,7 +6,7 @@ use omerta_kernel_tests::{
     CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, ethernet, udp,
 };
 
-use crate::network::{Filter, Lane, OffloadHeader, PLAIN};
+use crate::network::{Filter, Lane, OffloadHeader, PLAIN, Way};
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds};
 
@@ -45,9 +45,10 @@ fn large() -> (OffloadHeader, Vec<u8>) {
 /// (row, against, filter)
 type Plan = (&'static str, &'static str, Filter);
 
-const ALLOWED: [Plan; 5] = [
+const ALLOWED: [Plan; 6] = [
     ("allow64-none", "allow64-none", Filter::None),
     ("allow64-guard", "allow64-none", Filter::Guard),
+    ("allow64-redirect", "allow64-none", Filter::GuardRedirect),
     ("allow64-nft-forward", "allow64-none", Filter::NftForward),
     (
         "allow64-nft-forward-ct",
@@ -60,6 +61,11 @@ const ALLOWED: [Plan; 5] = [
         Filter::IptablesIpset,
     ),
 ];
+const LOCAL: [Plan; 3] = [
+    ("local64-none", "local64-none", Filter::None),
+    ("local64-guard", "local64-none", Filter::Guard),
+    ("local64-redirect", "local64-none", Filter::GuardRedirect),
+];
 const DROPPED: [Plan; 4] = [
     ("drop64-xdp-floor", "drop64-xdp-floor", Filter::XdpFloor),
     ("drop64-guard", "drop64-xdp-floor", Filter::Guard),
@@ -70,9 +76,10 @@ const DROPPED: [Plan; 4] = [
         Filter::NftForwardConntrack,
     ),
 ];
-const LARGE_ROWS: [Plan; 3] = [
+const LARGE_ROWS: [Plan; 4] = [
     ("gso-none", "gso-none", Filter::None),
     ("gso-guard", "gso-none", Filter::Guard),
+    ("gso-redirect", "gso-none", Filter::GuardRedirect),
     (
         "gso-nft-forward-ct",
         "gso-none",
@@ -80,12 +87,21 @@ const LARGE_ROWS: [Plan; 3] = [
     ),
 ];
 
+const LOCAL_LARGE: [Plan; 2] = [
+    ("gso-local-none", "gso-local-none", Filter::None),
+    (
+        "gso-local-redirect",
+        "gso-local-none",
+        Filter::GuardRedirect,
+    ),
+];
+
 pub fn measure(rounds: Rounds) -> Result<Bench> {
     let mut missing = Vec::new();
-    let mut lanes = |plans: &[Plan]| -> Vec<(Plan, Lane)> {
+    let mut lanes = |plans: &[Plan], way: Way| -> Vec<(Plan, Lane)> {
         plans
             .iter()
-            .filter_map(|plan| match Lane::new(plan.2) {
+            .filter_map(|plan| match Lane::new(plan.2, way) {
                 Ok(lane) => Some((*plan, lane)),
                 Err(error) => {
                     missing.push(format!("{}: {error:#}", plan.0));
@@ -94,10 +110,11 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             })
             .collect()
     };
-    let (allowed, dropped, gso) = (lanes(&ALLOWED), lanes(&DROPPED), lanes(&LARGE_ROWS));
-    missing.push(
-        "allow64-redirect, local64-*, gso-redirect: the redirect path is not built yet".to_owned(),
-    );
+    let mut allowed = lanes(&ALLOWED, Way::Uplink);
+    allowed.extend(lanes(&LOCAL, Way::Local));
+    let dropped = lanes(&DROPPED, Way::Uplink);
+    let mut gso = lanes(&LARGE_ROWS, Way::Uplink);
+    gso.extend(lanes(&LOCAL_LARGE, Way::Local));
     missing.push("to-guest: the uplink's program is not built yet".to_owned());
     let (to_consumer, to_stranger, (header, segments)) =
         (small(CONSUMER), small(STRANGER), large());

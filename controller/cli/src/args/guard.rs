@@ -175,6 +175,17 @@ pub struct AttachArgs {
     #[arg(long, value_name = "TIME")]
     lease: Option<LeaseTime>,
 
+    /// Send what is allowed past the host's stack, which is faster: netfilter, so address translation
+    /// too, IPsec and captures on the host's other side do not see it. IPv4 only, needs Linux 6.6, and
+    /// only where the host routes for the guest
+    #[arg(long)]
+    redirect: bool,
+
+    /// With --redirect: a veth whose peer, in another network namespace, owns the addresses that are
+    /// routed to it: it is handed frames at once (repeatable)
+    #[arg(long = "redirect-peer", value_name = "IFNAME", requires = "redirect")]
+    redirect_peers: Vec<InterfaceName>,
+
     /// Where the kernel's verifier refuses the programs, print its last words too
     #[arg(long)]
     verbose: bool,
@@ -187,6 +198,8 @@ pub struct Attachment {
     pub interface: InterfaceName,
     /// What to enforce on it.
     pub config: GuardConfig,
+    /// The veths whose peers are handed frames, where what is allowed is to pass the stack by.
+    pub redirect: Option<Vec<InterfaceName>>,
     /// Whether the verifier's last words are wanted.
     pub verbose: bool,
 }
@@ -245,6 +258,7 @@ impl AttachArgs {
         limit::put(&self.limits, &mut limits);
         Ok(Attachment {
             verbose: self.verbose,
+            redirect: self.redirect.then_some(self.redirect_peers),
             interface: self.interface,
             config: GuardConfig {
                 mac: self.mac,

@@ -149,6 +149,21 @@ impl Layout {
         );
     }
 
+    /// Sends what the guest's guard allows past the stack from now on.
+    pub fn redirect(&self) {
+        let redirect = || Guard::open("guest").and_then(|guard| guard.redirect(&[]));
+        self.provider.enter(redirect).unwrap().unwrap();
+    }
+
+    /// How many frames have passed the stack by, and how many were not proven to be allowed.
+    pub fn redirected(&self) -> (u64, u64) {
+        let status = || Guard::open("guest").and_then(|guard| guard.status());
+        let status = self.provider.enter(status).unwrap().unwrap();
+        let redirect = status.redirect.unwrap();
+        assert!(redirect.in_force);
+        (redirect.to_neighbours, redirect.unproven)
+    }
+
     /// Judges the guest by `mode` from now on. (Loading programs for each takes an emulated machine
     /// minutes.)
     pub fn set_mode(&self, mode: Mode) {

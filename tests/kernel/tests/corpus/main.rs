@@ -14,6 +14,7 @@ mod passage;
 mod test_run;
 
 use omerta_corpus::{Case, cases};
+use omerta_dataplane::Hook;
 use omerta_kernel_tests::hooks;
 use omerta_verdict::{Mode, Outcome};
 
@@ -88,12 +89,25 @@ fn the_kernels_verdict_is_as_each_case_says() {
     judge("TEST_RUN", cases.len(), wrong);
 }
 
-fn through_taps(link: Link) {
+/// Whether what the guest's guard allows passes the stack by.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Path {
+    Stack,
+    Redirect,
+}
+
+fn through_taps(link: Link, path: Path) {
     let (mut count, mut wrong) = (0, Vec::new());
     let all = omerta_corpus::cases().unwrap();
     for hook in hooks().unwrap() {
+        if path == Path::Redirect && *hook != Hook::Tcx {
+            continue;
+        }
         for offload in [false, true] {
             let mut layout = Layout::new(link, offload, *hook);
+            if path == Path::Redirect {
+                layout.redirect();
+            }
             for mode in Mode::ALL {
                 let cases: Vec<_> = corpus()
                     .into_iter()
@@ -125,6 +139,10 @@ fn through_taps(link: Link) {
                         .map(|stray| format!("late: {stray}")),
                 );
             }
+            if path == Path::Redirect && std::env::var_os("OMERTA_CASE").is_none() {
+                let (redirected, _) = layout.redirected();
+                assert!(redirected > 0, "nothing passed the stack by");
+            }
         }
     }
     judge(&format!("real taps, {link:?}"), count, wrong);
@@ -132,10 +150,18 @@ fn through_taps(link: Link) {
 
 #[test]
 fn routed_taps_carry_what_each_case_says_and_nothing_else() {
-    through_taps(Link::Routed);
+    through_taps(Link::Routed, Path::Stack);
+}
+
+#[test]
+fn what_is_redirected_arrives_as_each_case_says_and_nothing_else_does() {
+    // Where the kernel has no TCX nothing can be redirected.
+    if hooks().unwrap().contains(&Hook::Tcx) {
+        through_taps(Link::Routed, Path::Redirect);
+    }
 }
 
 #[test]
 fn bridged_taps_carry_what_each_case_says_and_nothing_else() {
-    through_taps(Link::Bridged);
+    through_taps(Link::Bridged, Path::Stack);
 }

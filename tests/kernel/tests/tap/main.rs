@@ -12,6 +12,7 @@ mod flood;
 mod frames;
 mod limits;
 mod offload;
+mod redirect;
 mod stage;
 
 use std::thread::sleep;
