@@ -162,13 +162,15 @@ impl Programs {
             interface: "bench".to_owned(),
             source,
         };
-        let layout = Value(Fitted::to_this_kernel().map_err(failed)?.layout);
+        let kernel = Fitted::to_this_kernel().map_err(failed)?;
+        let (layout, tick_ns) = (Value(kernel.layout), kernel.tick_ns);
         let types = std::fs::read("/sys/kernel/btf/vmlinux").map_err(failed)?;
         let in_place = Btf::parse(&types).and_then(|types| read_in_place(object, &types));
         EbpfLoader::new()
             .btf(None)
             .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES)
             .override_global("SKB", &layout, true)
+            .override_global("TICK_NS", &tick_ns, true)
             .load(in_place.as_deref().unwrap_or(object))
             .map_err(|source| GuardError::Load {
                 interface: "bench".to_owned(),

@@ -9,7 +9,7 @@ use omerta_verdict::{
 
 use crate::accounting::Counters;
 use crate::buffer::PlainBuffer;
-use crate::state::{KernelGuard, StraightGuard, now};
+use crate::state::{KernelGuard, StraightGuard};
 
 const NEXT: i32 = -1;
 const SHOT: i32 = 2;
@@ -82,9 +82,7 @@ impl Guard for Known {
     }
 
     #[inline(always)]
-    fn note_sent(&self, _: &Flow) -> bool {
-        true
-    }
+    fn note_sent(&self, _: &Flow) {}
 
     #[inline(always)]
     fn last_sent(&self, _: &Flow) -> Option<u64> {
@@ -147,8 +145,10 @@ impl<const LISTS: bool, const NOTES: bool> Guard for Part<'_, LISTS, NOTES> {
     }
 
     #[inline(always)]
-    fn note_sent(&self, flow: &Flow) -> bool {
-        !NOTES || self.0.note_sent(flow)
+    fn note_sent(&self, flow: &Flow) {
+        if NOTES {
+            self.0.note_sent(flow);
+        }
     }
 
     #[inline(always)]
@@ -174,20 +174,6 @@ fn judge_in_part<const LISTS: bool, const NOTES: bool>(context: &TcContext) -> b
         return false;
     };
     judge(&frame, &Part::<LISTS, NOTES>(straight)) && guard.holds()
-}
-
-/// Where the time has not been asked for in this tick, which the guard's general way does.
-#[inline(always)]
-fn judge_in_time(context: &TcContext) -> bool {
-    let mut turn = 0;
-    while turn < 2 {
-        if judge_in_part::<true, true>(context) {
-            return true;
-        }
-        now();
-        turn += 1;
-    }
-    false
 }
 
 #[inline(always)]
@@ -228,7 +214,7 @@ pub fn step_list(context: TcContext) -> i32 {
 /// And the flow is remembered.
 #[classifier]
 pub fn step_flow(context: TcContext) -> i32 {
-    action(judge_in_time(&context))
+    action(judge_in_part::<true, true>(&context))
 }
 
 /// And the frame is counted, as it comes and as it leaves.
@@ -239,7 +225,7 @@ pub fn step_count(context: TcContext) -> i32 {
     };
     let length = context.len();
     counters.count(RX_COUNTER as u32, length);
-    if !judge_in_time(&context) {
+    if !judge_in_part::<true, true>(&context) {
         return SHOT;
     }
     counters.count(ALLOWED, length);
