@@ -86,6 +86,7 @@ class Finding:
     """The answer to one question: `about` tells of the input that the solver found, if one."""
 
     answer: Answer
+    # Of the processor's time.
     seconds: float
     about: str | None = None
     mutant: Mutant | None = None
@@ -117,10 +118,10 @@ def prove(report: Report, function: str, subject: Subject, wanted: Wanted) -> No
     )
 
     def ask(question: z3.BoolRef) -> Finding:
-        began = time.monotonic()
+        began = time.process_time()
         answer, model = proof.ask(question)
         about = None if model is None else describe(model)
-        return Finding(answer, time.monotonic() - began, about)
+        return Finding(answer, time.process_time() - began, about)
 
     violations, possible = wanted.among(proof.violations()), wanted.among(proof.possible())
     asked = [partial(ask, question) for question in (*violations.values(), *possible.values())]
@@ -152,10 +153,10 @@ def refute(report: Report, function: str, subject: Subject, wanted: Wanted) -> N
     )
 
     def find(name: str) -> Finding:
-        began = time.monotonic()
+        began = time.process_time()
         answer, model = mutated.ask(violations[name])
         if model is None:
-            return Finding(answer, time.monotonic() - began)
+            return Finding(answer, time.process_time() - began)
         mutant = mutants.of_number(model.eval(mutants.NUMBER, model_completion=True).as_long())
         about = mutant.describe(subject.program)
         if mutant.pc in machine.branches and name in PATCHED:
@@ -164,7 +165,7 @@ def refute(report: Report, function: str, subject: Subject, wanted: Wanted) -> N
             again = proof.execute(function)
             answer, _ = again.ask(again.violations()[name])
             about += ", in the file too" if answer is Answer.YES else ", but not in the file"
-        return Finding(answer, time.monotonic() - began, about, mutant)
+        return Finding(answer, time.process_time() - began, about, mutant)
 
     names = [name for name in ESSENTIAL[function] if wanted.only in name]
     findings = at_once(wanted.workers, [partial(find, name) for name in names])

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import z3
 
 from . import bits
+from .alu import ALU, alu, word
 from .atomics import atomic
-from .bits import Truth, Word
+from .bits import Truth
 from .elf import CALL, LD_IMM64, PSEUDO_CALL, Instruction, Object, Unmodelled
 from .flow import Flow
 from .layout import Layout
@@ -34,10 +35,6 @@ from .state import (
 )
 from .tries import STAGE, Tries
 
-ALU = {
-    0: "add", 1: "sub", 2: "mul", 3: "div", 4: "or", 5: "and", 6: "lsh", 7: "rsh", 8: "neg",
-    9: "mod", 10: "xor", 11: "mov", 12: "arsh", 13: "end",
-}  # fmt: skip
 JUMP = {
     1: "eq", 2: "gt", 3: "ge", 4: "set", 5: "ne", 6: "sgt", 7: "sge", 10: "lt", 11: "le",
     12: "slt", 13: "sle",
@@ -225,7 +222,7 @@ class Machine:
         elif i.opcode == CALL:
             yield from self._call(state, i)
         elif kind in (4, 7):
-            self._alu(state, i, 64 if kind == 7 else 32)
+            alu(state, i, 64 if kind == 7 else 32)
             yield self._next(state)
         elif kind in (5, 6):
             yield from self._jump(state, i, 64 if kind == 5 else 32)
@@ -249,79 +246,6 @@ class Machine:
         if i.src:
             raise Unmodelled(f"ld_imm64 of kind {i.src} at {state.pc}")
         return i.imm
-
-    def _source(self, state: State, i: Instruction, width: int) -> Value:
-        if i.opcode & 8:
-            return state.registers[i.src]
-        return i.imm & bits.mask(width)
-
-    def _alu(self, state: State, i: Instruction, width: int) -> None:
-        op = ALU.get(i.opcode >> 4)
-        if op is None:
-            raise Unmodelled(f"opcode {i.opcode:#04x} at {state.pc}")
-        value = state.registers[i.dst]
-        if op == "end":
-            state.registers[i.dst] = self._end(state, i, value)
-            return
-        other = self._source(state, i, width)
-        if op == "mov":
-            state.registers[i.dst] = self._move(state, i, other, width)
-            return
-        if op in ("div", "mod") and i.offset:
-            raise Unmodelled(f"signed division at {state.pc}")
-        if isinstance(value, Pointer) or isinstance(other, Pointer):
-            state.registers[i.dst] = self._pointer_arithmetic(state, op, value, other, width)
-            return
-        a = bits.low(self._word(state, value), width)
-        if op == "neg":
-            result = bits.arithmetic("sub", 0, a, width)
-        else:
-            b = bits.low(self._word(state, other), width)
-            result = bits.arithmetic(op, a, b, width)
-        state.registers[i.dst] = bits.widen(result, 64)
-
-    def _move(self, state: State, i: Instruction, value: Value, width: int) -> Value:
-        if not isinstance(value, (int, z3.BitVecRef)):
-            if width == 64 and not i.offset:
-                return value
-            if isinstance(value, Lost):
-                return value
-            raise Unmodelled(f"part of a pointer is moved at {state.pc}")
-        if i.offset and i.opcode & 8:
-            return bits.widen(bits.sign_extend(value, i.offset, width), 64)
-        if width == 64 and not i.opcode & 8:
-            return bits.sign_extend(i.imm & 0xFFFF_FFFF, 32, 64)
-        return bits.widen(bits.low(value, width), 64)
-
-    def _end(self, state: State, i: Instruction, value: Value) -> Word:
-        word = self._word(state, value)
-        always = i.opcode & 7 == 7
-        if i.imm not in (16, 32, 64):
-            raise Unmodelled(f"byte swap of {i.imm} bits at {state.pc}")
-        # Objects are little-endian: to big-endian swaps, to little-endian only cuts.
-        if always or i.opcode & 8:
-            return bits.widen(bits.swap(word, i.imm), 64)
-        return bits.widen(bits.low(word, i.imm), 64)
-
-    def _pointer_arithmetic(
-        self, state: State, op: str, value: Value, other: Value, width: int
-    ) -> Value:
-        if width == 64 and op == "add":
-            if isinstance(value, Pointer) and isinstance(other, (int, z3.BitVecRef)):
-                return Pointer(value.region, bits.arithmetic("add", value.offset, other, 64))
-            if isinstance(other, Pointer) and isinstance(value, (int, z3.BitVecRef)):
-                return Pointer(other.region, bits.arithmetic("add", other.offset, value, 64))
-        if width == 64 and op == "sub" and isinstance(value, Pointer):
-            if isinstance(other, (int, z3.BitVecRef)):
-                return Pointer(value.region, bits.arithmetic("sub", value.offset, other, 64))
-            if isinstance(other, Pointer) and other.region == value.region:
-                return bits.arithmetic("sub", value.offset, other.offset, 64)
-        raise Unmodelled(f"{op} of a pointer at {state.pc}")
-
-    def _word(self, state: State, value: Value) -> Word:
-        if isinstance(value, (int, z3.BitVecRef)):
-            return value
-        raise Unmodelled(f"{value} is used as a number at {state.pc}")
 
     # Jumps, calls, returns
 
@@ -381,8 +305,8 @@ class Machine:
                 # Half of one may be.
                 return op == "ne" if width == 64 else self.fresh_truth("half of a pointer")
             raise Unmodelled(f"comparison of {a} and {b} at {state.pc}")
-        x = bits.low(self._word(state, a), width)
-        y = bits.low(self._word(state, b), width)
+        x = bits.low(word(state, a), width)
+        y = bits.low(word(state, b), width)
         return bits.compare(op, x, y, width)
 
     def _call(self, state: State, i: Instruction) -> Iterator[State]:
@@ -449,7 +373,7 @@ class Machine:
                 if value is None:
                     continue
                 if mode == 4:
-                    value = bits.sign_extend(self._word(part, value), 8 * size, 64)
+                    value = bits.sign_extend(word(part, value), 8 * size, 64)
                 part.registers[i.dst] = (
                     bits.widen(value, 64) if isinstance(value, (int, z3.BitVecRef)) else value
                 )
