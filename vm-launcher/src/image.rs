@@ -4,7 +4,7 @@
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -54,6 +54,18 @@ pub struct StoredDisk {
     pub root: RootDevice,
     /// Whether the guest is given a seed for cloud-init.
     pub has_seed: bool,
+}
+
+/// Lets go of a lease when it is dropped.
+#[derive(Debug)]
+pub(crate) struct LeaseEnd(Option<Lease>);
+
+impl Drop for LeaseEnd {
+    fn drop(&mut self) {
+        if let Some(lease) = &self.0 {
+            lease.release();
+        }
+    }
 }
 
 /// The directory of an image's file.
@@ -162,13 +174,16 @@ impl Image {
         self.stored.as_ref()?.disk.as_ref()
     }
 
+    /// What, when it is dropped, lets go of the store's lease: a guest's spec is remembered for longer than
+    /// there is the guest.
+    pub(crate) fn lease_end(&self) -> LeaseEnd {
+        LeaseEnd(self.stored.as_ref().map(|stored| stored.lease.clone()))
+    }
+
     /// A copy of the store's lease, for QEMU to inherit: the image is in use for as long as that
     /// lives, whatever becomes of this process.
     pub(crate) fn lease(&self) -> Result<Option<OwnedFd>, ImageError> {
-        let copied = self
-            .stored
-            .as_ref()
-            .map(|stored| stored.lease.as_fd().try_clone_to_owned());
+        let copied = self.stored.as_ref().map(|stored| stored.lease.copy());
         copied.transpose().map_err(|source| ImageError::Copy {
             path: self.kernel.clone(),
             source,

@@ -13,10 +13,10 @@
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -99,14 +99,33 @@ pub(crate) fn sync_directory(path: &Path) -> Result<(), StoreError> {
         .map_err(failed("sync", path))
 }
 
-/// Holds an image in the store. Also a process that has inherited the descriptor holds it.
+/// Holds an image in the store until it, with its clones, is dropped or released. Also a process that
+/// has inherited a copy of the descriptor holds it.
 #[derive(Clone, Debug)]
-pub struct Lease(Arc<File>);
+pub struct Lease(Arc<Mutex<Option<File>>>);
 
 impl Lease {
     /// A hold by an open file, as far as that is locked.
     pub fn of(file: File) -> Self {
-        Self(Arc::new(file))
+        Self(Arc::new(Mutex::new(Some(file))))
+    }
+}
+
+impl Lease {
+    /// Another descriptor of the same hold, for another process to inherit.
+    ///
+    /// # Errors
+    /// When it was released, or the system has no descriptor more.
+    pub fn copy(&self) -> io::Result<OwnedFd> {
+        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(file) => Ok(file.try_clone()?.into()),
+            None => Err(io::Error::other("the image is not held any more")),
+        }
+    }
+
+    /// Lets go of this hold, whoever else knows of it. Copies stay.
+    pub fn release(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -117,12 +136,6 @@ impl PartialEq for Lease {
 }
 
 impl Eq for Lease {}
-
-impl AsFd for Lease {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
 
 /// An image that may be used, for as long as `lease` lives.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
 use std::fs::{self, Permissions};
-use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -258,7 +257,7 @@ fn an_image_in_use_is_not_removed_also_when_a_copy_of_the_lease_alone_is_left() 
     let name = "small".parse().unwrap();
     let opened = stage.store.open(&name, &stage.trust()).unwrap();
     // As a QEMU has it that outlives its launcher.
-    let inherited = opened.lease.as_fd().try_clone_to_owned().unwrap();
+    let inherited = opened.lease.copy().unwrap();
     drop(opened);
     assert!(matches!(
         stage.store.remove(&name),

@@ -52,6 +52,8 @@ impl Paused {
     /// # Errors
     /// Whatever fails; everything made until then is gone.
     pub async fn launch(spec: Spec) -> Result<Self, LaunchError> {
+        // From here on QEMU holds the image, or nobody does.
+        let _lease_end = spec.image.lease_end();
         spec.validate()?;
         if !nix::unistd::geteuid().is_root() {
             return Err(LaunchError::NotRoot);

@@ -6,6 +6,7 @@ mod api;
 mod connections;
 mod daemon;
 mod guests;
+mod images;
 mod metrics;
 mod start;
 mod steering;

@@ -1,0 +1,97 @@
+//! omertad with images of its store.
+
+use std::fs;
+
+use minisign::KeyPair;
+use omerta_images::{DiskFormat, RootDevice, Seed, Source, Sources, Store, Trust, TrustedKeys};
+use omerta_test_support::{IDLE, write_bare_guest};
+use serde_json::{Value, json};
+
+use crate::daemon::Daemon;
+use crate::guests::request;
+
+/// An omertad whose store has `disked`, a guest of a few instructions with a disk, signed by a key that it
+/// trusts, and `unsigned`, the same without a signature.
+fn start() -> (Daemon, Store) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name| directory.path().join(name);
+    write_bare_guest(&path("bare"), IDLE).unwrap();
+    fs::write(path("disk"), vec![7; 1 << 20]).unwrap();
+    let pair = KeyPair::generate_unencrypted_keypair().unwrap();
+    fs::create_dir(path("keys")).unwrap();
+    let public = pair.pk.to_box().unwrap().into_string();
+    fs::write(path("keys/key.pub"), public).unwrap();
+    let config = format!("[images]\ntrusted_keys = \"{}\"\n", path("keys").display());
+    fs::write(path("omertad.toml"), config).unwrap();
+
+    let mut sources = Sources::within(&path("bare"));
+    sources.disk = Some(Source {
+        path: path("disk"),
+        format: DiskFormat::Raw,
+        root: RootDevice::DISK,
+    });
+    let store = Store::at(path("state/images"));
+    for (name, is_signed) in [("disked", true), ("unsigned", false)] {
+        let manifest = sources.measure(name.parse().unwrap(), Seed::Facts, &mut |_| ());
+        let manifest = manifest.unwrap().to_bytes().unwrap();
+        let signature = minisign::sign(None, &pair.sk, &manifest[..], None, None).unwrap();
+        let signature = is_signed.then(|| signature.into_string());
+        let trust = Trust {
+            keys: TrustedKeys::read(&path("keys")).unwrap(),
+            require_signature: is_signed,
+        };
+        store
+            .import(
+                &manifest,
+                signature.as_deref(),
+                &sources,
+                &trust,
+                &mut |_| (),
+            )
+            .unwrap();
+    }
+    let config = path("omertad.toml").display().to_string();
+    let arguments = ["--metrics", "off", "--config", &config];
+    (Daemon::start_with(directory, &arguments), store)
+}
+
+#[test]
+fn a_signed_image_with_a_disk_runs_is_held_while_it_does_and_its_disk_is_scrubbed() {
+    let (daemon, store) = start();
+    let mut body: Value = serde_json::from_str(&request("alpha", "disked")).unwrap();
+    body["disk_mib"] = json!(32);
+    let answer = daemon.post("/v1/guests", &body.to_string());
+    assert_eq!(answer.status, 201, "{answer:?}");
+    let name = "disked".parse().unwrap();
+    assert!(store.remove(&name).is_err(), "a guest runs it");
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+    store.remove(&name).unwrap();
+    let events = daemon.get("/v1/events?guest=alpha").body;
+    let scrubbed = events
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find(|event| event["kind"] == "scrubbed");
+    let bytes = scrubbed.unwrap()["bytes"].as_u64().unwrap();
+    assert!(bytes >= 32 << 20, "{bytes}: {events}");
+    let left = fs::read_dir(daemon.path().join("state/disks")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn images_and_disks_that_may_not_be_are_refused_with_their_cause() {
+    let (daemon, _store) = start();
+    let unsigned = daemon.post("/v1/guests", &request("alpha", "unsigned"));
+    let message = unsigned.refusal(409, "refused");
+    assert!(message.contains("not signed"), "{message}");
+    let mut body: Value = serde_json::from_str(&request("alpha", "disked")).unwrap();
+    body["disk_mib"] = json!(1 << 20);
+    let message = daemon
+        .post("/v1/guests", &body.to_string())
+        .refusal(409, "refused");
+    assert!(message.contains("no room"), "{message}");
+    body["disk_mib"] = json!(0);
+    let message = daemon
+        .post("/v1/guests", &body.to_string())
+        .refusal(400, "usage");
+    assert!(message.contains("disk_mib"), "{message}");
+}
