@@ -68,15 +68,16 @@ dependencies() {
 
 shell_scripts() {
     local ours guests
-    mapfile -t ours < <(scripts ':!vm-launcher/image/rootfs')
-    mapfile -t guests < <(scripts vm-launcher/image/rootfs)
+    local inside=(vm-launcher/image/rootfs vm-launcher/image/debian)
+    mapfile -t ours < <(scripts "${inside[@]/#/:!}")
+    mapfile -t guests < <(scripts "${inside[@]}")
     shellcheck --external-sources --severity=warning "${ours[@]}" || return 1
     # The guest's get their variables by name from a file that is read at boot.
     shellcheck --severity=warning --exclude=SC2034,SC2154 "${guests[@]}"
 }
 
-scripts() { # PATHSPEC: those that begin with a shell's name
-    git ls-files -z -- "$1" | xargs -0 grep -lE '^#!(/usr/bin/env bash|/bin/(ba)?sh)' --
+scripts() { # PATHSPEC...: those that begin with a shell's name
+    git ls-files -z -- "$@" | xargs -0 grep -lE '^#!(/usr/bin/env bash|/bin/(ba)?sh)' --
 }
 
 # omertad itself reads the example: it gets as far as its socket, in a network namespace of its own.
