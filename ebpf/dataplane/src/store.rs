@@ -7,7 +7,7 @@
 
 use std::borrow::{Borrow, BorrowMut};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
@@ -27,7 +27,7 @@ use crate::{GuardError, bank};
 /// The maps that hold policy, by the names that the programs give them.
 const POLICY_MAPS: [&str; 3] = ["STATE", "RULES", "FLOWS"];
 /// A bank that is no longer in force is written again if it is at most this many times longer than
-/// the new allowlist needs: to make a new one known costs an RCU grace period.
+/// the new allowlist needs: a new one is memory that the kernel has to find and clear first.
 const SPARE: usize = 4;
 
 /// A map value of a `repr(C)` type from the verdict crate.
@@ -58,6 +58,8 @@ pub struct PolicyStore<M: Borrow<MapData>> {
     interface: String,
     state: StateMap,
     rules: ArrayOfMaps<M, BankMap>,
+    /// The same map.
+    banks: OwnedFd,
     flows: FlowMap<M>,
 }
 
@@ -70,7 +72,9 @@ impl PolicyStore<MapData> {
                 .map_err(|source| map_error(interface, "open", name, source))
         };
         let [state, rules, flows] = POLICY_MAPS;
-        Self::build(interface, [open(state)?, open(rules)?, open(flows)?])
+        let rules = open(rules)?;
+        let banks = descriptor(interface, &rules)?;
+        Self::build(interface, banks, [open(state)?, rules, open(flows)?])
     }
 }
 
@@ -85,7 +89,8 @@ impl<'a> PolicyStore<&'a mut MapData> {
     pub fn of_object(object: &'a mut Ebpf, interface: &str) -> Result<Self, GuardError> {
         match object.maps_disjoint_mut(POLICY_MAPS) {
             [Some(state), Some(rules), Some(flows)] => {
-                Self::build(interface, [state, rules, flows])
+                let banks = descriptor(interface, rules)?;
+                Self::build(interface, banks, [state, rules, flows])
             }
             _ => {
                 let missing = MapError::InvalidName {
@@ -99,7 +104,7 @@ impl<'a> PolicyStore<&'a mut MapData> {
 
 impl<M: Borrow<MapData>> PolicyStore<M> {
     /// `maps` in the order of [`POLICY_MAPS`].
-    fn build<T>(interface: &str, maps: [T; 3]) -> Result<Self, GuardError>
+    fn build<T>(interface: &str, banks: OwnedFd, maps: [T; 3]) -> Result<Self, GuardError>
     where
         Array<M, Value<State>>: TryFrom<T, Error = MapError>,
         ArrayOfMaps<M, BankMap>: TryFrom<T, Error = MapError>,
@@ -112,6 +117,7 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
             interface: interface.to_owned(),
             state: map_state(interface, state.map())?,
             rules: rules.try_into().map_err(error(POLICY_MAPS[1]))?,
+            banks,
             flows: flows.try_into().map_err(error(POLICY_MAPS[2]))?,
         })
     }
@@ -264,11 +270,29 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         }
         let bank = bank::create(buckets)
             .map_err(|source| self.system("make the allowlist's map", source))?;
-        let bank = MapData::from_fd(bank)
-            .and_then(Map::from_map_data)
-            .and_then(BankMap::try_from)
-            .map_err(failed("open"))?;
-        self.rules.set(number, &bank, 0).map_err(failed("write"))
+        bank::put(&self.banks, number, bank)
+            .map_err(|source| self.system("put the allowlist's map in its place", source))
+    }
+
+    /// Puts the policy in force once more, as the next generation: for a bench, of a guard whose
+    /// allowlist stands beside its policy.
+    #[doc(hidden)]
+    pub fn repeat(&mut self) {
+        let slot = self.state.slot();
+        self.state.commit(&slot);
+    }
+}
+
+/// A descriptor of the map of the banks.
+fn descriptor(interface: &str, rules: &Map) -> Result<OwnedFd, GuardError> {
+    let failed = |source| GuardError::System {
+        action: "open the allowlist's maps",
+        interface: interface.to_owned(),
+        source,
+    };
+    match rules {
+        Map::ArrayOfMaps(data) => data.fd().as_fd().try_clone_to_owned().map_err(failed),
+        _ => Err(failed(io::Error::other("RULES is of another kind"))),
     }
 }
 

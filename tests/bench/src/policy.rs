@@ -6,16 +6,19 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use omerta_dataplane::Guard;
+use omerta_dataplane::{Guard, PolicyStore};
 use omerta_kernel_tests::{GATEWAY_MAC, config};
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Endpoint, Mode};
 
 use crate::report::{Bench, median};
 use crate::rounds::{Case, Rounds};
+use crate::verdict::loaded;
 
 /// Commits in one round.
 const COMMITS: usize = 101;
+/// Switches in one round.
+const SWITCHES: u32 = 10_000;
 
 fn many(count: usize) -> Vec<Endpoint> {
     (0..count)
@@ -47,7 +50,7 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
         };
         attach_once()?;
         let endpoint: Endpoint = "udp:203.0.113.7:4433".parse()?;
-        let all = many(100_000);
+        let all = many(1_000_000);
         let commits = || -> Result<Vec<f64>> {
             let guard = Guard::open("guest")?;
             let mut figures = Vec::with_capacity(COMMITS);
@@ -73,6 +76,7 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             guard.replace(&omerta_kernel_tests::allowlist())?;
             Ok(took)
         };
+        let mut unattached = loaded(Mode::Filtered)?;
         let samples = rounds.run(vec![
             Case::new("commit-p50", "commit-p50", || Ok(median(&commits()?))),
             Case::new("commit-p99", "commit-p50", || {
@@ -80,7 +84,19 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
                 Ok(figures[figures.len() * 99 / 100])
             }),
             Case::new("replace-1k", "commit-p50", || replace(&all[..1000])),
-            Case::new("replace-100k", "commit-p50", || replace(&all)),
+            Case::new("replace-100k", "commit-p50", || replace(&all[..100_000])),
+            Case::new("replace-1m", "commit-p50", || replace(&all)),
+            // A policy with its short allowlist is written, and the word that puts it in force.
+            Case::new("switch", "commit-p50", || {
+                let mut store = PolicyStore::of(&mut unattached, "bench")?;
+                let took = microseconds(|| {
+                    for _ in 0..SWITCHES {
+                        store.repeat();
+                    }
+                    Ok(())
+                })?;
+                Ok(took / f64::from(SWITCHES))
+            }),
             Case::new("attach", "commit-p50", || {
                 Guard::open("guest")?.detach()?;
                 attach_once()

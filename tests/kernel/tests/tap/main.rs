@@ -271,3 +271,35 @@ fn a_flood_is_counted_exactly() {
     });
     assert_eq!(udp_payload(&arrived.unwrap().bytes), Some(&b"good"[..]));
 }
+
+#[test]
+fn an_allowlist_of_any_length_is_in_force_when_the_call_returns() {
+    let stage = Stage::new(Mode::Filtered);
+    let consumer = format!("udp:{CONSUMER}:{CONSUMER_PORT}");
+    let frame = to_consumer(b"judged at once");
+    let (mut allowed, mut dropped) = (0, 0);
+    // Each longer than what its slot has room for, so a new table takes its place.
+    for count in [50_u32, 500, 5_000, 50_000] {
+        let others = (0..count).map(|n| {
+            let [_, a, b, c] = n.to_be_bytes();
+            format!("udp:100.{}.{b}.{c}:51820", 64 + a).parse().unwrap()
+        });
+        let without: Vec<omerta_verdict::Endpoint> = others.collect();
+        let mut with = without.clone();
+        with.push(consumer.parse().unwrap());
+        for (list, listed) in [(&with, true), (&without, false), (&with, true)] {
+            stage.guarded(|guard| guard.replace(list));
+            stage.tap.send(&frame).unwrap();
+            if listed {
+                allowed += 1;
+            } else {
+                dropped += 1;
+            }
+            assert_eq!(
+                stage.guarded(Guard::counters).egress.allowed.packets,
+                allowed
+            );
+            assert_eq!(stage.dropped(Direction::Egress, Reason::Endpoint), dropped);
+        }
+    }
+}
