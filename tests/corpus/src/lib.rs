@@ -31,6 +31,7 @@ classes!(
     "ethertype",
     "fragments",
     "good",
+    "guard",
     "guests",
     "icmp",
     "length",
@@ -45,12 +46,13 @@ classes!(
 );
 
 /// The keys of a case that do not describe its frame.
-const CASE_KEYS: [&str; 12] = [
+const CASE_KEYS: [&str; 13] = [
     "name",
     "why",
     "source",
     "way",
     "mode",
+    "guard",
     "before",
     "expect",
     "today",
@@ -80,6 +82,25 @@ pub enum Fate {
     Refused,
     /// It vanishes uncounted.
     Unseen,
+}
+
+/// What about the guard is not as usual. Such cases go through no real tap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Special {
+    /// Nothing.
+    #[default]
+    Usual,
+    /// No policy was ever committed.
+    NoPolicy,
+    /// Its lease has ended.
+    LeaseOver,
+    /// Every rate is used up.
+    RatesUsedUp,
+    /// The guest has all the flows open that it may have, none of which is a case's.
+    FlowsFull,
+    /// Its IPv6 gateway is fe80::1.
+    LinkGateway,
 }
 
 /// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h).
@@ -134,6 +155,8 @@ pub struct Case {
     pub way: Way,
     /// The guard's mode.
     pub mode: Mode,
+    /// What else about the guard is not as usual.
+    pub guard: Special,
     /// The case whose frame is sent first, and allowed.
     pub before: Option<String>,
     /// What must become of it.
@@ -190,6 +213,8 @@ struct RawCase {
     source: String,
     way: Way,
     mode: Option<String>,
+    #[serde(default)]
+    guard: Special,
     before: Option<String>,
     expect: String,
     today: Option<String>,
@@ -279,6 +304,7 @@ fn read(cast: &Cast, class: &'static str, table: Table) -> Result<Case, String> 
         source: raw.source,
         way: raw.way,
         mode: raw.mode.as_deref().unwrap_or("filtered").parse()?,
+        guard: raw.guard,
         before: raw.before,
         expect: outcome(&raw.expect)?,
         today: raw.today.as_deref().map(outcome).transpose()?,
@@ -319,8 +345,8 @@ mod tests {
                 let before = cases.iter().find(|before| before.name == *name);
                 let before = before.unwrap_or_else(|| panic!("{}: no case {name}", case.name));
                 assert_eq!(
-                    (before.expect, before.mode),
-                    (Outcome::Allowed, case.mode),
+                    (before.expect, before.mode, before.guard),
+                    (Outcome::Allowed, case.mode, case.guard),
                     "{}",
                     case.name
                 );
@@ -337,6 +363,7 @@ mod tests {
             let same = |other: &&Case| {
                 other.frame == case.frame
                     && (other.way, other.mode, &other.before) == (case.way, case.mode, &case.before)
+                    && other.guard == case.guard
                     && (other.vlan, other.vnet) == (case.vlan, case.vnet)
             };
             if let Some(twin) = cases[..index].iter().find(same) {

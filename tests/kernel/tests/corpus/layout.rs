@@ -79,7 +79,7 @@ impl Layout {
                     .unwrap();
             }
         }
-        let guest_config = config(Mode::Conntrack);
+        let guest_config = crate::guest_config(Mode::Conntrack);
         for (tap, config) in [("guest", guest_config), ("other", neighbours_config())] {
             provider
                 .enter(|| Guard::attach_by(hook, tap, &config).map(drop))
@@ -320,6 +320,7 @@ const ROUTED: &[&str] = &[
     "-6 addr add 2001:db8:0:1::1/128 dev lo",
     "route add 10.77.0.2/32 dev guest",
     "route add 10.77.0.3/32 dev guest",
+    "route add 10.77.0.15/32 dev guest",
     "route add 10.77.0.9/32 dev other",
     "addr add 203.0.113.1/24 dev uplink",
     "addr add 192.168.1.1/24 dev lan",
@@ -330,6 +331,7 @@ const ROUTED: &[&str] = &[
     "-6 route add 2001:db8:0:3::1/128 dev uplink",
     "neigh replace 203.0.113.9 lladdr 52:54:00:00:00:cc dev uplink nud permanent",
     "neigh replace 10.77.0.2 lladdr 52:54:00:00:00:01 dev guest nud permanent",
+    "neigh replace 10.77.0.15 lladdr 52:54:00:00:00:01 dev guest nud permanent",
     "neigh replace 10.77.0.3 lladdr 52:54:00:00:00:01 dev guest nud permanent",
     "neigh replace 10.77.0.9 lladdr 52:54:00:00:00:09 dev other nud permanent",
     "-6 neigh replace 2001:db8:0:1::2 lladdr 52:54:00:00:00:01 dev guest nud permanent",

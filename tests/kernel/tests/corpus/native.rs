@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 
-use omerta_corpus::{Case, VnetHeader, Way};
-use omerta_kernel_tests::{allowlist, config};
+use omerta_corpus::{Case, Special, VnetHeader, Way};
+use omerta_kernel_tests::allowlist;
 use omerta_verdict::{
     Bucket, Direction, Flow, Frame, Guard, Meter, Outcome, PendingChecksum, Policy, Rate, Segments,
     Table, egress, ingress,
 };
 
+use crate::guest_policy;
 use crate::layout::MTU;
 
 /// A case's frame with its metadata.
@@ -67,11 +68,12 @@ struct Remembering {
     policy: Policy,
     buckets: Vec<Bucket>,
     flows: RefCell<Vec<Flow>>,
+    guard: Special,
 }
 
 impl Remembering {
     fn new(case: &Case) -> Self {
-        let mut policy = config(case.mode).policy("guest").unwrap();
+        let mut policy = guest_policy(case.mode, case.guard);
         policy.table_seed = 0x5eed;
         policy.table_mask = 63;
         let mut buckets = vec![Bucket::EMPTY; 64];
@@ -81,6 +83,7 @@ impl Remembering {
             policy,
             buckets,
             flows: RefCell::default(),
+            guard: case.guard,
         }
     }
 
@@ -100,7 +103,7 @@ impl Remembering {
 
 impl Guard for Remembering {
     fn policy(&self) -> Option<&Policy> {
-        Some(&self.policy)
+        (self.guard != Special::NoPolicy).then_some(&self.policy)
     }
 
     fn bucket(&self, index: u32) -> Option<&Bucket> {
@@ -114,7 +117,7 @@ impl Guard for Remembering {
 
     fn open_flow(&self, flow: &Flow) -> bool {
         self.flows.borrow_mut().push(*flow);
-        true
+        self.guard != Special::FlowsFull
     }
 
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
@@ -130,15 +133,15 @@ impl Guard for Remembering {
     }
 
     fn now(&self) -> u64 {
-        0
+        1
     }
 
     fn lease_until(&self) -> u64 {
-        0
+        u64::from(self.guard == Special::LeaseOver)
     }
 
-    fn take(&self, _meter: Meter, _rate: Rate, _units: u32) -> bool {
-        true
+    fn take(&self, _meter: Meter, rate: Rate, _units: u32) -> bool {
+        rate.is_unlimited()
     }
 }
 

@@ -1,13 +1,15 @@
 //! A case before the kernel's programs, by `BPF_PROG_TEST_RUN`.
 
+use std::net::IpAddr;
+
 use aya::programs::{ProgramError, TestRun, TestRunOptions};
-use omerta_corpus::Case;
+use omerta_corpus::{Case, Special};
 use omerta_dataplane::{EventStream, PolicyStore, Programs};
-use omerta_kernel_tests::{allowlist, config};
-use omerta_verdict::{Direction, Mode, Outcome, Policy};
+use omerta_kernel_tests::{GUEST, STRANGER, allowlist};
+use omerta_verdict::{Direction, Flow, Mode, Outcome, Protocol};
 
 use crate::native::{before, direction};
-use crate::word;
+use crate::{guest_policy, word};
 
 const NEXT: u32 = -1_i32 as u32;
 const SHOT: u32 = 2;
@@ -29,16 +31,18 @@ pub fn takes(case: &Case) -> bool {
 /// The kernel's programs in one mode.
 pub struct Kernel {
     mode: Mode,
+    guard: Special,
     programs: Programs,
     events: EventStream,
 }
 
 impl Kernel {
-    pub fn new(mode: Mode) -> Self {
+    pub fn new(mode: Mode, guard: Special) -> Self {
         let mut programs = Programs::load("corpus", mode).unwrap();
         let events = programs.take_events().unwrap();
         Self {
             mode,
+            guard,
             programs,
             events,
         }
@@ -47,17 +51,31 @@ impl Kernel {
     /// As if the guest had sent nothing: no flow is known, and none is open.
     fn forget(&mut self) {
         if self.mode == Mode::Conntrack {
-            *self = Self::new(self.mode);
+            *self = Self::new(self.mode, self.guard);
         }
-        // Without a rate of events: each drop is told of.
-        let policy = Policy {
-            rates: Default::default(),
-            ..config(self.mode).policy("guest").unwrap()
-        };
-        PolicyStore::of(&mut self.programs, "corpus")
-            .unwrap()
-            .commit(policy, &allowlist())
-            .unwrap();
+        if self.guard == Special::NoPolicy {
+            return;
+        }
+        let mut store = PolicyStore::of(&mut self.programs, "corpus").unwrap();
+        let policy = guest_policy(self.mode, self.guard);
+        store.commit(policy, &allowlist()).unwrap();
+        match self.guard {
+            // Long ago.
+            Special::LeaseOver => store.set_lease_until_ns(1),
+            Special::FlowsFull => self.fill_flows(),
+            _ => {}
+        }
+    }
+
+    /// Opens as many flows as there may be, to an endpoint that is on no list.
+    fn fill_flows(&mut self) {
+        const FLOWS: u16 = 4096;
+        let [guest, peer] = [GUEST, STRANGER].map(|address| IpAddr::from(address).into());
+        for port in 1..=FLOWS {
+            let flow = Flow::new(Protocol::Udp, (guest, port), (peer, 1));
+            // Later than any clock of this machine.
+            self.programs.set_flow(&flow, Some(u64::MAX / 2)).unwrap();
+        }
     }
 
     fn run(&mut self, frame: &[u8], direction: Direction) -> Result<u32, ProgramError> {
