@@ -20,14 +20,9 @@ pub struct RogueFrame {
 }
 
 impl RogueFrame {
-    /// Whether it is held against the guest: what the guest sent, but for what a stock kernel sends
-    /// by itself when an interface comes up. That is dropped and counted by the guard alone.
+    /// Whether it is held against the guest. What is not, is dropped and counted by the guard alone.
     pub const fn is_violation(&self) -> bool {
-        let by_itself = matches!(
-            self.reason,
-            Reason::AddressProbe | Reason::MulticastListener | Reason::RouterSolicitation
-        );
-        matches!(self.direction, Direction::Egress) && !by_itself
+        self.reason.is_violation(self.direction)
     }
 }
 

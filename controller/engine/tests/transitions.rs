@@ -359,7 +359,7 @@ fn stopping_guest_that_turns_rogue_under_pause_is_ended_once_paused() {
 }
 
 #[test]
-fn what_a_stock_kernel_sends_by_itself_is_no_violation() {
+fn what_a_stock_kernel_sends_by_itself_and_what_the_provider_bounds_is_no_violation() {
     for policy in [
         OnViolation::Alert,
         OnViolation::Pause,
@@ -368,7 +368,17 @@ fn what_a_stock_kernel_sends_by_itself_is_no_violation() {
         for reason in Reason::ALL {
             let own = matches!(
                 reason,
-                Reason::AddressProbe | Reason::MulticastListener | Reason::RouterSolicitation
+                Reason::AddressProbe
+                    | Reason::MulticastListener
+                    | Reason::RouterSolicitation
+                    | Reason::IcmpType
+                    | Reason::Policed
+                    | Reason::FlowQuota
+                    | Reason::LeaseExpired
+                    | Reason::NoPolicy
+                    | Reason::PolicyChanging
+                    | Reason::Unreadable
+                    | Reason::AnswerFailed
             );
             let mut engine = engine_in(GuestState::Running, policy);
             let frame = RogueFrame {

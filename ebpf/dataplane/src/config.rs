@@ -12,7 +12,8 @@ use crate::{GuardError, Owner, interface};
 /// One frame in this many is judged against the allowlist in sampled mode.
 const SAMPLE_EVERY: u32 = 16;
 
-/// Events of one guard in a second, and at once; what exceeds them is counted, not told.
+/// Events of one guard in a second, and at once, of each kind: held against the guest or not. What
+/// exceeds them is counted, not told.
 const EVENTS: Rate = Rate::per_second(1000, 250);
 /// Duplicate-address probes in a second, and at once: a guest probes each of its addresses when its
 /// interface comes up.
@@ -119,6 +120,7 @@ impl GuardConfig {
         };
         policy.rates[Meter::Probes as usize] = PROBES;
         policy.rates[Meter::Events as usize] = EVENTS;
+        policy.rates[Meter::Violations as usize] = EVENTS;
         self.egress.put(Direction::Egress, &mut policy);
         self.ingress.put(Direction::Ingress, &mut policy);
         for (index, address) in self.addresses.iter().enumerate() {

@@ -6,7 +6,7 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
     programs::TcContext,
 };
-use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Failure};
+use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Failure, Reason};
 
 use crate::diagnostics::tell;
 use crate::state::may_tell;
@@ -80,7 +80,9 @@ fn lost(why: Lost, length: u32) {
 
 #[inline(always)]
 pub fn report(context: &TcContext, direction: Direction, reason: u8, length: u32) {
-    if !may_tell() {
+    let is_violation =
+        matches!(direction, Direction::Egress) && Reason::VIOLATIONS >> (reason & 63) & 1 == 1;
+    if !may_tell(is_violation) {
         lost(Lost::RateLimited, length);
         return;
     }

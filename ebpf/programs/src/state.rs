@@ -389,13 +389,18 @@ pub extern "C" fn take_units(generation: u64, meter: u32, units: u32) -> u32 {
 
 /// Whether an event may be told, by the policy in force.
 #[inline(always)]
-pub fn may_tell() -> bool {
+pub fn may_tell(is_violation: bool) -> bool {
+    let meter = if is_violation {
+        Meter::Violations
+    } else {
+        Meter::Events
+    };
     // A guard without policy has no rate, and nobody who reads.
     let Some(guard) = KernelGuard::read() else {
         return false;
     };
-    let rate = guard.slot().policy.rates[Meter::Events as usize];
-    rate.is_unlimited() || guard.take_at_its_rate(Meter::Events as u32, 1)
+    let rate = guard.slot().policy.rates[meter as usize];
+    rate.is_unlimited() || guard.take_at_its_rate(meter as u32, 1)
 }
 
 impl KernelGuard {

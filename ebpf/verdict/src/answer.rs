@@ -34,6 +34,8 @@ const NO_V4: Address = Address::v4([0; 4]);
 const FLAG_ROUTER: u8 = 0x80;
 const FLAGS_SOLICITED_OVERRIDE: u8 = 0x60;
 const FLAG_OVERRIDE: u8 = 0x20;
+/// Of what the guard answers for the gateway.
+const GATEWAYS_FLAGS: u8 = FLAG_ROUTER | FLAGS_SOLICITED_OVERRIDE;
 
 /// What to send back: a claim that `claimed` is at `from`, addressed to who asked. Kept as facts
 /// and composed only where there is room for a frame (a kernel program's stack has none).
@@ -318,6 +320,8 @@ pub(crate) fn neighbour_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
             && ethernet.destination.equals(policy.mac)
             // The guest may have asked from an address of its link.
             && (guard.owns(policy, packet.destination) || guard.class(packet.destination).is_link_local())
+            // One without these flags could make the guest give up its router (RFC 4861, 7.2.5).
+            && matches!(frame.bytes::<1>(packet.payload_offset + 4), Some([GATEWAYS_FLAGS]))
             && is_advertisement_of(frame, packet, packet.source, policy.gateway_mac)
         {
             Ok(Verdict::Allow)
@@ -496,7 +500,7 @@ fn discovery<F: Frame + ?Sized>(frame: &F, packet: &Packet) -> Result<Address, R
     if b[1] != 0 {
         return Err(Reason::Neighbour);
     }
-    Ok(Address::v6([
+    Ok(Address::v6_on_wire([
         b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15], b[16], b[17], b[18], b[19], b[20],
         b[21], b[22], b[23],
     ]))

@@ -46,10 +46,10 @@ impl Address {
         }
     }
 
-    /// An address of an IPv6 header. A mapped one, which would pass for the IPv4 address that it
+    /// An address of an IPv6 header or of neighbour discovery. A mapped one, which would pass for the IPv4 address that it
     /// holds, is read as the loopback address: neither owned by a guest nor a peer.
     #[inline(always)]
-    const fn v6_on_wire(bytes: [u8; 16]) -> Self {
+    pub(crate) const fn v6_on_wire(bytes: [u8; 16]) -> Self {
         let address = Self::v6(bytes);
         if address.is_v4() {
             Self { high: 0, low: 1 }
@@ -131,11 +131,25 @@ impl Address {
             || self.high >> 32 == 0x2001_0000
     }
 
+    /// Whether this is an IPv6 address for one host's or site's own use that hosts serve metadata at, or
+    /// that nobody has: site-local (RFC 3879), discard-only (RFC 6666), and the metadata services of two
+    /// large providers, `fd00:ec2::254` and `fd20:ce::254`.
+    #[inline(always)]
+    const fn is_metadata_or_nobodys(self) -> bool {
+        self.high >> 54 == 0xfec0 >> 6
+            || self.high == 0x0100 << 48
+            || (self.low == 0x254
+                && (self.high == 0xfd00_0ec2 << 32 || self.high == 0xfd20_00ce << 32))
+    }
+
     /// Whether a frame could rightly travel between a guest and this address: unicast, of more
     /// than this link, and no other address in disguise.
     #[inline(always)]
     pub const fn is_possible_peer(self) -> bool {
-        self.is_unicast() && !self.is_link_local() && !self.stands_for_v4()
+        self.is_unicast()
+            && !self.is_link_local()
+            && !self.stands_for_v4()
+            && !self.is_metadata_or_nobodys()
     }
 }
 

@@ -103,8 +103,6 @@ pub struct Policy {
     pub gateway_mac: Mac,
     /// Zero.
     pub padding_too: [u8; 2],
-    /// Zero.
-    pub rest: [u64; 2],
 }
 
 impl Policy {
@@ -124,7 +122,6 @@ impl Policy {
         padding: [0; 2],
         gateway_mac: Mac([0; 6]),
         padding_too: [0; 2],
-        rest: [0; 2],
     };
 
     /// Whether the guest owns `address`. Nobody owns the unspecified address.

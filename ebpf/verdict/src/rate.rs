@@ -13,6 +13,10 @@ const MOST_UNITS: u32 = 1 << 18;
 /// No burst is longer, so that sums of bursts and times do not overflow.
 const MOST_NS: u64 = 1 << 62;
 
+/// Clocks that a bucket is filled by differ by less: CPUs may read one a tick late. A bucket's word that
+/// is further ahead than its burst and this was left by another rate.
+const STRAY_NS: u64 = SECOND_NS;
+
 /// How often something may happen. All zero is without limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(C)]
@@ -63,7 +67,11 @@ impl Rate {
         if self.cost > MOST_COST || units > MOST_UNITS {
             return None;
         }
-        let ahead = word.saturating_sub(now);
+        let ahead = match word.saturating_sub(now) {
+            // Left by a slower rate, which no longer holds: the bucket of the new one is full.
+            old if old > self.burst_ns.saturating_add(STRAY_NS) => 0,
+            ahead => ahead,
+        };
         let after = ahead.saturating_add((self.cost * units as u64) >> FRACTION);
         if after > self.burst_ns {
             return None;
@@ -86,13 +94,15 @@ pub enum Meter {
     IngressBytes = 3,
     /// The guest's duplicate-address probes.
     Probes = 4,
-    /// Events.
+    /// Events that are not held against the guest.
     Events = 5,
+    /// Events that are: no flood of others hides one.
+    Violations = 6,
 }
 
 impl Meter {
     /// How many there are.
-    pub const COUNT: usize = 6;
+    pub const COUNT: usize = 7;
 }
 
 #[cfg(test)]
@@ -134,13 +144,30 @@ mod tests {
         assert_eq!(Rate::per_second(1, 1).take(0, 0, 2), None);
     }
 
+    /// A bucket that is empty at a slow rate is far ahead of what a faster one may be.
+    #[test]
+    fn a_faster_rate_does_not_wait_for_a_slower_ones_bucket() {
+        let (slow, fast) = (Rate::per_second(1, 100), Rate::per_second(1_000_000, 32));
+        let mut word = 0;
+        let start = 7 * SECOND_NS;
+        assert_eq!(passed(slow, &mut word, start, 0, 500), 100);
+        assert_eq!(passed(fast, &mut word, start + 1, 0, 500), 32);
+        // Once only: the bucket is the new rate's from then on.
+        assert_eq!(passed(fast, &mut word, start + 1, 0, 500), 0);
+    }
+
     #[test]
     fn extremes_neither_overflow_nor_open() {
         assert!(Rate::per_second(0, 0).is_unlimited());
         assert!(!Rate::per_second(u64::MAX, 1).is_unlimited());
         assert_eq!(Rate::per_second(1, u64::MAX).take(0, 0, u32::MAX), None);
         assert_eq!(Rate::per_second(1, 0).take(0, 0, 1), None);
-        assert_eq!(Rate::per_second(1, 1).take(u64::MAX, 0, 0), None);
+        assert_eq!(Rate::per_second(1, 1).take(SECOND_NS, 0, 1), None);
+        let barely = Rate::per_second(1, 1).take(SECOND_NS + 1, 0, 0);
+        assert_eq!(
+            barely, None,
+            "a clock that is late by a tick is no new rate"
+        );
         assert!(Rate::per_second(u64::MAX, 1).take(0, u64::MAX, 0).is_some());
     }
 }

@@ -140,6 +140,41 @@ impl Reason {
         Self::ALL.get(index as usize).copied()
     }
 
+    /// Whether a frame that was dropped for this is held against the guest. Only what the guest sent is;
+    /// and of that neither what a stock kernel sends by itself (when its interface comes up, or as an
+    /// error in answer to what others sent to it), nor what is dropped for the provider's own sake: rates,
+    /// quotas, leases, failures.
+    pub const fn is_violation(self, direction: Direction) -> bool {
+        let excused = matches!(
+            self,
+            Self::AddressProbe
+                | Self::MulticastListener
+                | Self::RouterSolicitation
+                | Self::IcmpType
+                | Self::Policed
+                | Self::FlowQuota
+                | Self::LeaseExpired
+                | Self::NoPolicy
+                | Self::PolicyChanging
+                | Self::Unreadable
+                | Self::AnswerFailed
+        );
+        matches!(direction, Direction::Egress) && !excused
+    }
+
+    /// The reasons of [`Reason::is_violation`], a bit for each by its index.
+    pub const VIOLATIONS: u64 = {
+        assert!(Self::ALL.len() <= 64);
+        let (mut bits, mut index) = (0, 0);
+        while index < Self::ALL.len() {
+            if Self::ALL[index].is_violation(Direction::Egress) {
+                bits |= 1 << index;
+            }
+            index += 1;
+        }
+        bits
+    };
+
     /// The reason whose word is `word`.
     pub fn from_word(word: &str) -> Option<Self> {
         Self::ALL
