@@ -171,7 +171,8 @@ mod tests {
         verdict_after(|tap, _| {
             // SAFETY: all zero is a valid `ifreq`.
             let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(tap));
+            let handle = tap.handle().unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&handle);
             // SAFETY: TUNGETIFF writes one `ifreq`, which outlives the call.
             let got = unsafe { libc::ioctl(fd, libc::TUNGETIFF as _, &mut request) };
             assert_eq!(got, 0);

@@ -86,7 +86,8 @@ pub enum DiskError {
 /// A guest's disks, open.
 #[derive(Debug)]
 pub(crate) struct Disks {
-    base: File,
+    /// None of a guest that was taken over: its QEMU has it.
+    base: Option<File>,
     layer: File,
     layer_bytes: u64,
     seed: Option<File>,
@@ -132,16 +133,49 @@ impl Disks {
             .transpose()
             .map_err(DiskError::Seed)?;
         Ok(Some(Self {
-            base,
+            base: Some(base),
             layer: layer_file,
             layer_bytes: layer.layer.max_file_bytes(),
             seed,
         }))
     }
 
+    /// The layer of a QEMU whose launcher is dead, if it has one: the one file without a name that it
+    /// can write. No other process knows it by anything but this descriptor.
+    pub(crate) fn adopt(pid: u32) -> io::Result<Option<Self>> {
+        let open = PathBuf::from(format!("/proc/{pid}/fd"));
+        for entry in std::fs::read_dir(&open)? {
+            let path = entry?.path();
+            let Ok(target) = std::fs::read_link(&path) else {
+                continue;
+            };
+            let Ok(found) = std::fs::metadata(&path) else {
+                continue;
+            };
+            // The seed is in memory, and sealed.
+            if !found.is_file()
+                || found.nlink() > 0
+                || target.to_string_lossy().starts_with("/memfd:")
+            {
+                continue;
+            }
+            let layer = OpenOptions::new().read(true).write(true).open(&path)?;
+            return Ok(Some(Self {
+                base: None,
+                layer,
+                layer_bytes: found.len(),
+                seed: None,
+            }));
+        }
+        Ok(None)
+    }
+
     pub(crate) fn handles(&self) -> io::Result<Handles> {
         Ok(Handles {
-            base: self.base.try_clone()?.into(),
+            base: match &self.base {
+                Some(base) => base.try_clone()?.into(),
+                None => return Err(io::Error::other("its QEMU has them already")),
+            },
             layer: self.layer.try_clone()?.into(),
             seed: match &self.seed {
                 Some(seed) => Some(seed.try_clone()?.into()),
@@ -272,7 +306,7 @@ mod tests {
     fn disks(directory: &Path, base: File) -> Disks {
         let spec = layer(directory, 64);
         Disks {
-            base,
+            base: Some(base),
             layer: make_layer(&spec).unwrap(),
             layer_bytes: spec.layer.max_file_bytes(),
             seed: None,

@@ -127,6 +127,15 @@ pub enum ImageError {
 }
 
 impl Image {
+    /// What stands for the image of a guest that runs already: QEMU has it, and nobody boots it again.
+    pub fn of_a_running_guest() -> Self {
+        Self {
+            kernel: PathBuf::new(),
+            initrd: PathBuf::new(),
+            stored: None,
+        }
+    }
+
     /// The longest kernel or initramfs, in bytes.
     pub const MAX_FILE_BYTES: u64 = 512 << 20;
 

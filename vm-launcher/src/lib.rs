@@ -46,11 +46,13 @@ pub use jail::{
     Jail, JailError, Part, PartError, Step, UidRange, UidRangeError, lacking_parts, qemu_program,
     sweep_jails,
 };
-pub use lifecycle::{Control, Ended, Guarded, GuestEvent, Paused, Running};
+pub use lifecycle::{
+    Control, Ended, Guarded, GuestEvent, Paused, Prepared, Running, Traces, unwind,
+};
 pub use lock_file::{LockError, LockFile, PathError};
 pub use machine_type::{MachineType, MachineTypeError};
 pub use process::{ExitStatus, ProcessError};
-pub use qmp::QmpError;
+pub use qmp::{Found, QmpError};
 pub use run_dir::RunDirError;
 pub use spec::{Accel, Consumer, Spec, SpecError, Tunnel};
 pub use ssh_public_key::{SshPublicKey, SshPublicKeyError};

@@ -1,5 +1,5 @@
-//! QEMU's process: started so that it cannot outlive the launcher, held by its pidfd so that a
-//! recycled pid is never signalled, and reaped exactly once.
+//! QEMU's process: started so that it outlives the launcher only where it is to, held by its pidfd so
+//! that a recycled pid is never signalled, and reaped exactly once.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 
 use crate::command::QEMU;
@@ -28,6 +29,8 @@ pub enum ExitStatus {
     Code(i32),
     /// This signal killed it.
     Signal(i32),
+    /// It ended, and only who has reaped it knows how: it was started by a launcher that is dead.
+    Unknown,
 }
 
 impl fmt::Display for ExitStatus {
@@ -35,6 +38,7 @@ impl fmt::Display for ExitStatus {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
             Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Unknown => f.write_str("how, is not known"),
         }
     }
 }
@@ -76,6 +80,12 @@ pub enum ProcessError {
         #[source]
         source: io::Error,
     },
+    /// The process of that pid is not the one that was meant, or there is none.
+    #[error("{QEMU} (pid {pid}) is gone")]
+    Gone {
+        /// Its pid.
+        pid: u32,
+    },
     /// QEMU was killed and yet is still there.
     #[error("{QEMU} (pid {pid}) did not die of SIGKILL; the kernel may be stuck: see `dmesg`")]
     Unkillable {
@@ -90,7 +100,7 @@ fn remedy(status: ExitStatus) -> &'static str {
         ExitStatus::Code(_) => {
             "give it what it lacks: free memory, a sound image (`make image`), an accelerator that works (`omerta doctor`)"
         }
-        ExitStatus::Signal(_) => {
+        ExitStatus::Signal(_) | ExitStatus::Unknown => {
             "see `dmesg` for who killed it; where memory ran out, free some or give the guest less"
         }
     }
@@ -106,9 +116,12 @@ impl ProcessError {
 #[derive(Debug)]
 pub(crate) struct QemuProcess {
     pid: u32,
-    pidfd: AsyncFd<OwnedFd>,
+    start: u64,
+    pidfd: AsyncFd<Pidfd>,
+    /// Whether it is ours to reap.
+    is_child: bool,
     ended: Mutex<Option<ExitStatus>>,
-    /// It did not die of SIGKILL in time; waiting again would change nothing.
+    /// It did not die of SIGKILL in time, so that waiting again would change nothing; or it is to live on.
     given_up: AtomicBool,
 }
 
@@ -156,9 +169,11 @@ impl QemuProcess {
     fn begin(command: Command) -> Result<Self, ProcessError> {
         let mut child = spawn_from_lasting_thread(command).map_err(ProcessError::Spawn)?;
         match watch(child.id()) {
-            Ok(pidfd) => Ok(Self {
+            Ok((pidfd, start)) => Ok(Self {
                 pid: child.id(),
+                start,
                 pidfd,
+                is_child: true,
                 ended: Mutex::new(None),
                 given_up: AtomicBool::new(false),
             }),
@@ -174,9 +189,44 @@ impl QemuProcess {
         }
     }
 
+    /// The QEMU that a dead launcher left, if it is that one still: the kernel gives its pid to others.
+    pub(crate) fn adopt(pid: u32, start: u64) -> Result<Self, ProcessError> {
+        match watch(pid) {
+            Ok((pidfd, started)) if started == start => Ok(Self {
+                pid,
+                start,
+                pidfd,
+                is_child: false,
+                ended: Mutex::new(None),
+                given_up: AtomicBool::new(false),
+            }),
+            Ok(_) => Err(ProcessError::Gone { pid }),
+            Err(error) if is_no_process(&error) => Err(ProcessError::Gone { pid }),
+            Err(source) => Err(ProcessError::Watch {
+                action: "watch",
+                source,
+            }),
+        }
+    }
+
+    /// Lets it live on.
+    pub(crate) fn let_go(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+
     /// QEMU's pid.
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Whether this process started it.
+    pub(crate) fn is_child(&self) -> bool {
+        self.is_child
+    }
+
+    /// When it started, as `/proc/PID/stat` tells: with the pid, it is no other process's.
+    pub(crate) fn start(&self) -> u64 {
+        self.start
     }
 
     /// Waits until QEMU has ended, and reaps it. Safe to cancel; any number may wait.
@@ -203,23 +253,8 @@ impl QemuProcess {
         if ended.is_some() {
             return Ok(());
         }
-        // SAFETY: the pidfd is open as long as `self` lives; no pointer is passed.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.pidfd.get_ref().as_raw_fd(),
-                libc::SIGKILL,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        match Errno::result(result) {
-            Ok(_) | Err(Errno::ESRCH) => Ok(()),
-            Err(errno) => Err(ProcessError::Watch {
-                action: "kill",
-                source: errno.into(),
-            }),
-        }
+        let killed = self.pidfd.get_ref().kill();
+        killed.map_err(ProcessError::watch("kill"))
     }
 
     /// Kills QEMU and waits, blocking the thread, until it is reaped or `deadline` has passed.
@@ -229,15 +264,8 @@ impl QemuProcess {
             return Ok(status);
         }
         let timeout = PollTimeout::try_from(deadline).unwrap_or(PollTimeout::MAX);
-        let mut watched = [PollFd::new(self.pidfd.get_ref().as_fd(), PollFlags::POLLIN)];
-        while let Err(errno) = poll(&mut watched, timeout) {
-            if errno != Errno::EINTR {
-                return Err(ProcessError::Watch {
-                    action: "wait for",
-                    source: errno.into(),
-                });
-            }
-        }
+        let waited = self.pidfd.get_ref().has_ended(timeout);
+        waited.map_err(ProcessError::watch("wait for"))?;
         self.try_reap()?.ok_or_else(|| {
             self.given_up.store(true, Ordering::Relaxed);
             ProcessError::Unkillable { pid: self.pid }
@@ -246,9 +274,14 @@ impl QemuProcess {
 
     fn try_reap(&self) -> Result<Option<ExitStatus>, ProcessError> {
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        if ended.is_none() {
+        if ended.is_none() && !self.is_child {
+            let gone = self.pidfd.get_ref().has_ended(PollTimeout::ZERO);
+            let gone = gone.map_err(ProcessError::watch("watch"))?;
+            *ended = gone.then_some(ExitStatus::Unknown);
+        }
+        if ended.is_none() && self.is_child {
             let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
-            *ended = match waitid(Id::PIDFd(self.pidfd.get_ref().as_fd()), flags) {
+            *ended = match waitid(Id::PIDFd(self.pidfd.get_ref().0.as_fd()), flags) {
                 Ok(WaitStatus::Exited(_, code)) => Some(ExitStatus::Code(code)),
                 Ok(WaitStatus::Signaled(_, signal, _)) => Some(ExitStatus::Signal(signal as i32)),
                 Ok(_) | Err(Errno::EINTR) => None,
@@ -267,7 +300,7 @@ impl QemuProcess {
 impl Drop for QemuProcess {
     fn drop(&mut self) {
         if self.given_up.load(Ordering::Relaxed) {
-            return; // whoever gave up has said so
+            return; // whoever gave up has said so, or leaves it to others
         }
         if let Err(error) = self.kill_and_reap(Duration::from_secs(5)) {
             tracing::error!(pid = self.pid, %error, "QEMU is left behind");
@@ -299,18 +332,80 @@ fn step_told(mut told: PipeReader) -> Option<Step> {
     Step::told(byte[0])
 }
 
-/// Opens a pidfd for a child of ours that nobody has reaped.
-fn watch(pid: u32) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: no pointer is passed; pidfd_open sets close-on-exec.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: an OwnedFd keeps one descriptor open until it is dropped, which here is with the
+/// A process, and no other that may get its number later.
+#[derive(Debug)]
+pub(crate) struct Pidfd(OwnedFd);
+
+impl Pidfd {
+    pub(crate) fn open(pid: Pid) -> io::Result<Self> {
+        // SAFETY: no pointer is passed; pidfd_open sets close-on-exec.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+        let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Sends SIGKILL. Not an error if it has ended.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        // SAFETY: the pidfd is open as long as `self` lives; a null pointer is allowed.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.0.as_raw_fd(),
+                libc::SIGKILL,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        match Errno::result(result) {
+            Ok(_) | Err(Errno::ESRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Whether it has ended, after `patience` at most.
+    fn has_ended(&self, patience: PollTimeout) -> io::Result<bool> {
+        let mut watched = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut watched, patience) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+impl AsRawFd for Pidfd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Opens a pidfd, and tells when its process started.
+fn watch(pid: u32) -> io::Result<(AsyncFd<Pidfd>, u64)> {
+    let pidfd = Pidfd::open(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?))?;
+    // Read after: it is this process's, or this process has ended, which its pidfd tells.
+    let start = start_of(pid)?;
+    // SAFETY: a Pidfd keeps one descriptor open until it is dropped, which here is with the
     // AsyncFd, and always gives the same number.
     let registered =
         unsafe { AsyncFd::register_with_interest(pidfd, tokio::io::Interest::READABLE) };
-    registered.map_err(io::Error::from)
+    Ok((registered.map_err(io::Error::from)?, start))
+}
+
+/// When a process started, in clock ticks since the host booted: field 22 of proc_pid_stat(5).
+fn start_of(pid: u32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field, the program's name in parentheses, may hold anything.
+    let after_name = stat.rsplit_once(')').map(|(_, rest)| rest);
+    after_name
+        .and_then(|rest| rest.split_whitespace().nth(19)?.parse().ok())
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat tells no start")))
+}
+
+fn is_no_process(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
 }
 
 struct Job {

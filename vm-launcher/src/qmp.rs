@@ -76,6 +76,17 @@ pub(crate) enum MachineEvent {
     Panicked,
 }
 
+/// How a guest is found whose launcher is dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// It runs.
+    Running,
+    /// It stands still, and may run on.
+    Still,
+    /// Its kernel has panicked; it stands still.
+    Panicked,
+}
+
 /// An open, negotiated QMP connection.
 pub(crate) struct Qmp {
     service: QapiService<QmpStreamTokio<OwnedWriteHalf>>,
@@ -167,6 +178,21 @@ impl Qmp {
             RunState::internal_error => Some("internal-error"),
             RunState::io_error => Some("io-error"),
             _ => None,
+        })
+    }
+
+    /// Whether the guest runs, or how it stands still.
+    pub(crate) async fn found(&self) -> Result<Found, QmpError> {
+        Ok(match self.state().await? {
+            RunState::running => Found::Running,
+            RunState::guest_panicked => Found::Panicked,
+            RunState::paused | RunState::prelaunch => Found::Still,
+            other => {
+                return Err(QmpError::WrongState {
+                    expected: "running",
+                    found: format!("{other:?}"),
+                });
+            }
         })
     }
 

@@ -83,7 +83,8 @@ pub(crate) struct Channels {
 pub(crate) struct RunDir {
     path: PathBuf,
     files: RunFiles,
-    _lock: LockFile,
+    /// None once it is left to others.
+    lock: Option<LockFile>,
 }
 
 impl RunDir {
@@ -111,10 +112,27 @@ impl RunDir {
         let run_dir = Self {
             path: path.to_owned(),
             files,
-            _lock: lock,
+            lock: Some(lock),
         };
         run_dir.remove_stale_files()?;
         Ok(run_dir)
+    }
+
+    /// The directory of a guest whose launcher is dead, with all that is in it.
+    pub(crate) fn adopt(path: &Path) -> Result<Self, RunDirError> {
+        let files = RunFiles::within(path);
+        if !fs::symlink_metadata(path).is_ok_and(|entry| entry.is_dir()) || !files.lock.is_file() {
+            return Err(RunDirError::Foreign(path.to_owned()));
+        }
+        let lock = LockFile::acquire(&files.lock).map_err(|error| match error {
+            LockError::Held { .. } => RunDirError::InUse(path.to_owned()),
+            error => RunDirError::Lock(error),
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            files,
+            lock: Some(lock),
+        })
     }
 
     /// Makes and opens what QEMU is to speak through.
@@ -174,6 +192,11 @@ impl RunDir {
         !path.exists()
     }
 
+    /// Leaves it where it is, for whoever takes it.
+    pub(crate) fn let_go(mut self) {
+        self.lock = None;
+    }
+
     /// Leaves it where it is, and locked for as long as this process lives.
     pub(crate) fn keep(self) {
         std::mem::forget(self);
@@ -208,6 +231,9 @@ fn is_stale_run_dir(path: &Path, files: &RunFiles) -> bool {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
+        if self.lock.is_none() {
+            return;
+        }
         if let Err(error) = fs::remove_dir_all(&self.path) {
             tracing::error!(path = %self.path.display(), %error, "cannot remove the run directory");
         }

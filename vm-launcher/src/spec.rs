@@ -110,6 +110,9 @@ pub struct Spec {
     pub jail: Jail,
     /// In whose name the guard is attached, so that nobody else changes or removes it by mistake.
     pub guard_owner: Option<Owner>,
+    /// Whether it lives on when its launcher dies, for another to adopt or to end. Its QEMU dies with the
+    /// launcher otherwise.
+    pub outlives_launcher: bool,
 }
 
 /// Why a spec cannot be run.
@@ -338,6 +341,7 @@ pub(crate) mod tests {
             run_dir: "/run/omerta/web-1".into(),
             jail: Jail::default(),
             guard_owner: None,
+            outlives_launcher: false,
         }
     }
 

@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -25,6 +25,9 @@ pub enum TapError {
         "interface {0} already exists; end the guest that uses it or remove it with `ip link delete {0}`"
     )]
     Exists(String),
+    /// It was removed, renamed, or made anew by another; or it is another's to use.
+    #[error("the tap {0} is gone, or QEMU alone has it")]
+    Gone(String),
     /// The kernel refused to make the tap.
     #[error("cannot create the tap {name}; it takes root or CAP_NET_ADMIN")]
     Create {
@@ -84,7 +87,8 @@ pub enum TapError {
 /// interface goes when both have let go.
 #[derive(Debug)]
 pub(crate) struct Tap {
-    device: File,
+    /// None where QEMU alone has it open.
+    device: Option<File>,
     name: String,
     index: u32,
 }
@@ -143,7 +147,19 @@ impl Tap {
         let index = nix::net::if_::if_nametoindex(c_name.as_c_str())
             .map_err(|errno| create(errno.into()))?;
         Ok(Self {
-            device,
+            device: Some(device),
+            name: name.to_owned(),
+            index,
+        })
+    }
+
+    /// The tap that a QEMU holds whose launcher is dead, if it is that one still.
+    pub(crate) fn adopt(name: &str, index: u32) -> Result<Self, TapError> {
+        if nix::net::if_::if_nametoindex(name) != Ok(index) {
+            return Err(TapError::Gone(name.to_owned()));
+        }
+        Ok(Self {
+            device: None,
             name: name.to_owned(),
             index,
         })
@@ -156,7 +172,7 @@ impl Tap {
 
     /// A second descriptor of it, for QEMU.
     pub(crate) fn handle(&self) -> Result<OwnedFd, TapError> {
-        let device = self.device.try_clone();
+        let device = self.device()?.try_clone();
         device.map(OwnedFd::from).map_err(|source| TapError::Io {
             action: "hand on",
             name: self.name.clone(),
@@ -225,13 +241,18 @@ impl Tap {
 
     /// Sends `frame` as the guest would.
     pub(crate) fn send_as_guest(&self, frame: &[u8]) -> Result<(), TapError> {
-        let written = nix::unistd::write(&self.device, frame)
+        let written = nix::unistd::write(self.device()?, frame)
             .map_err(|errno| self.io("send a frame into", errno.into()))?;
         if written == frame.len() {
             Ok(())
         } else {
             Err(self.io("send a whole frame into", io::ErrorKind::WriteZero.into()))
         }
+    }
+
+    fn device(&self) -> Result<&File, TapError> {
+        let device = self.device.as_ref();
+        device.ok_or_else(|| TapError::Gone(self.name.clone()))
     }
 
     fn set_sysctl(&self, family: &str, setting: &str, value: &str) -> Result<(), TapError> {
@@ -262,12 +283,6 @@ impl Tap {
             name: self.name.clone(),
             source,
         }
-    }
-}
-
-impl AsFd for Tap {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.device.as_fd()
     }
 }
 

@@ -52,6 +52,11 @@ pub enum Occurrence {
         /// The hypervisor's process id.
         pid: u32,
     },
+    /// Its omertad died, and the one that runs now has taken it over, its guard proven.
+    Adopted {
+        /// The hypervisor's process id.
+        pid: u32,
+    },
     /// The guest reported its WireGuard public key.
     PublicKey {
         /// The key, base64.

@@ -105,6 +105,7 @@ fn occurrences() -> Vec<Occurrence> {
             allow: vec![text()],
         },
         Occurrence::Started { pid: 1 },
+        Occurrence::Adopted { pid: 1 },
         Occurrence::PublicKey { public_key: text() },
         Occurrence::Handshake {},
         Occurrence::Rogue {
@@ -141,6 +142,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Launched { .. }
             | Occurrence::Guarded { .. }
             | Occurrence::Started { .. }
+            | Occurrence::Adopted { .. }
             | Occurrence::PublicKey { .. }
             | Occurrence::Handshake {}
             | Occurrence::Rogue { .. }

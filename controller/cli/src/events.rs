@@ -79,6 +79,7 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
             format!("may reach {}", allow.join(" ")),
         ),
         Occurrence::Started { pid } => (Style::Good, "started", format!("pid {pid}")),
+        Occurrence::Adopted { pid } => (Style::Good, "adopted", format!("pid {pid}")),
         Occurrence::PublicKey { public_key } => (Style::Plain, "public_key", public_key.clone()),
         Occurrence::Handshake {} => (Style::Good, "handshake", String::new()),
         Occurrence::Rogue {

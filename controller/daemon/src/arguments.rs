@@ -58,6 +58,7 @@ impl Arguments {
             run_dir: self.run_dir.or(config.run_dir),
             image_dir: self.image_dir.or(config.image_dir),
             images: config.images,
+            recovery: config.recovery,
             metrics: self.metrics.or(config.metrics),
             guest_pool: self.guest_pool.or(config.guest_pool),
             on_violation: self.on_violation.or(config.on_violation),

@@ -32,6 +32,25 @@ pub(crate) struct Config {
     pub(crate) limits: Option<GuestLimits>,
     pub(crate) jail: Option<JailConfig>,
     pub(crate) images: Option<ImagesConfig>,
+    pub(crate) recovery: Option<RecoveryConfig>,
+}
+
+/// What may be said of guests whose omertad goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RecoveryConfig {
+    on_stop: Option<OnStop>,
+}
+
+/// What becomes of guests when omertad is told to stop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum OnStop {
+    /// They end.
+    #[default]
+    End,
+    /// They run on, and the next omertad takes them over.
+    Keep,
 }
 
 /// What may be said of the store of images.
@@ -87,6 +106,8 @@ pub(crate) struct Settings {
     pub(crate) limits: GuestLimits,
     /// What holds each guest's QEMU.
     pub(crate) jail: Jail,
+    /// What becomes of guests when omertad is told to stop.
+    pub(crate) on_stop: OnStop,
 }
 
 /// Why there is no usable configuration.
@@ -210,6 +231,11 @@ impl Config {
             memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
             limits: self.limits.unwrap_or_default(),
             jail: self.jail.unwrap_or_default().validate()?,
+            on_stop: self
+                .recovery
+                .unwrap_or_default()
+                .on_stop
+                .unwrap_or_default(),
         })
     }
 }

@@ -1,13 +1,15 @@
 //! Every guest of this omertad: the engine's state and the facts beside it.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use omerta_api::{ApiError, Ended, ErrorKind, Event, Guest, RunRequest};
 use omerta_dataplane::Counters;
 use omerta_engine::{
-    Action, Cause, Event as EngineEvent, GuestEvent, GuestId, GuestState, Monotonic, Record,
+    Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic, Record,
 };
+use omerta_vm_launcher::Spec;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -15,13 +17,15 @@ use crate::acceleration::{Acceleration, Platform};
 use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
-use crate::guest_task::{Command, GuestTask};
+use crate::guest_task::{Adopted, Command, GuestTask};
 use crate::journal::{Journal, Reader};
 use crate::lookups::{self, Lookups};
 use crate::order::Order;
+use crate::pool::Slot;
 use crate::record::occurrence;
 use crate::room::Room;
 use crate::roster::{Roster, unknown};
+use crate::store::{Change, Stands, Store};
 
 /// How long all guests together may take to end when omertad does.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(8);
@@ -37,6 +41,7 @@ pub(crate) struct Fleet {
     roster: Mutex<Roster>,
     tasks: Mutex<JoinSet<()>>,
     acceleration: Acceleration,
+    store: Store,
 }
 
 /// What metrics tell of one guest.
@@ -52,9 +57,15 @@ pub(crate) struct Measure {
 
 impl Fleet {
     /// A fleet without guests.
-    pub(crate) fn new(settings: Settings, journal: Arc<Journal>) -> Self {
+    pub(crate) fn new(
+        settings: Settings,
+        journal: Arc<Journal>,
+        store: Store,
+        first: GuestId,
+    ) -> Self {
         Self {
-            roster: Mutex::new(Roster::new(&settings)),
+            store,
+            roster: Mutex::new(Roster::new(&settings, first)),
             room: Room::of_process(&settings),
             acceleration: Acceleration::new(settings.accel, settings.machine, &settings.state_dir),
             settings: Arc::new(settings),
@@ -67,6 +78,16 @@ impl Fleet {
     /// The history of events.
     pub(crate) const fn journal(&self) -> &Arc<Journal> {
         &self.journal
+    }
+
+    /// What is kept of guests.
+    pub(crate) const fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// What is configured.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Where files are looked at for people's requests.
@@ -203,11 +224,77 @@ impl Fleet {
     /// Takes in what happened to a guest and tells what to do about it.
     pub(crate) fn tell(&self, id: GuestId, event: GuestEvent) -> Vec<Action> {
         let mut roster = self.lock();
+        let before = seen(&roster, id);
         let actions = roster
             .engine
             .handle(clock::now(), EngineEvent::Guest(id, event));
         roster.settle(id);
-        roster.carry_out_own(actions)
+        let after = seen(&roster, id);
+        let actions = roster.carry_out_own(actions);
+        // In the order of the events, since under the lock.
+        if let (Some(before), Some(after)) = (before, after) {
+            self.keep(id, &before, after);
+        }
+        actions
+    }
+
+    /// Keeps what has come to be known. What cannot be kept is known for as long as this omertad lives.
+    fn keep(&self, id: GuestId, before: &Seen, after: Seen) {
+        if let Some(stands) = after.stands
+            && before.stands != after.stands
+        {
+            drop(self.store.begin(Change::Stand(id, stands, None)));
+        }
+        if before.public_key != after.public_key {
+            drop(self.store.begin(Change::Key(id, after.public_key)));
+        }
+        if after.handshake && !before.handshake {
+            drop(self.store.begin(Change::Handshake(id)));
+        }
+    }
+
+    /// Runs a task for a guest.
+    fn spawn(&self, task: GuestTask, actions: Vec<Action>) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task.run(actions));
+    }
+
+    /// Takes in a guest of an omertad before this one, which lives on.
+    pub(crate) fn adopt(self: &Arc<Self>, found: Found, order: &Order, adopted: Adopted) {
+        let id = found.id;
+        let spec = Arc::new(adopted.running.spec().clone());
+        let (actions, commands) = {
+            let mut roster = self.lock();
+            let slot = Some(adopted.slot);
+            let taken = roster.take_in(found, order, Arc::clone(&spec), slot);
+            if let Some(facts) = roster.facts.get_mut(&id) {
+                facts.pid = Some(adopted.running.pid());
+            }
+            taken
+        };
+        let task = GuestTask::new(id, spec, Arc::clone(self), commands).adopted(adopted);
+        self.spawn(task, actions);
+    }
+
+    /// Takes in what became of a guest of an omertad before this one, which has ended.
+    pub(crate) fn bury(&self, found: Found, order: &Order, spec: Spec, held: Option<Slot>) {
+        let id = found.id;
+        let (actions, _) = self.lock().take_in(found, order, Arc::new(spec), held);
+        for action in actions {
+            if let Action::Publish { at, record, .. } = action {
+                self.publish(id, at, record);
+            }
+        }
+    }
+
+    /// The taps of guests that live.
+    pub(crate) fn taps(&self) -> BTreeSet<String> {
+        let roster = self.lock();
+        let living = roster.engine.guests().filter(|guest| !guest.is_ended());
+        living
+            .filter_map(|guest| Some(roster.facts.get(&guest.id())?.spec.tap.clone()))
+            .collect()
     }
 
     /// Adds a record to the history.
@@ -298,27 +385,22 @@ impl Fleet {
         order: &Order,
         platform: Platform,
     ) -> Result<(GuestId, watch::Receiver<GuestState>), ApiError> {
-        let (task, actions, id, state) = {
+        let (admitted, actions) = {
             let mut roster = self.lock();
-            let (id, actions, commands, state) =
-                roster.admit(order, platform, &self.settings, &self.room)?;
-            let actions = roster.carry_out_own(actions);
-            let facts = roster
-                .facts
-                .get(&id)
-                .ok_or_else(|| unknown(order.name.as_str()))?;
-            let spec = Arc::clone(&facts.spec);
-            (
-                GuestTask::new(id, spec, Arc::clone(self), commands).ending_after(order.timeout()),
-                actions,
-                id,
-                state,
-            )
+            let boot = self.store.boot();
+            let mut admitted = roster.admit(order, platform, &self.settings, &self.room, boot)?;
+            let actions = std::mem::take(&mut admitted.actions);
+            (admitted, roster.carry_out_own(actions))
         };
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(task.run(actions));
-        Ok((id, state))
+        let task = GuestTask::new(
+            admitted.id,
+            admitted.spec,
+            Arc::clone(self),
+            admitted.commands,
+        );
+        let task = task.granted(admitted.grant).ending_after(order.timeout());
+        self.spawn(task, actions);
+        Ok((admitted.id, admitted.state))
     }
 
     /// A guest as it is now, known by its id.
@@ -329,6 +411,29 @@ impl Fleet {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Roster> {
         self.roster.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What is kept of what is known of a guest.
+struct Seen {
+    stands: Option<Stands>,
+    public_key: Option<String>,
+    handshake: bool,
+}
+
+fn seen(roster: &Roster, id: GuestId) -> Option<Seen> {
+    let guest = roster.engine.guest(id)?;
+    let stands = match guest.state() {
+        GuestState::Running => Some(Stands::Running),
+        GuestState::Held => Some(Stands::Held),
+        GuestState::Suspended => Some(Stands::Suspended),
+        // Told by who carries it out, before it is; or no longer of interest.
+        _ => None,
+    };
+    Some(Seen {
+        stands,
+        public_key: guest.public_key().map(str::to_owned),
+        handshake: guest.handshake(),
+    })
 }
 
 /// What whoever asked for a guest is told if it has ended before they could be told that it runs.

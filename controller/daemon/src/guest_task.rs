@@ -12,7 +12,8 @@ use std::time::Duration;
 use omerta_api::{ApiError, ErrorKind};
 use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame};
 use omerta_vm_launcher::{
-    ExitStatus, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Running, Spec,
+    ExitStatus, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Prepared, Running, Spec,
+    Traces,
 };
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
@@ -23,6 +24,8 @@ use crate::clock;
 use crate::failure::{failed, report};
 use crate::fleet::Fleet;
 use crate::order::kind_of;
+use crate::pool::Slot;
+use crate::store::{Change, Grant, Stands, Step, StoreError};
 use crate::watch::{Watch, WatchError};
 
 /// How long QEMU may take to confirm that the guest stands still.
@@ -72,6 +75,22 @@ pub(crate) struct GuestTask {
     asked: Vec<oneshot::Sender<()>>,
     /// The guest has turned its power off; its process is about to end.
     powered_down: bool,
+    /// What is written before anything is made for it.
+    grant: Option<Grant>,
+    /// What is to be done first of all with a guest that was taken over.
+    first_event: Option<GuestEvent>,
+}
+
+/// A guest that was taken over, and what was known of it.
+#[derive(Debug)]
+pub(crate) struct Adopted {
+    pub(crate) running: Running,
+    pub(crate) watch: Watch,
+    pub(crate) slot: Slot,
+    /// How long it may run yet.
+    pub(crate) left: Option<Duration>,
+    /// What befell it while no omertad was there.
+    pub(crate) event: Option<GuestEvent>,
 }
 
 impl GuestTask {
@@ -92,7 +111,23 @@ impl GuestTask {
             time_is_over: None,
             asked: Vec::new(),
             powered_down: false,
+            grant: None,
+            first_event: None,
         }
+    }
+
+    /// The same, for a guest of which nothing is kept yet.
+    pub(crate) fn granted(mut self, grant: Grant) -> Self {
+        self.grant = Some(grant);
+        self
+    }
+
+    /// The same, for a guest that was taken over.
+    pub(crate) fn adopted(mut self, adopted: Adopted) -> Self {
+        self.stage = Stage::Running(Box::new(adopted.running), adopted.watch);
+        self.time_is_over = adopted.left.map(|left| Instant::now() + left);
+        self.first_event = adopted.event;
+        self
     }
 
     /// The same, for a guest that may run only so long.
@@ -128,7 +163,10 @@ impl GuestTask {
             if matches!(self.stage, Stage::Absent) {
                 return;
             }
-            let event = self.next_event().await;
+            let event = match self.first_event.take() {
+                Some(event) => event,
+                None => self.next_event().await,
+            };
             queue.extend(self.fleet.tell(self.id, event));
         }
     }
@@ -138,7 +176,8 @@ impl GuestTask {
             Action::Launch(_) => self.launch().await,
             Action::Guard(_) => self.guard().await,
             Action::Resume(_) => self.resume().await,
-            Action::Pause(_) | Action::Hold(_) => vec![self.pause().await],
+            Action::Pause(_) => vec![self.pause().await],
+            Action::Hold(_) => vec![self.hold().await],
             Action::Release(_) => vec![self.release().await],
             Action::PowerDown {
                 deadline_seconds, ..
@@ -157,13 +196,63 @@ impl GuestTask {
     }
 
     async fn launch(&mut self) -> Vec<GuestEvent> {
-        match self.step(Paused::launch(Spec::clone(&self.spec))).await {
-            Ok(Ok(paused)) => {
-                self.stage = Stage::Paused(paused);
-                vec![GuestEvent::Launched]
-            }
-            Ok(Err(error)) => self.launch_failed(error),
-            Err(events) => events,
+        let Some(grant) = self.grant.take() else {
+            return self.not_kept(&StoreError::NoRow, Vec::new()).await;
+        };
+        // Before anything is made; nothing may be left of whom there is no row.
+        if let Err(error) = self
+            .fleet
+            .store()
+            .change(Change::Admit(Box::new(grant)))
+            .await
+        {
+            return self.did_not_launch(failed(&error), Vec::new());
+        }
+        let prepared = match self.step(Prepared::new(Spec::clone(&self.spec))).await {
+            Ok(Ok(prepared)) => prepared,
+            Ok(Err(error)) => return self.launch_failed(error).await,
+            Err(events) => return events,
+        };
+        let traces = Traces {
+            uid: Some(prepared.uid()),
+            ..Traces::default()
+        };
+        if let Err(error) = self.reach(Step::Launching, traces).await {
+            drop(prepared);
+            return self.not_kept(&error, Vec::new()).await;
+        }
+        let paused = match self.step(prepared.launch()).await {
+            Ok(Ok(paused)) => paused,
+            Ok(Err(error)) => return self.launch_failed(error).await,
+            Err(events) => return events,
+        };
+        if let Err(error) = self.reach(Step::Launched, paused.traces()).await {
+            let ended = paused.end().await;
+            return self.not_kept(&error, ended.leftovers).await;
+        }
+        self.stage = Stage::Paused(paused);
+        vec![GuestEvent::Launched]
+    }
+
+    /// Keeps how far the guest has come, before it goes further.
+    async fn reach(&self, step: Step, traces: Traces) -> Result<(), StoreError> {
+        let change = Change::Reach(self.id, step, traces);
+        self.fleet.store().change(change).await
+    }
+
+    /// A guest of which is not kept what the next omertad needs does not run.
+    async fn not_kept(&self, error: &StoreError, leftovers: Vec<String>) -> Vec<GuestEvent> {
+        self.forget_if_gone(&leftovers).await;
+        self.did_not_launch(failed(error), leftovers)
+    }
+
+    /// Removes the row of a guest of which nothing is left: with it all is free again that it held. One
+    /// that cannot be removed is removed by the next omertad.
+    async fn forget_if_gone(&self, leftovers: &[String]) {
+        if leftovers.is_empty()
+            && let Err(error) = self.fleet.store().change(Change::Remove(self.id)).await
+        {
+            tracing::error!(guest = %self.spec.name, error = report(&error), "a guest that is gone cannot be removed from the store");
         }
     }
 
@@ -171,10 +260,14 @@ impl GuestTask {
         match std::mem::replace(&mut self.stage, Stage::Absent) {
             Stage::Paused(paused) => match self.step(paused.guard()).await {
                 Ok(Ok(guarded)) => {
+                    if let Err(error) = self.reach(Step::Guarded, guarded.traces()).await {
+                        let ended = guarded.end().await;
+                        return self.not_kept(&error, ended.leftovers).await;
+                    }
                     self.stage = Stage::Guarded(guarded);
                     vec![GuestEvent::Guarded]
                 }
-                Ok(Err(error)) => self.launch_failed(error),
+                Ok(Err(error)) => self.launch_failed(error).await,
                 Err(events) => events,
             },
             other => self.keep(other),
@@ -216,17 +309,31 @@ impl GuestTask {
                     Ok(watch) => watch,
                     Err(error) => {
                         let ended = guarded.end().await;
+                        self.forget_if_gone(&ended.leftovers).await;
                         return self.did_not_launch(failed(&error), ended.leftovers);
                     }
                 };
+                let resumed_at = clock::now().0;
                 match guarded.resume().await {
                     Ok(running) => {
                         self.time_is_over = self.timeout.map(|timeout| Instant::now() + timeout);
+                        let nanoseconds = |timeout: Duration| {
+                            u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX / 4)
+                        };
+                        let change = Change::Run {
+                            id: self.id,
+                            resumed_at,
+                            ends_at: self.timeout.map(|t| clock::now().0 + nanoseconds(t)),
+                        };
+                        if let Err(error) = self.fleet.store().change(change).await {
+                            let ended = running.kill().await;
+                            return self.not_kept(&error, ended.leftovers).await;
+                        }
                         self.fleet.note_pid(self.id, running.pid());
                         self.stage = Stage::Running(Box::new(running), watch);
                         vec![GuestEvent::Resumed]
                     }
-                    Err(error) => self.launch_failed(error),
+                    Err(error) => self.launch_failed(error).await,
                 }
             }
             other => self.keep(other),
@@ -240,9 +347,10 @@ impl GuestTask {
         Vec::new()
     }
 
-    fn launch_failed(&self, error: LaunchError) -> Vec<GuestEvent> {
+    async fn launch_failed(&self, error: LaunchError) -> Vec<GuestEvent> {
         let kind = kind_of(&error);
         let (cause, leftovers) = error.split();
+        self.forget_if_gone(&leftovers).await;
         let error = ApiError {
             error: kind,
             message: report(&cause),
@@ -282,6 +390,19 @@ impl GuestTask {
                 message: format!("QEMU did not confirm within {} s", PAUSE_DEADLINE.as_secs()),
             },
         }
+    }
+
+    /// What is to be held is kept first: whoever finds it half-way holds it.
+    async fn hold(&self) -> GuestEvent {
+        let stand = |stands| Change::Stand(self.id, stands, None);
+        if let Err(error) = self.fleet.store().change(stand(Stands::Held)).await {
+            tracing::warn!(guest = %self.spec.name, error = report(&error), "that it is held is not kept");
+        }
+        let paused = self.pause().await;
+        if matches!(paused, GuestEvent::PauseFailed { .. }) {
+            drop(self.fleet.store().begin(stand(Stands::Running)));
+        }
+        paused
     }
 
     async fn release(&self) -> GuestEvent {
@@ -332,6 +453,11 @@ impl GuestTask {
     async fn power_down(&mut self, deadline_seconds: u32) {
         self.stop_deadline =
             Some(Instant::now() + Duration::from_secs(u64::from(deadline_seconds)));
+        let stop_by = clock::now().0 + u64::from(deadline_seconds) * Monotonic::SECOND;
+        let change = Change::Stand(self.id, Stands::Stopping, Some(stop_by));
+        if let Err(error) = self.fleet.store().change(change).await {
+            tracing::warn!(guest = %self.spec.name, error = report(&error), "that it is to stop is not kept");
+        }
         if let Stage::Running(running, _) = &self.stage
             && let Err(error) = running.control().powerdown().await
         {
@@ -341,18 +467,22 @@ impl GuestTask {
     }
 
     async fn kill(&mut self) -> Vec<GuestEvent> {
+        // Its end does not wait for the disk: what is killed is found dead, and removed all the same.
+        drop(self.fleet.store().begin(Change::End(self.id)));
         let ended = match std::mem::replace(&mut self.stage, Stage::Absent) {
             Stage::Running(running, _watch) => running.kill().await,
             Stage::Paused(paused) => paused.end().await,
             Stage::Guarded(guarded) => guarded.end().await,
             // The engine ends what exists; what does not is undone already.
             Stage::Absent => {
+                self.forget_if_gone(&[]).await;
                 return vec![GuestEvent::Undone {
                     tap_removed_at: None,
                     leftovers: Vec::new(),
                 }];
             }
         };
+        self.forget_if_gone(&ended.leftovers).await;
         let reaped = ended
             .ended_at_ns
             .map(|at| GuestEvent::Reaped { at: Monotonic(at) });

@@ -24,10 +24,12 @@ mod pool_claim;
 mod preflight;
 mod probed;
 mod record;
+mod recovery;
 mod room;
 mod roster;
 mod server;
 mod steering;
+mod store;
 mod sweep;
 mod tap_name;
 mod watch;
@@ -45,12 +47,13 @@ use tokio::sync::watch as notice;
 use tracing_subscriber::EnvFilter;
 
 use crate::arguments::Arguments;
-use crate::config::{Config, Settings};
+use crate::config::{Config, OnStop, Settings};
 use crate::fleet::Fleet;
 use crate::instance::Instance;
 use crate::journal::Journal;
 use crate::log::Log;
 use crate::pool_claim::PoolClaim;
+use crate::store::Store;
 
 /// How long open connections have to finish once the guests are gone.
 const CONNECTIONS_DEADLINE: Duration = Duration::from_secs(1);
@@ -117,22 +120,40 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         .build()
         .context("cannot start the runtime")?;
     let outcome = runtime.block_on(serve(&settings, &instance));
+    if matches!(outcome, Ok(Outcome::GuestsLeft)) {
+        // As if killed, which loses nothing: what is dropped would undo itself.
+        std::mem::forget(runtime);
+        return Ok(());
+    }
     // Nothing that still runs has anything left to say.
     runtime.shutdown_timeout(CONNECTIONS_DEADLINE);
-    outcome
+    outcome.map(drop)
 }
 
-async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
+/// How omertad's work ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    GuestsEnded,
+    /// They live on, and must not end with their tasks.
+    GuestsLeft,
+}
+
+async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outcome> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
     let metrics_listener = match settings.metrics {
         Some(address) => Some(exporter::listen(address).await?),
         None => None,
     };
-    sweep::sweep(&settings.run_dir);
-    omerta_vm_launcher::sweep_jails(&settings.jail);
+    let (store, contents) = Store::open(&settings.state_dir)?;
     let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
-    let fleet = Arc::new(Fleet::new(settings.clone(), Arc::new(Journal::new())));
+    let journal = Arc::new(Journal::new());
+    let first = contents.first_free;
+    let fleet = Arc::new(Fleet::new(settings.clone(), journal, store, first));
+    // From here on nothing fails: what is taken over ends only when it is told to.
+    recovery::recover(&fleet, contents.guests).await;
+    sweep::sweep(&settings.run_dir, &fleet.taps());
+    omerta_vm_launcher::sweep_jails(&settings.jail);
     fleet.warn_if_short();
     tracing::info!(
         socket = %settings.socket.display(),
@@ -155,6 +176,10 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };
+    if settings.on_stop == OnStop::Keep {
+        tracing::info!(signal, "leaving every guest to the next omertad");
+        return Ok(Outcome::GuestsLeft);
+    }
     tracing::info!(signal, "ending every guest");
     let left = fleet.shut_down().await;
     // The receivers live in the servers; they may have ended already.
@@ -170,7 +195,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<()> {
         bail!("of {left} guests something is left: see the log for what to remove by hand");
     }
     tracing::info!("every guest has ended");
-    Ok(())
+    Ok(Outcome::GuestsEnded)
 }
 
 /// Where metrics are served, for the log: a configured port 0 has become another.

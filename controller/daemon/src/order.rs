@@ -44,6 +44,8 @@ pub(crate) struct Order {
     image: Image,
     layer: Option<LayerSpec>,
     ssh_key: Option<SshPublicKey>,
+    ssh_key_text: Option<String>,
+    disk_mib: Option<u32>,
     consumer: Consumer,
     tunnel: Tunnel,
     mode: Mode,
@@ -61,10 +63,8 @@ impl Order {
     /// Checks a request against what this daemon and this host have. Blocks for as long as the
     /// image's file system does.
     pub(crate) fn check(request: RunRequest, settings: &Settings) -> Result<Self, ApiError> {
-        let name: GuestName = request
-            .name
-            .parse()
-            .map_err(|error| usage(format!("{error}")))?;
+        // The name first: an image is looked for only for what can be a guest.
+        parse_name(&request.name)?;
         let consumer = parse_consumer(&request.consumer)?;
         if settings.guest_pool.contains(*consumer.endpoint.ip()) {
             return Err(usage(format!(
@@ -72,6 +72,53 @@ impl Order {
                 consumer.endpoint.ip()
             )));
         }
+        let checked = Self::of(request, settings)?;
+        let image = settings.images.open(&checked.image_name)?;
+        let layer = checked_layer(&image, checked.disk_mib, &settings.disk_dir)?;
+        let disk_mib = layer
+            .as_ref()
+            .map(|layer| u32::try_from(layer.layer.virtual_bytes() >> 20).unwrap_or(u32::MAX));
+        Ok(Self {
+            image,
+            layer,
+            disk_mib,
+            ssh_key: checked_ssh_key(checked.ssh_key_text.as_deref())?,
+            ..checked
+        })
+    }
+
+    /// A request that was checked before its guest ran, which has its image already.
+    pub(crate) fn of_a_running_guest(
+        request: RunRequest,
+        settings: &Settings,
+    ) -> Result<Self, ApiError> {
+        Self::of(request, settings)
+    }
+
+    /// The request, with what was not said filled in: it means the same whatever defaults come to be.
+    pub(crate) fn request(&self) -> RunRequest {
+        RunRequest {
+            name: self.name.to_string(),
+            image: self.image_name.clone(),
+            consumer: consumer_text(&self.consumer),
+            tunnel_address: Some(format!("{}/{}", self.tunnel.address, self.tunnel.prefix)),
+            tunnel_peer: Some(self.tunnel.peer),
+            cpus: Some(self.cpus),
+            memory_mib: Some(self.memory_mib),
+            mode: Some(self.mode.word().to_owned()),
+            on_violation: Some(self.on_violation),
+            limits: Some(guest_limits(self.limits)),
+            console_shell: self.console_shell,
+            disk_mib: self.disk_mib,
+            ssh_key: self.ssh_key_text.clone(),
+            timeout_seconds: self.timeout_seconds(),
+            labels: self.labels.clone(),
+        }
+    }
+
+    fn of(request: RunRequest, settings: &Settings) -> Result<Self, ApiError> {
+        let name = parse_name(&request.name)?;
+        let consumer = parse_consumer(&request.consumer)?;
         let tunnel = parse_tunnel(request.tunnel_address.as_deref(), request.tunnel_peer)?;
         let mode = match request.mode {
             Some(word) => word.parse().map_err(|_| {
@@ -82,16 +129,18 @@ impl Order {
             })?,
             None => Mode::default(),
         };
-        let image = settings.images.open(&request.image)?;
         Ok(Self {
             // To ask for an interface that is not there may have the kernel look for a module.
             tap_exists: nix::net::if_::if_nametoindex(tap_name(name.as_str()).as_str()).is_ok(),
             name,
             image_name: request.image,
             on_violation: request.on_violation.unwrap_or(settings.on_violation),
-            layer: checked_layer(&image, request.disk_mib, &settings.disk_dir)?,
-            ssh_key: checked_ssh_key(request.ssh_key.as_deref())?,
-            image,
+            // A guest that runs has its image, its disk and its key.
+            layer: None,
+            disk_mib: request.disk_mib,
+            ssh_key: None,
+            ssh_key_text: request.ssh_key,
+            image: Image::of_a_running_guest(),
             consumer,
             tunnel,
             mode,
@@ -109,6 +158,11 @@ impl Order {
     /// What it is to boot.
     pub(crate) const fn image(&self) -> &Image {
         &self.image
+    }
+
+    /// Whether its guest has a disk of its own.
+    pub(crate) const fn has_disk(&self) -> bool {
+        self.disk_mib.is_some()
     }
 
     /// What it takes of the host.
@@ -174,6 +228,7 @@ impl Order {
                     .parse()
                     .map_err(|error: OwnerParseError| failed(&error))?,
             ),
+            outlives_launcher: true,
         };
         spec.validate().map_err(|error| usage(format!("{error}")))?;
         Ok(spec)
@@ -214,6 +269,10 @@ fn checked_ssh_key(text: Option<&str>) -> Result<Option<SshPublicKey>, ApiError>
     text.map(str::parse)
         .transpose()
         .map_err(|error| usage(format!("ssh_key: {error}")))
+}
+
+fn parse_name(name: &str) -> Result<GuestName, ApiError> {
+    name.parse().map_err(|error| usage(format!("{error}")))
 }
 
 fn checked_timeout(seconds: Option<u32>) -> Result<Option<NonZero<u32>>, ApiError> {

@@ -87,8 +87,20 @@ impl GuestPool {
         u32::from(address) & (u32::MAX << (32 - self.prefix)) == self.base
     }
 
-    fn addresses(self, slot: u32) -> Addresses {
-        let gateway = self.base + 4 * slot + 1;
+    fn slot(self, place: u32) -> Slot {
+        Slot(self.base / 4 + place)
+    }
+}
+
+/// Four addresses, held by one guest: those that begin with four times the number, whatever pool they
+/// were taken from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Slot(pub(crate) u32);
+
+impl Slot {
+    /// What a guest that holds it is addressed by.
+    pub(crate) fn addresses(self) -> Addresses {
+        let gateway = self.0.wrapping_mul(4) + 1;
         let guest = gateway + 1;
         let [_, b, c, d] = guest.to_be_bytes();
         Addresses {
@@ -98,10 +110,6 @@ impl GuestPool {
         }
     }
 }
-
-/// A place in the pool, held by one guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Slot(u32);
 
 /// Which places in the pool are held.
 #[derive(Debug)]
@@ -126,11 +134,16 @@ impl Slots {
     pub(crate) fn take(&mut self) -> Option<(Slot, Addresses)> {
         let capacity = u32::try_from(self.pool.capacity()).ok()?;
         let slot = (0..capacity)
-            .map(|step| Slot((self.next + step) % capacity))
+            .map(|step| self.pool.slot((self.next + step) % capacity))
             .find(|slot| !self.held.contains(slot))?;
         self.held.insert(slot);
-        self.next = (slot.0 + 1) % capacity;
-        Some((slot, self.pool.addresses(slot.0)))
+        self.next = (slot.0 - self.pool.slot(0).0 + 1) % capacity;
+        Some((slot, slot.addresses()))
+    }
+
+    /// Holds the place of a guest that was there before, and tells whether nobody held it.
+    pub(crate) fn hold(&mut self, slot: Slot) -> bool {
+        self.held.insert(slot)
     }
 
     /// How many places are held.

@@ -17,6 +17,7 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             allow: vec![spec.consumer.allowed_endpoint().to_string()],
         },
         Record::Started => Occurrence::Started { pid },
+        Record::Adopted => Occurrence::Adopted { pid },
         Record::PublicKey(public_key) => Occurrence::PublicKey { public_key },
         Record::Handshake => Occurrence::Handshake {},
         Record::Rogue {

@@ -5,19 +5,20 @@ use std::sync::Arc;
 
 use omerta_api::{ApiError, Guest};
 use omerta_dataplane::Counters;
-use omerta_engine::{Action, Engine, Event as EngineEvent, GuestId, GuestState};
+use omerta_engine::{Action, Engine, Event as EngineEvent, Found, GuestId, GuestState};
 use omerta_vm_launcher::Spec;
 use tokio::sync::{mpsc, watch};
 
 use crate::acceleration::Platform;
 use crate::clock;
 use crate::config::Settings;
-use crate::failure::{not_found, refused};
+use crate::failure::{failed, not_found, refused};
 use crate::guest_task::Command;
 use crate::order::{Order, consumer_text, guest_limits};
 use crate::pool::{Addresses, Slot, Slots};
 use crate::record::ended;
 use crate::room::{Room, Share};
+use crate::store::Grant;
 use crate::tap_name::tap_name;
 
 /// The engine and the facts that it has no use for.
@@ -48,18 +49,21 @@ pub(crate) struct Facts {
 }
 
 /// A guest that was admitted: what its task needs, and where its state can be watched.
-pub(crate) type Admitted = (
-    GuestId,
-    Vec<Action>,
-    mpsc::UnboundedReceiver<Command>,
-    watch::Receiver<GuestState>,
-);
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) id: GuestId,
+    pub(crate) grant: Grant,
+    pub(crate) spec: Arc<Spec>,
+    pub(crate) actions: Vec<Action>,
+    pub(crate) commands: mpsc::UnboundedReceiver<Command>,
+    pub(crate) state: watch::Receiver<GuestState>,
+}
 
 impl Roster {
     /// A roster without guests.
-    pub(crate) fn new(settings: &Settings) -> Self {
+    pub(crate) fn new(settings: &Settings, first: GuestId) -> Self {
         Self {
-            engine: Engine::new(settings.max_guests),
+            engine: Engine::new(settings.max_guests).with_ids_from(first),
             slots: Slots::new(settings.guest_pool),
             facts: HashMap::new(),
         }
@@ -72,6 +76,7 @@ impl Roster {
         platform: Platform,
         settings: &Settings,
         room: &Room,
+        boot: &str,
     ) -> Result<Admitted, ApiError> {
         let name = order.name.as_str();
         // A name that is taken is refused for that, by the engine.
@@ -86,7 +91,7 @@ impl Roster {
                 "no address is left for `{name}`: end a guest, or widen --guest-pool"
             ))
         })?;
-        self.admit_to(slot, addresses, order, platform, settings)
+        self.admit_to(slot, addresses, order, platform, settings, boot)
             .inspect_err(|_| self.slots.give_back(slot))
     }
 
@@ -116,6 +121,7 @@ impl Roster {
         order: &Order,
         platform: Platform,
         settings: &Settings,
+        boot: &str,
     ) -> Result<Admitted, ApiError> {
         let name = order.name.as_str();
         let tap = tap_name(name);
@@ -136,25 +142,76 @@ impl Roster {
         let Some(id) = self.engine.find(name).map(omerta_engine::Guest::id) else {
             return Err(unknown(name));
         };
+        let request = serde_json::to_string(&order.request()).map_err(|error| failed(&error))?;
+        let grant = Grant {
+            id,
+            name: name.to_owned(),
+            request,
+            slot: slot.0,
+            accel: spec.accel.word().to_owned(),
+            machine: spec.machine.word().to_owned(),
+            run_dir: spec.run_dir.to_string_lossy().into_owned(),
+            boot: boot.to_owned(),
+        };
+        let spec = Arc::new(spec);
+        let (commands, state) = self.know(id, order, Arc::clone(&spec), Some(slot));
+        Ok(Admitted {
+            id,
+            grant,
+            spec,
+            actions,
+            commands,
+            state,
+        })
+    }
+
+    /// Takes in a guest that was there before this omertad.
+    pub(crate) fn take_in(
+        &mut self,
+        found: Found,
+        order: &Order,
+        spec: Arc<Spec>,
+        slot: Option<Slot>,
+    ) -> (Vec<Action>, mpsc::UnboundedReceiver<Command>) {
+        let id = found.id;
+        let slot = slot.filter(|slot| self.slots.hold(*slot));
+        let actions = self
+            .engine
+            .handle(clock::now(), EngineEvent::GuestFound(found));
+        let (commands, _) = self.know(id, order, spec, slot);
+        if let (Some(guest), Some(facts)) = (self.engine.guest(id), self.facts.get_mut(&id)) {
+            facts.state.send_replace(guest.state());
+        }
+        (self.carry_out_own(actions), commands)
+    }
+
+    fn know(
+        &mut self,
+        id: GuestId,
+        order: &Order,
+        spec: Arc<Spec>,
+        slot: Option<Slot>,
+    ) -> (
+        mpsc::UnboundedReceiver<Command>,
+        watch::Receiver<GuestState>,
+    ) {
         let (commands, receiver) = mpsc::unbounded_channel();
         let (state, watcher) = watch::channel(GuestState::Launching);
-        self.facts.insert(
-            id,
-            Facts {
-                spec: Arc::new(spec),
-                image_name: order.image_name.clone(),
-                labels: order.labels().clone(),
-                timeout_seconds: order.timeout_seconds(),
-                slot: Some(slot),
-                pid: None,
-                commands,
-                state,
-                launch_error: None,
-                counters: None,
-                console: None,
-            },
-        );
-        Ok((id, actions, receiver, watcher))
+        let facts = Facts {
+            spec,
+            image_name: order.image_name.clone(),
+            labels: order.labels().clone(),
+            timeout_seconds: order.timeout_seconds(),
+            slot,
+            pid: None,
+            commands,
+            state,
+            launch_error: None,
+            counters: None,
+            console: None,
+        };
+        self.facts.insert(id, facts);
+        (receiver, watcher)
     }
 
     /// Brings the facts up to the engine's state.

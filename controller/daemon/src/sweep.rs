@@ -1,5 +1,6 @@
 //! What a crashed omertad left behind.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 
@@ -14,15 +15,15 @@ const LOCK: &str = "lock";
 /// In whose name omertad attaches its guards.
 pub(crate) const OWNER: &str = "omertad";
 
-/// Removes what is left of guests whose omertad died: the pins of its guards whose interface is
+/// Removes what is left of guests whose omertad died and of which the store says nothing: the pins of its guards whose interface is
 /// gone, whatever run directory that omertad had, and run directories. What is in use is left
 /// alone; what cannot be removed is logged and stands in nobody's way but that guest's.
-pub(crate) fn sweep(run_dir: &Path) {
-    sweep_guards();
+pub(crate) fn sweep(run_dir: &Path, living: &BTreeSet<String>) {
+    sweep_guards(living);
     sweep_directories(run_dir);
 }
 
-fn sweep_guards() {
+fn sweep_guards(living: &BTreeSet<String>) {
     match Guard::sweep_gone_namespaces() {
         Ok(0) => {}
         Ok(guards) => tracing::info!(guards, "removed guards of namespaces that are gone"),
@@ -44,7 +45,7 @@ fn sweep_guards() {
         standing,
     } in pinned
     {
-        if owner.is_none_or(|owner| owner.as_str() != OWNER) {
+        if owner.is_none_or(|owner| owner.as_str() != OWNER) || living.contains(&interface) {
             continue;
         }
         if standing != Standing::Gone {

@@ -74,6 +74,8 @@ pub enum Record {
     Guarded,
     /// It runs.
     Started,
+    /// Its daemon died, and this one has taken it over.
+    Adopted,
     /// It reported its public key.
     PublicKey(String),
     /// It reported a handshake.

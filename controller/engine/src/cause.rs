@@ -28,11 +28,15 @@ pub enum Cause {
     GuardFailed,
     /// The daemon is shutting down.
     Shutdown,
+    /// The daemon died, and the guest had not come to run, or could not be taken over by the next.
+    Abandoned,
+    /// The host booted.
+    Rebooted,
 }
 
 impl Cause {
     /// Every cause.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Rogue,
         Self::Stopped,
         Self::StopDeadline,
@@ -43,6 +47,8 @@ impl Cause {
         Self::LaunchFailed,
         Self::GuardFailed,
         Self::Shutdown,
+        Self::Abandoned,
+        Self::Rebooted,
     ];
 
     /// The word used in JSON and logs.
@@ -58,6 +64,8 @@ impl Cause {
             Self::LaunchFailed => "launch_failed",
             Self::GuardFailed => "guard_failed",
             Self::Shutdown => "shutdown",
+            Self::Abandoned => "abandoned",
+            Self::Rebooted => "rebooted",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use crate::{Action, Event, Guest, GuestId, Monotonic, OnViolation, Refusal};
+use crate::{Action, Event, Found, Guest, GuestId, Monotonic, OnViolation, Refusal};
 
 /// How many ended guests are remembered.
 pub const ENDED_KEPT: usize = 64;
@@ -31,11 +31,18 @@ impl Engine {
         }
     }
 
+    /// The same, whose guests' ids begin with this one: those before were others'.
+    pub fn with_ids_from(mut self, first: GuestId) -> Self {
+        self.next_id = first.0;
+        self
+    }
+
     /// Takes in what happened and tells what to do about it. An event of a guest that is not
     /// known changes nothing.
     pub fn handle(&mut self, now: Monotonic, event: Event) -> Vec<Action> {
         match event {
             Event::GuestRequested { name, on_violation } => self.admit(now, name, on_violation),
+            Event::GuestFound(found) => self.take_in(now, found),
             Event::ShutdownBegan => {
                 self.shutting_down = true;
                 Vec::new()
@@ -94,6 +101,24 @@ impl Engine {
             id,
             Guest::request(id, name, on_violation, now, &mut actions),
         );
+        actions
+    }
+
+    /// A guest of a name that is known already has gone before: nothing is lost of the later one.
+    fn take_in(&mut self, now: Monotonic, found: Found) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let id = found.id;
+        if let Some(old) = self.find(&found.name).map(Guest::id) {
+            self.forget(old, &mut actions);
+        }
+        self.next_id = self.next_id.max(id.0 + 1);
+        self.names.insert(found.name.clone(), id);
+        let guest = Guest::found(found, now, &mut actions);
+        let is_ended = guest.is_ended();
+        self.guests.insert(id, guest);
+        if is_ended {
+            self.remember(id, &mut actions);
+        }
         actions
     }
 

@@ -1,6 +1,6 @@
 //! What the engine is told, in the past tense.
 
-use crate::{Cause, Monotonic, OnViolation, RogueFrame};
+use crate::{Cause, Ending, GuestState, Monotonic, OnViolation, RogueFrame};
 
 /// One guest in one life. A name that is used again gets a new id, so that what is late about the
 /// old guest never touches the new one.
@@ -17,10 +17,43 @@ pub enum Event {
         /// What rogue traffic does to it.
         on_violation: OnViolation,
     },
+    /// A guest of a daemon that died was found.
+    GuestFound(Found),
     /// The daemon began to shut down: no guest is admitted from here on.
     ShutdownBegan,
     /// Something happened to a guest.
     Guest(GuestId, GuestEvent),
+}
+
+/// A guest of a daemon that died.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Its id, which no other guest has had.
+    pub id: GuestId,
+    /// Its name.
+    pub name: String,
+    /// What rogue traffic does to it.
+    pub on_violation: OnViolation,
+    /// What became of it.
+    pub fate: Fate,
+}
+
+/// What became of a guest whose daemon died.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It was taken over, its guard proven.
+    Adopted {
+        /// How it stands: running, held or suspended.
+        state: GuestState,
+        /// When it was ordered to run.
+        resume_ordered_at: Monotonic,
+        /// The WireGuard public key that it reported last.
+        public_key: Option<String>,
+        /// Whether it reported a handshake with that key.
+        handshake: bool,
+    },
+    /// Nothing is left of it but what its ending lists.
+    Ended(Ending),
 }
 
 /// Something that happened to one guest.

@@ -3,7 +3,10 @@
 use omerta_verdict::Reason;
 
 use crate::tally::{Limiter, Tally};
-use crate::{Action, Cause, Ending, GuestId, GuestState, Incident, Monotonic, OnViolation, Record};
+use crate::{
+    Action, Cause, Ending, Fate, Found, GuestId, GuestState, Incident, Monotonic, OnViolation,
+    Record,
+};
 
 /// What the engine knows of one guest.
 #[derive(Debug)]
@@ -43,6 +46,40 @@ impl Guest {
             record: Record::Requested,
         });
         actions.push(Action::Launch(id));
+        Self::new(id, name, on_violation, now)
+    }
+
+    /// A guest of a daemon that died.
+    pub(crate) fn found(found: Found, now: Monotonic, actions: &mut Vec<Action>) -> Self {
+        let mut guest = Self::new(found.id, found.name, found.on_violation, now);
+        let record = match found.fate {
+            Fate::Adopted {
+                state,
+                resume_ordered_at,
+                public_key,
+                handshake,
+            } => {
+                guest.state = state;
+                guest.resume_ordered_at = Some(resume_ordered_at);
+                guest.public_key = public_key;
+                guest.handshake = handshake;
+                Record::Adopted
+            }
+            Fate::Ended(ending) => {
+                guest.state = GuestState::Ended;
+                guest.ending = Some(ending.clone());
+                Record::Ended(ending)
+            }
+        };
+        actions.push(Action::Publish {
+            guest: guest.id,
+            at: now,
+            record,
+        });
+        guest
+    }
+
+    fn new(id: GuestId, name: String, on_violation: OnViolation, now: Monotonic) -> Self {
         Self {
             id,
             name,

@@ -19,7 +19,7 @@ mod transition;
 pub use action::{Action, Ending, Record, Refusal};
 pub use cause::Cause;
 pub use engine::{ENDED_KEPT, Engine};
-pub use event::{Event, GuestEvent, GuestId};
+pub use event::{Event, Fate, Found, GuestEvent, GuestId};
 pub use frame::{Incident, RogueFrame};
 pub use guest::Guest;
 pub use monotonic::Monotonic;

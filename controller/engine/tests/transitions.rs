@@ -113,6 +113,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::Requested => "requested",
                 Record::Launched => "launched",
                 Record::Guarded => "guarded",
+                Record::Adopted => "adopted",
                 Record::Started => "started",
                 Record::PublicKey(_) => "public key",
                 Record::Handshake => "handshake",

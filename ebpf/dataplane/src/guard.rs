@@ -383,4 +383,9 @@ impl Guard {
     pub fn ifindex(&self) -> u32 {
         self.ifindex
     }
+
+    /// What tells this guard from any that is attached later, until the host boots again.
+    pub fn identity(&self) -> [u32; 2] {
+        self.identity
+    }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
-use omerta_test_support::{Namespace, Process};
+use omerta_test_support::{Namespace, Orphans, Process};
 
 use crate::bounded;
 use crate::omerta::Omerta;
@@ -26,6 +26,8 @@ const ENDING: Duration = Duration::from_secs(10);
 pub struct Daemon<'a> {
     pub omerta: Omerta<'a>,
     process: Option<Process>,
+    /// After the process: what it had no time to end.
+    _orphans: Orphans,
     log: PathBuf,
 }
 
@@ -68,6 +70,7 @@ impl<'a> Daemon<'a> {
         Ok(Self {
             omerta,
             process: Some(process),
+            _orphans: Orphans::below(directory),
             log,
         })
     }

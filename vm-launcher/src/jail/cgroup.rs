@@ -143,6 +143,14 @@ impl Cgroups {
         filled.map(|()| made)
     }
 
+    /// Those of a guest that a dead launcher made.
+    pub(super) fn of(uid: u32) -> Result<Self, PathError> {
+        let place = |base: Base| base.directory.join(format!("{PREFIX}{uid}"));
+        let mut found: Vec<_> = bases()?.into_iter().map(place).collect();
+        found.retain(|directory| directory.exists());
+        Ok(Self(found))
+    }
+
     fn add(
         &mut self,
         base: &Base,
@@ -191,6 +199,15 @@ impl Cgroups {
                 .map_err(PathError::of("open", &path))
         };
         self.0.iter().map(door).collect()
+    }
+
+    /// Whether a process is in all of them.
+    pub(super) fn hold(&self, pid: u32) -> bool {
+        let has = |directory: &PathBuf| {
+            let inside = fs::read_to_string(directory.join("cgroup.procs"));
+            inside.is_ok_and(|all| all.lines().any(|line| line.parse() == Ok(pid)))
+        };
+        self.0.iter().all(has)
     }
 
     /// Kills everybody in them, and tells whether nobody is left after `patience` at most.
@@ -400,12 +417,20 @@ impl Own {
         Ok((!base.parts.is_empty()).then_some(base))
     }
 
-    /// The cgroup of version 2 that can have guests' below it: our own where we are alone in it, as
-    /// in a unit with `Delegate=`, else the uppermost.
+    /// The cgroup of version 2 that can have guests' below it: that of a unit whose leaf we are in
+    /// (`DelegateSubgroup=`), our own where we are alone in it, else the uppermost. A service manager
+    /// that puts us into the unit's own cgroup could not do so again while guests divide it.
     fn divided(&self, parts: &[Part]) -> Result<PathBuf, PathError> {
         let processes = self.directory.join("cgroup.procs");
         let alone = std::process::id().to_string();
-        let directory = if self.directory != self.mount
+        let unit = self.directory.parent().filter(|unit| {
+            self.directory.ends_with(LEAF) && unit.starts_with(&self.mount) && *unit != self.mount
+        });
+        let is_service = std::env::var_os("INVOCATION_ID").is_some();
+        let directory = if let Some(unit) = unit {
+            unit
+        } else if self.directory != self.mount
+            && !is_service
             && fs::read_to_string(&processes).is_ok_and(|all| all.trim() == alone)
         {
             let leaf = self.directory.join(LEAF);
@@ -432,7 +457,7 @@ impl Own {
                 tracing::warn!(path = %control.display(), %part, %error, "cannot have a controller");
             }
         }
-        Ok(directory.clone())
+        Ok(directory.to_owned())
     }
 }
 

@@ -60,6 +60,8 @@ pub(crate) struct Entry {
     pub(super) file_bytes: u64,
     /// What stays open, under the same numbers.
     pub(super) handed: Vec<OwnedFd>,
+    /// Whether QEMU lives on when the launcher dies.
+    pub(super) outlives: bool,
 }
 
 /// Where on the way in something failed.
@@ -137,6 +139,8 @@ impl Entry {
 
     fn walk(&self, parent: u32) -> Result<(), (Step, Errno)> {
         let at = |step| move |errno| (step, errno);
+        // Until it is its user's, by whom it is found, it dies with the launcher in any case.
+        die_with(parent).map_err(at(Step::Parent))?;
         close_all_on_exec().map_err(at(Step::Descriptors))?;
         for cgroup in &self.cgroups {
             write(cgroup, b"0").map_err(at(Step::Cgroups))?;
@@ -150,8 +154,10 @@ impl Entry {
         self.mount().map_err(at(Step::Mounts))?;
         change_root().map_err(at(Step::Pivot))?;
         self.drop_privileges().map_err(at(Step::Privileges))?;
-        // After the change of user, which would undo it.
-        die_with(parent).map_err(at(Step::Parent))?;
+        // The change of user has undone it.
+        if !self.outlives {
+            die_with(parent).map_err(at(Step::Parent))?;
+        }
         if let Some(rules) = &self.landlock {
             // SAFETY: a descriptor and flags; no pointer is passed.
             let entered =

@@ -8,6 +8,7 @@ mod entry;
 mod landlock;
 mod root;
 mod uid;
+mod users;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -124,6 +125,12 @@ pub enum JailError {
     /// Every user of the range has its guest.
     #[error("every user of {0} runs a guest: give more by `uids` in [jail]")]
     NoUid(UidRange),
+    /// The user of a guest that is to be adopted is another launcher's.
+    #[error("user {0} is another launcher's: end that one, or its guest")]
+    UidHeld(u32),
+    /// A process is not where its launcher put it.
+    #[error("process {0} is not of its user, or not in its cgroups")]
+    Escaped(u32),
     /// A path that QEMU is to see cannot be looked at.
     #[error("{} cannot be put into the jail; mend `paths` in [jail]", path.display())]
     Path {
@@ -197,6 +204,20 @@ impl Cell {
         Ok((cell, root))
     }
 
+    /// The cell that a dead launcher left to its QEMU.
+    pub(crate) fn adopt(uid: u32) -> Result<Self, JailError> {
+        Ok(Self {
+            uid,
+            reservation: Some(Reservation::adopt(uid)?),
+            cgroups: Cgroups::of(uid)?,
+        })
+    }
+
+    /// The user that QEMU runs as.
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid
+    }
+
     /// What QEMU's process needs for its way in. `handed` stay open in it.
     pub(crate) fn entry(
         &self,
@@ -227,6 +248,7 @@ impl Cell {
                 layer.layer.max_file_bytes().max(MAX_LOG_BYTES)
             }),
             handed,
+            outlives: spec.outlives_launcher,
         })
     }
 
@@ -235,10 +257,25 @@ impl Cell {
         self.cgroups.kill_all(patience)
     }
 
+    /// Kills whoever is in the jail, also where it has no cgroup, and tells whether nobody is.
+    pub(crate) fn kill_everybody(&self, patience: Duration) -> bool {
+        users::kill_all(self.uid, patience) && self.cgroups.kill_all(patience)
+    }
+
     /// Removes the cgroups and gives the user back, and tells what could not be removed. The
     /// process in it must be gone.
     pub(crate) fn tear_down(mut self) -> Vec<String> {
         self.undo()
+    }
+
+    /// Leaves all as it is, for whoever takes it.
+    pub(crate) fn let_go(mut self) {
+        drop(self.reservation.take());
+    }
+
+    /// Whether a process is in its cgroups, and of its user.
+    pub(crate) fn holds(&self, pid: u32) -> bool {
+        self.cgroups.hold(pid) && users::is_of(pid, self.uid)
     }
 
     /// Leaves all as it is, and the user reserved for as long as this process lives.

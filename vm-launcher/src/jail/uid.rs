@@ -104,6 +104,15 @@ impl Reservation {
         Err(JailError::NoUid(range))
     }
 
+    /// The reservation that a dead launcher left.
+    pub(super) fn adopt(uid: u32) -> Result<Self, JailError> {
+        match lock(uid) {
+            Ok(lock) => Ok(Self { uid, lock }),
+            Err(LockError::Held { .. }) => Err(JailError::UidHeld(uid)),
+            Err(LockError::Io(error)) => Err(error.into()),
+        }
+    }
+
     pub(super) fn uid(&self) -> u32 {
         self.uid
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use omerta_dataplane::{Guard, GuardWatch};
 
 use crate::guard_alarm::GuardAlarm;
-use crate::lifecycle::{Ended, Paused, Running};
+use crate::lifecycle::{Ended, Paused, Running, Traces};
 use crate::link_watch::LinkWatch;
 use crate::{LaunchError, Spec, TapError};
 
@@ -49,6 +49,11 @@ impl Guarded {
         self.guarding.watch.check()?;
         self.paused.qmp.cont().await?;
         Ok((links, alarm))
+    }
+
+    /// What tells this guest's process, tap and guard from all others.
+    pub fn traces(&self) -> Traces {
+        self.paused.machine.traces()
     }
 
     /// Kills QEMU, which has run nothing, and removes everything.

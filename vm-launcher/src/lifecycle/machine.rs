@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use crate::clock::monotonic_ns;
 use crate::disk::Disks;
 use crate::jail::Cell;
-use crate::lifecycle::Ended;
+use crate::lifecycle::{Ended, Traces};
 use crate::process::QemuProcess;
 use crate::run_dir::RunDir;
 use crate::tap::Tap;
@@ -47,6 +47,34 @@ impl Machine {
             guard: None,
             guard_watch: None,
         }
+    }
+
+    /// What tells all that has been made so far from all else.
+    pub(super) fn traces(&self) -> Traces {
+        Traces {
+            uid: self.cell.as_ref().map(Cell::uid),
+            process: self.process.as_ref().map(|qemu| (qemu.pid(), qemu.start())),
+            tap: self.tap.as_ref().map(Tap::index),
+            guard: self.guard.as_ref().map(Guard::identity),
+        }
+    }
+
+    /// Leaves all as it is, and lets go of it: it may be taken over, or ended, by its traces.
+    pub(super) fn let_go(mut self) {
+        if let Some(process) = self.process.take() {
+            process.let_go();
+        }
+        if let Some(run_dir) = self.run_dir.take() {
+            run_dir.let_go();
+        }
+        if let Some(cell) = self.cell.take() {
+            cell.let_go();
+        }
+        self.disks = None;
+        self.guard = None;
+        self.guard_watch = None;
+        self.tap = None;
+        // Nothing is left in it to undo.
     }
 
     /// Kills QEMU and undoes everything, keeping nobody waiting meanwhile.

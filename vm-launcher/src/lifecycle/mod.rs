@@ -1,16 +1,20 @@
 //! Paused → Guarded → Running, each a type, each owning all that exists of the guest.
 
+mod adopted;
 mod control;
 mod ended;
 mod guarded;
 mod machine;
 mod paused;
+mod prepared;
 mod running;
 mod watcher;
 
+pub use adopted::{Traces, unwind};
 pub use control::Control;
 pub use ended::Ended;
 pub use guarded::Guarded;
 pub use paused::Paused;
+pub use prepared::Prepared;
 pub use running::Running;
 pub use watcher::GuestEvent;

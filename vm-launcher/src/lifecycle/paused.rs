@@ -10,19 +10,19 @@ use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch};
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
-use tokio::task::{block_in_place, spawn_blocking};
+use tokio::task::block_in_place;
 use tokio::time::timeout;
 
 use crate::disk::{DiskError, Disks, Handles};
-use crate::jail::{Cell, Root};
+use crate::jail::Root;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
-use crate::lifecycle::{Ended, Guarded};
+use crate::lifecycle::{Ended, Guarded, Prepared, Traces};
 use crate::process::{QemuProcess, last_words};
 use crate::qmp::{CONNECT_DEADLINE, MachineEvent, Qmp};
 use crate::run_dir::RunDir;
 use crate::tap::Tap;
-use crate::{ExitStatus, ImageError, LaunchError, ProcessError, QmpError, Spec, canary, command};
+use crate::{ExitStatus, LaunchError, ProcessError, QmpError, Spec, canary, command};
 
 /// How long a QEMU that has hung up may take to be gone, before it is said that it only hung up.
 const DYING: Duration = Duration::from_secs(2);
@@ -39,7 +39,7 @@ pub struct Paused {
 }
 
 /// QEMU, and what it is spoken to and heard by.
-type Started = (
+pub(super) type Started = (
     Arc<QemuProcess>,
     Qmp,
     mpsc::Receiver<MachineEvent>,
@@ -52,26 +52,11 @@ impl Paused {
     /// # Errors
     /// Whatever fails; everything made until then is gone.
     pub async fn launch(spec: Spec) -> Result<Self, LaunchError> {
-        // From here on QEMU holds the image, or nobody does.
-        let _lease_end = spec.image.lease_end();
-        spec.validate()?;
-        if !nix::unistd::geteuid().is_root() {
-            return Err(LaunchError::NotRoot);
-        }
-        // The image may lie on a file system that hangs; this thread serves other guests too.
-        let wanted = spec.clone();
-        let building = move || -> Result<_, LaunchError> {
-            let (cell, root) = Cell::build(&wanted)?;
-            Ok((cell, root, Disks::prepare(&wanted)?))
-        };
-        let built = spawn_blocking(building).await;
-        let (cell, root, disks) = built.map_err(|error| ImageError::Copy {
-            path: spec.image.kernel.clone(),
-            source: std::io::Error::other(error),
-        })??;
-        let mut machine = Machine::new(spec);
-        machine.disks = disks;
-        match Self::start(&mut machine, cell, root).await {
+        Prepared::new(spec).await?.launch().await
+    }
+
+    pub(super) async fn start_in(mut machine: Machine, root: Root) -> Result<Self, LaunchError> {
+        match Self::start(&mut machine, root).await {
             Ok((process, qmp, machine_events, control_port)) => Ok(Self {
                 machine,
                 process,
@@ -83,9 +68,12 @@ impl Paused {
         }
     }
 
-    async fn start(machine: &mut Machine, cell: Cell, root: Root) -> Result<Started, LaunchError> {
-        let cell = machine.cell.insert(cell);
+    async fn start(machine: &mut Machine, root: Root) -> Result<Started, LaunchError> {
         let spec = &machine.spec;
+        // A machine that was prepared always has its cell; the pattern is the proof of it.
+        let Some(cell) = &machine.cell else {
+            return Err(ProcessError::QemuMissing.into());
+        };
         let run_dir = machine.run_dir.insert(RunDir::create(&spec.run_dir)?);
         let files = run_dir.files().clone();
         let channels = run_dir.open_channels()?;
@@ -132,6 +120,11 @@ impl Paused {
             unless_it_ends(&process, &files.qemu_log, speaking).await?;
         root.forget_files();
         Ok((process, qmp, machine_events, control_port))
+    }
+
+    /// What tells this guest's process and tap from all others.
+    pub fn traces(&self) -> Traces {
+        self.machine.traces()
     }
 
     /// Attaches the guard, verifies it, brings the tap up, and proves the guard with a canary.

@@ -14,7 +14,7 @@ use crate::guard_alarm::GuardAlarm;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::watcher::Watcher;
-use crate::lifecycle::{Control, Ended, GuestEvent, Paused};
+use crate::lifecycle::{Control, Ended, GuestEvent, Paused, Traces};
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
 use crate::run_dir::RunFiles;
@@ -69,7 +69,7 @@ impl Running {
             events: sender,
             links,
             alarm,
-            logs: machine.spec.layer.as_ref().map(|_| files.logs()),
+            logs: machine.disks.as_ref().map(|_| files.logs()),
         };
         let watcher = Watching(tokio::spawn(watcher.run()));
         Self {
@@ -141,6 +141,28 @@ impl Running {
             tracing::info!(guest = %self.machine.spec.name, "did not shut down in time");
         }
         self.kill().await
+    }
+
+    /// Lets go of it, and lets it live on: it may be taken over, or ended, by its traces.
+    pub fn leave(self) {
+        let Self {
+            machine,
+            control,
+            watcher,
+            ..
+        } = self;
+        drop((control, watcher));
+        machine.let_go();
+    }
+
+    /// Whether it has a disk of its own.
+    pub fn has_disk(&self) -> bool {
+        self.machine.disks.is_some()
+    }
+
+    /// What tells this guest's process, tap and guard from all others.
+    pub fn traces(&self) -> Traces {
+        self.machine.traces()
     }
 
     /// Kills QEMU at once, and removes everything: guard, tap, run directory.

@@ -72,6 +72,8 @@ pub(super) struct Watcher {
 
 /// How long QEMU may take to confirm that the guest stands still, before it is killed.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
+/// How long a QEMU that does not answer any more may take to be seen to have ended.
+const DYING: Duration = Duration::from_millis(500);
 /// How long after QEMU's end its last messages may take to be read.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
 /// How often the guard is looked at when nothing gives cause to. A look takes some 40 µs, so
@@ -192,8 +194,15 @@ impl Watcher {
         let Err(why) = looked else {
             return true;
         };
-        tracing::error!(why, "the guard is lost; stopping the guest");
         let paused = timeout(PAUSE_DEADLINE, self.control.pause()).await;
+        // A tap that QEMU alone has open goes a moment before QEMU is seen to have ended.
+        if !matches!(paused, Ok(Ok(_)))
+            && !self.process.is_child()
+            && timeout(DYING, self.process.wait()).await.is_ok()
+        {
+            return true;
+        }
+        tracing::error!(why, "the guard is lost; stopping the guest");
         if !matches!(paused, Ok(Ok(_)))
             && let Err(error) = self.process.kill()
         {

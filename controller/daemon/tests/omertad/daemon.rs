@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use omerta_test_support::{Namespace, Process};
+use nix::sys::signal::Signal;
+use omerta_test_support::{Namespace, Orphans, Process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -17,6 +18,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// An omertad in a directory and a network namespace of its own. Killed on drop.
 pub struct Daemon {
     pub process: Process,
+    /// After the process, which would tell of their end.
+    orphans: Orphans,
     pub namespace: Namespace,
     directory: TempDir,
 }
@@ -105,6 +108,7 @@ impl Daemon {
         let process = Process::spawn(command).unwrap();
         let daemon = Self {
             process,
+            orphans: Orphans::below(directory.path()),
             namespace,
             directory,
         };
@@ -122,6 +126,14 @@ impl Daemon {
 
     pub fn path(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Kills it as a crash would; its guests live on.
+    pub fn die(mut self) -> (Namespace, TempDir) {
+        self.process.signal(Signal::SIGKILL).unwrap();
+        self.process.wait(DEADLINE).unwrap();
+        self.orphans.let_live();
+        (self.namespace, self.directory)
     }
 
     /// Gives up the process, not the namespace.

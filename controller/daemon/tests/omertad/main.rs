@@ -8,6 +8,7 @@ mod daemon;
 mod guests;
 mod images;
 mod metrics;
+mod recovery;
 mod start;
 mod steering;
 mod stuck;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use omerta_dataplane::Guard;
-use omerta_test_support::{Namespace, Process};
+use omerta_test_support::{Namespace, Orphans, Process};
 
 const KEY: &str = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
 /// Kernel clock ticks in a second (`USER_HZ`), which is the same on every Linux for x86.
@@ -21,6 +21,8 @@ pub struct Provider {
     namespace: Namespace,
     /// Until it is ended.
     omertad: Option<Process>,
+    /// After the process: what it had no time to end.
+    _orphans: Orphans,
     pid: u32,
     directory: PathBuf,
     images: PathBuf,
@@ -68,6 +70,7 @@ impl Provider {
         let provider = Self {
             pid: omertad.pid(),
             omertad: Some(omertad),
+            _orphans: Orphans::below(directory),
             omerta: beside("omerta")?,
             namespace,
             directory: directory.to_owned(),

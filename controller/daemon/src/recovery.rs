@@ -1,0 +1,283 @@
+//! What is done with the guests of an omertad that died: those that run are taken over, the rest undone.
+//!
+//! A row says how far its guest had come. Only one that ran, in this boot, may live on, and only where
+//! everything that was proven before it ran is proven again. All else is removed by its traces; as long
+//! as it is not proven gone its row stays, and with it what it holds.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use omerta_engine::{
+    Cause, Ending, Fate, Found as FoundGuest, GuestEvent, GuestState, Monotonic, OnViolation,
+};
+use omerta_vm_launcher::{Accel, Found, Running, Spec, Traces, unwind};
+use tokio::task::{JoinSet, spawn_blocking};
+
+use crate::acceleration::Platform;
+use crate::clock;
+use crate::config::Settings;
+use crate::failure::report;
+use crate::fleet::Fleet;
+use crate::guest_task::Adopted;
+use crate::order::Order;
+use crate::pool::Slot;
+use crate::store::{Change, Grant, Kept, Stands, Step};
+use crate::sweep::OWNER;
+use crate::tap_name::tap_name;
+use crate::watch::Watch;
+
+/// A guest's row, understood.
+#[derive(Debug)]
+struct Known {
+    kept: Kept,
+    order: Order,
+    spec: Spec,
+}
+
+/// Why a guest that ran does not live on.
+#[derive(Debug)]
+struct Lost {
+    cause: Cause,
+    message: String,
+}
+
+impl Lost {
+    fn because(message: impl Into<String>) -> Self {
+        Self {
+            cause: Cause::Abandoned,
+            message: message.into(),
+        }
+    }
+}
+
+/// Takes over or undoes every guest of the store. Those that live on come first: what is undone after
+/// finds them in possession of what is theirs.
+pub(crate) async fn recover(fleet: &Arc<Fleet>, guests: Vec<Kept>) {
+    let mut taking = JoinSet::new();
+    for kept in guests {
+        let fleet = Arc::clone(fleet);
+        taking.spawn(async move { take_over_or_tell(&fleet, kept).await });
+    }
+    let mut lost = Vec::new();
+    while let Some(taken) = taking.join_next().await {
+        match taken {
+            Ok(None) => {}
+            Ok(Some(guest)) => lost.push(guest),
+            Err(error) => tracing::error!(%error, "taking over a guest broke off: its row stays"),
+        }
+    }
+    let mut undoing = JoinSet::new();
+    for (kept, why) in lost {
+        let fleet = Arc::clone(fleet);
+        undoing.spawn(async move { undo(&fleet, kept, why).await });
+    }
+    while undoing.join_next().await.is_some() {}
+}
+
+/// Takes over a guest, or tells why it cannot be.
+async fn take_over_or_tell(fleet: &Arc<Fleet>, kept: Kept) -> Option<(Kept, Lost)> {
+    match take_over(fleet, &kept).await {
+        Ok(()) => None,
+        Err(lost) => Some((kept, lost)),
+    }
+}
+
+async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
+    if kept.grant.boot != fleet.store().boot() {
+        return Err(Lost {
+            cause: Cause::Rebooted,
+            message: "the host has booted since".to_owned(),
+        });
+    }
+    if kept.step != Step::Running {
+        return Err(Lost::because(match kept.step {
+            Step::Ending => "omertad died while it ended",
+            _ => "omertad died before it ran",
+        }));
+    }
+    let known = understand(kept.clone(), fleet.settings()).map_err(Lost::because)?;
+    let Known { kept, order, spec } = known;
+    let name = spec.name.clone();
+    let (running, found) = Running::adopt(spec, &kept.traces)
+        .await
+        .map_err(|error| Lost::because(error.report()))?;
+    if order.has_disk() && !running.has_disk() {
+        running.leave();
+        return Err(Lost::because("its QEMU has its disk no more"));
+    }
+    match settle(&running, found, &kept, &order).await {
+        Ok((state, event)) => {
+            let watch = match Watch::open(name.as_str(), running.guard()) {
+                Ok(watch) => watch,
+                Err(error) => {
+                    running.leave();
+                    return Err(Lost::because(report(&error)));
+                }
+            };
+            let now = clock::now().0;
+            let left = kept.seen.ends_at.map(|ends| ends.saturating_sub(now));
+            let fate = Fate::Adopted {
+                state,
+                resume_ordered_at: Monotonic(kept.seen.resumed_at.unwrap_or_default()),
+                public_key: kept.seen.public_key,
+                handshake: kept.seen.handshake,
+            };
+            let guest = FoundGuest {
+                id: kept.grant.id,
+                name: kept.grant.name,
+                on_violation: order.on_violation,
+                fate,
+            };
+            let adopted = Adopted {
+                running,
+                watch,
+                slot: Slot(kept.grant.slot),
+                left: left.map(Duration::from_nanos),
+                event,
+            };
+            tracing::info!(guest = %name, "took over a guest that an omertad before had left");
+            fleet.adopt(guest, &order, adopted);
+            Ok(())
+        }
+        Err(lost) => {
+            running.leave();
+            Err(lost)
+        }
+    }
+}
+
+/// Brings a guest to stand as its row says, and tells how it stands and what has befallen it.
+async fn settle(
+    running: &Running,
+    found: Found,
+    kept: &Kept,
+    order: &Order,
+) -> Result<(GuestState, Option<GuestEvent>), Lost> {
+    let stop = || async {
+        let paused = running.control().pause().await;
+        paused.map_err(|error| Lost::because(error.report()))
+    };
+    match (kept.seen.stands, found) {
+        (Stands::Suspended, Found::Running) => {
+            stop().await?;
+            Ok((GuestState::Suspended, None))
+        }
+        (Stands::Suspended, _) => Ok((GuestState::Suspended, None)),
+        (Stands::Held, Found::Running) => {
+            stop().await?;
+            Ok((GuestState::Held, None))
+        }
+        (Stands::Held, Found::Still) => Ok((GuestState::Held, None)),
+        (_, Found::Panicked) => Ok((GuestState::Running, Some(GuestEvent::Panicked))),
+        (Stands::Running, Found::Running) => Ok((GuestState::Running, None)),
+        (Stands::Stopping, Found::Running) => {
+            let left = kept
+                .seen
+                .stop_by
+                .unwrap_or_default()
+                .saturating_sub(clock::now().0);
+            let seconds = u32::try_from(left.div_ceil(Monotonic::SECOND)).unwrap_or(u32::MAX);
+            let deadline_seconds = seconds;
+            Ok((
+                GuestState::Running,
+                Some(GuestEvent::StopRequested { deadline_seconds }),
+            ))
+        }
+        // Nobody but omertad stops a guest, for rogue traffic or a guard that was lost, and it had no
+        // time to say so.
+        (Stands::Running | Stands::Stopping, Found::Still) => match order.on_violation {
+            OnViolation::Pause => Ok((GuestState::Suspended, None)),
+            _ => Err(Lost::because(
+                "omertad had stopped it when it died, and had not said why",
+            )),
+        },
+    }
+}
+
+/// Removes all that is left of a guest, and tells what became of it.
+async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
+    let id = kept.grant.id;
+    let name = kept.grant.name.clone();
+    let tap = tap_name(&name);
+    let run_dir = kept.grant.run_dir.clone();
+    // Of another boot, numbers mean others.
+    let traces = match why.cause {
+        Cause::Rebooted => Traces::default(),
+        _ => kept.traces,
+    };
+    let removing = move || {
+        let owner = OWNER.parse().ok();
+        unwind(&tap, Path::new(&run_dir), owner.as_ref(), &traces)
+    };
+    let leftovers = spawn_blocking(removing)
+        .await
+        .unwrap_or_else(|error| vec![format!("unknown: removing it broke off: {error}")]);
+    if leftovers.is_empty() {
+        if let Err(error) = fleet.store().change(Change::Remove(id)).await {
+            tracing::error!(
+                guest = name,
+                error = report(&error),
+                "its row cannot be removed"
+            );
+        }
+        tracing::info!(
+            guest = name,
+            why = why.message,
+            "removed what was left of a guest"
+        );
+    } else {
+        let left = leftovers.join("; ");
+        tracing::error!(
+            guest = name,
+            left,
+            "something is left of a guest: it holds what it held"
+        );
+    }
+    let slot = (!leftovers.is_empty()).then_some(Slot(kept.grant.slot));
+    match understand(kept, fleet.settings()) {
+        Ok(Known { order, spec, .. }) => {
+            let ending = Ending {
+                cause: why.cause,
+                incident: None,
+                message: Some(why.message),
+                leftovers,
+            };
+            let found = FoundGuest {
+                id,
+                name,
+                on_violation: order.on_violation,
+                fate: Fate::Ended(ending),
+            };
+            fleet.bury(found, &order, spec, slot);
+        }
+        Err(message) => tracing::error!(guest = name, message, "its row cannot be understood"),
+    }
+}
+
+fn understand(kept: Kept, settings: &Settings) -> Result<Known, String> {
+    let Grant {
+        request,
+        accel,
+        machine,
+        run_dir,
+        slot,
+        name,
+        ..
+    } = &kept.grant;
+    let request = serde_json::from_str(request).map_err(|error| error.to_string())?;
+    let order = Order::of_a_running_guest(request, settings).map_err(|error| error.message)?;
+    let accel = [Accel::Kvm, Accel::Tcg]
+        .into_iter()
+        .find(|known| known.word() == accel)
+        .ok_or_else(|| format!("`{accel}` is no accelerator"))?;
+    let machine = machine
+        .parse()
+        .map_err(|error: omerta_vm_launcher::MachineTypeError| error.to_string())?;
+    let platform = Platform { accel, machine };
+    let parent = Path::new(run_dir).parent().unwrap_or(Path::new("/"));
+    let spec = order
+        .spec(Slot(*slot).addresses(), tap_name(name), platform, parent)
+        .map_err(|error| error.message)?;
+    Ok(Known { kept, order, spec })
+}

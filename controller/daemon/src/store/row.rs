@@ -1,0 +1,268 @@
+//! What is kept of one guest.
+
+use omerta_engine::GuestId;
+use omerta_vm_launcher::Traces;
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::StoreError;
+
+/// How far a guest has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// It has a row, and nothing else.
+    Admitted,
+    /// Its user is known; its process may exist.
+    Launching,
+    /// Its process and its tap are known.
+    Launched,
+    /// Its guard is known, and it may run.
+    Guarded,
+    /// It runs: whoever finds it takes it over.
+    Running,
+    /// It is to be gone.
+    Ending,
+}
+
+/// How a guest that runs stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stands {
+    Running,
+    Held,
+    Suspended,
+    Stopping,
+}
+
+macro_rules! words {
+    ($name:ident: $($variant:ident = $word:literal),+ $(,)?) => {
+        impl $name {
+            pub(crate) const fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+
+            fn of(word: &str) -> Option<Self> {
+                match word { $($word => Some(Self::$variant),)+ _ => None }
+            }
+        }
+    };
+}
+
+words!(Step: Admitted = "admitted", Launching = "launching", Launched = "launched",
+    Guarded = "guarded", Running = "running", Ending = "ending");
+words!(Stands: Running = "running", Held = "held", Suspended = "suspended", Stopping = "stopping");
+
+/// What was asked for and given: the same for all of a guest's life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Grant {
+    pub(crate) id: GuestId,
+    pub(crate) name: String,
+    /// The API's request, in JSON.
+    pub(crate) request: String,
+    pub(crate) slot: u32,
+    pub(crate) accel: String,
+    pub(crate) machine: String,
+    pub(crate) run_dir: String,
+    pub(crate) boot: String,
+}
+
+/// What was seen of a guest since it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) stands: Stands,
+    pub(crate) resumed_at: Option<u64>,
+    pub(crate) ends_at: Option<u64>,
+    pub(crate) stop_by: Option<u64>,
+    pub(crate) public_key: Option<String>,
+    pub(crate) handshake: bool,
+}
+
+/// All that is kept of a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub(crate) grant: Grant,
+    pub(crate) step: Step,
+    pub(crate) traces: Traces,
+    pub(crate) seen: Seen,
+}
+
+/// A change of a row.
+#[derive(Clone, Debug)]
+pub(crate) enum Change {
+    /// The guest is admitted.
+    Admit(Box<Grant>),
+    /// It has come so far, and has left these traces.
+    Reach(GuestId, Step, Traces),
+    /// It runs since then, and may until then.
+    Run {
+        id: GuestId,
+        resumed_at: u64,
+        ends_at: Option<u64>,
+    },
+    /// It stands so; where it is stopping, it has until then.
+    Stand(GuestId, Stands, Option<u64>),
+    /// It has told its key, or forgotten it.
+    Key(GuestId, Option<String>),
+    /// It has told of a handshake.
+    Handshake(GuestId),
+    /// It is to be gone.
+    End(GuestId),
+    /// Nothing is left of it.
+    Remove(GuestId),
+}
+
+const COLUMNS: &str = "id, name, request, slot, accel, machine, run_dir, boot, step, uid, pid, \
+     pid_start, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake";
+
+/// Makes one change, in one transaction.
+pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), StoreError> {
+    let changed = match change {
+        Change::Admit(grant) => connection.execute(
+            "INSERT INTO guests (id, name, request, slot, accel, machine, run_dir, boot, step)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'admitted')",
+            params![
+                number(grant.id.0)?,
+                grant.name,
+                grant.request,
+                grant.slot,
+                grant.accel,
+                grant.machine,
+                grant.run_dir,
+                grant.boot,
+            ],
+        )?,
+        Change::Reach(id, step, traces) => connection.execute(
+            "UPDATE guests SET step = ?2, uid = ?3, pid = ?4, pid_start = ?5, tap = ?6,
+             guard_egress = ?7, guard_ingress = ?8 WHERE id = ?1",
+            params![
+                number(id.0)?,
+                step.word(),
+                traces.uid,
+                traces.process.map(|(pid, _)| pid),
+                traces.process.map(|(_, start)| number(start)).transpose()?,
+                traces.tap,
+                traces.guard.map(|[egress, _]| egress),
+                traces.guard.map(|[_, ingress]| ingress),
+            ],
+        )?,
+        Change::Run {
+            id,
+            resumed_at,
+            ends_at,
+        } => connection.execute(
+            "UPDATE guests SET step = 'running', resumed_at = ?2, ends_at = ?3 WHERE id = ?1",
+            params![
+                number(id.0)?,
+                number(resumed_at)?,
+                ends_at.map(number).transpose()?
+            ],
+        )?,
+        Change::Stand(id, stands, stop_by) => connection.execute(
+            "UPDATE guests SET stands = ?2, stop_by = ?3 WHERE id = ?1",
+            params![
+                number(id.0)?,
+                stands.word(),
+                stop_by.map(number).transpose()?
+            ],
+        )?,
+        Change::Key(id, key) => connection.execute(
+            "UPDATE guests SET public_key = ?2, handshake = 0 WHERE id = ?1",
+            params![number(id.0)?, key],
+        )?,
+        Change::Handshake(id) => connection.execute(
+            "UPDATE guests SET handshake = 1 WHERE id = ?1",
+            params![number(id.0)?],
+        )?,
+        Change::End(id) => connection.execute(
+            "UPDATE guests SET step = 'ending' WHERE id = ?1",
+            params![number(id.0)?],
+        )?,
+        // That it is gone already changes nothing.
+        Change::Remove(id) => {
+            connection.execute("DELETE FROM guests WHERE id = ?1", params![number(id.0)?])?;
+            1
+        }
+    };
+    if changed == 1 {
+        Ok(())
+    } else {
+        Err(StoreError::NoRow)
+    }
+}
+
+/// Every guest, oldest first.
+pub(super) fn all(connection: &Connection) -> Result<Vec<Kept>, StoreError> {
+    let mut statement = connection.prepare(&format!("SELECT {COLUMNS} FROM guests ORDER BY id"))?;
+    let mut rows = statement.query([])?;
+    let mut all = Vec::new();
+    while let Some(row) = rows.next()? {
+        all.push(read(row)?);
+    }
+    Ok(all)
+}
+
+/// The first id that no guest has had.
+pub(super) fn first_free(connection: &Connection) -> Result<GuestId, StoreError> {
+    let last: Option<i64> = connection
+        .query_row(
+            "SELECT seq FROM sqlite_sequence WHERE name = 'guests'",
+            [],
+            |row| row.get(0),
+        )
+        .optional()?;
+    let last = last
+        .map(u64::try_from)
+        .transpose()
+        .map_err(|_| StoreError::Nonsense("an id"))?;
+    Ok(GuestId(last.unwrap_or(0) + 1))
+}
+
+fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
+    let moment = |column| -> Result<Option<u64>, StoreError> {
+        let found: Option<i64> = row.get(column)?;
+        found
+            .map(u64::try_from)
+            .transpose()
+            .map_err(|_| StoreError::Nonsense("a moment"))
+    };
+    let step: String = row.get("step")?;
+    let stands: String = row.get("stands")?;
+    let process = match (row.get("pid")?, moment("pid_start")?) {
+        (Some(pid), Some(start)) => Some((pid, start)),
+        _ => None,
+    };
+    let guard = match (row.get("guard_egress")?, row.get("guard_ingress")?) {
+        (Some(egress), Some(ingress)) => Some([egress, ingress]),
+        _ => None,
+    };
+    Ok(Kept {
+        grant: Grant {
+            id: GuestId(moment("id")?.ok_or(StoreError::Nonsense("an id"))?),
+            name: row.get("name")?,
+            request: row.get("request")?,
+            slot: row.get("slot")?,
+            accel: row.get("accel")?,
+            machine: row.get("machine")?,
+            run_dir: row.get("run_dir")?,
+            boot: row.get("boot")?,
+        },
+        step: Step::of(&step).ok_or(StoreError::Nonsense("a step"))?,
+        traces: Traces {
+            uid: row.get("uid")?,
+            process,
+            tap: row.get("tap")?,
+            guard,
+        },
+        seen: Seen {
+            stands: Stands::of(&stands).ok_or(StoreError::Nonsense("a state"))?,
+            resumed_at: moment("resumed_at")?,
+            ends_at: moment("ends_at")?,
+            stop_by: moment("stop_by")?,
+            public_key: row.get("public_key")?,
+            handshake: row.get("handshake")?,
+        },
+    })
+}
+
+/// SQLite's numbers have a sign.
+fn number(number: u64) -> Result<i64, StoreError> {
+    i64::try_from(number).map_err(|_| StoreError::Nonsense("a number beyond 63 bits"))
+}

@@ -1,0 +1,381 @@
+//! omertad dies; guests that run live on, and of others nothing is left.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use omerta_dataplane::Guard;
+use omerta_test_support::{IDLE, Namespace, Orphans};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::daemon::{Daemon, command, complaint, run_to_end};
+use crate::guests::{give_image, request, run};
+
+const METRICS_OFF: [&str; 2] = ["--metrics", "off"];
+
+fn start_again(stage: (Namespace, TempDir)) -> Daemon {
+    Daemon::start_in(stage.0, stage.1, &METRICS_OFF)
+}
+
+fn start() -> Daemon {
+    let daemon = Daemon::start();
+    give_image(&daemon, IDLE);
+    daemon
+}
+
+/// All that a guest may leave on this host. What belongs to other omertads is not among it.
+pub fn traces(namespace: &Namespace, directory: &Path) -> Vec<String> {
+    let mut traces = Vec::new();
+    for pid in Orphans::living(directory) {
+        traces.push(format!("process {pid}"));
+    }
+    let taps = namespace.enter(|| {
+        let links = std::fs::read_dir("/proc/self/net/dev_snmp6")
+            .into_iter()
+            .flatten();
+        let links = links
+            .flatten()
+            .map(|entry| entry.file_name().into_string().unwrap());
+        let guards = Guard::pinned()
+            .unwrap()
+            .into_iter()
+            .map(|guard| guard.interface);
+        (
+            links
+                .filter(|name| name.starts_with("om"))
+                .collect::<Vec<_>>(),
+            guards.collect::<Vec<_>>(),
+        )
+    });
+    let (taps, guards) = taps.unwrap();
+    traces.extend(taps.into_iter().map(|tap| format!("interface {tap}")));
+    traces.extend(guards.into_iter().map(|tap| format!("guard of {tap}")));
+    for entry in std::fs::read_dir(directory.join("run"))
+        .into_iter()
+        .flatten()
+    {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            traces.push(format!("directory {}", path.display()));
+        }
+    }
+    traces
+}
+
+pub fn show(daemon: &Daemon, name: &str) -> Value {
+    daemon.get(&format!("/v1/guests/{name}")).json()
+}
+
+fn within_a_minute(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < end, "{what}: not in a minute");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn guest_of_a_killed_omertad_runs_on_and_is_taken_over_with_all_that_was_known() {
+    let daemon = start();
+    let mut body: Value = serde_json::from_str(&request("alpha", "bare")).unwrap();
+    body["labels"] = json!({ "owner": "me" });
+    let body = body.to_string();
+    assert_eq!(daemon.post("/v1/guests", &body).status, 201);
+    let before = show(&daemon, "alpha");
+    let stage = daemon.die();
+    assert_eq!(Orphans::living(stage.1.path()).len(), 1, "it runs on");
+
+    let daemon = start_again(stage);
+    let after = show(&daemon, "alpha");
+    assert_eq!(after["state"], "running", "{}", daemon.log());
+    for same in [
+        "pid",
+        "address",
+        "mac",
+        "interface",
+        "consumer",
+        "labels",
+        "memory_mib",
+        "image",
+    ] {
+        assert_eq!(after[same], before[same], "{same}");
+    }
+    let events = daemon.get("/v1/events?guest=alpha").body;
+    assert!(events.contains("\"adopted\""), "{events}");
+
+    // What it holds is held, and it obeys.
+    let again = daemon.post("/v1/guests", &request("alpha", "bare"));
+    assert!(
+        again
+            .refusal(409, "refused")
+            .contains("exists and is running")
+    );
+    let other = run(&daemon, "beta");
+    assert_ne!(other["address"], after["address"]);
+    for (order, state) in [("pause", "held"), ("resume", "running")] {
+        let answer = daemon.post(&format!("/v1/guests/alpha/{order}"), "");
+        assert_eq!(
+            (answer.status, answer.json()["state"].clone()),
+            (200, json!(state))
+        );
+    }
+    for name in ["alpha", "beta"] {
+        let ended = daemon.post(&format!("/v1/guests/{name}/kill"), "");
+        assert_eq!(ended.json()["ended"]["leftovers"], json!(null), "{ended:?}");
+    }
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+}
+
+#[test]
+fn adopted_guest_whose_process_ends_is_told_as_ended() {
+    let daemon = start();
+    let pid = run(&daemon, "alpha")["pid"].as_i64().unwrap();
+    let daemon = start_again(daemon.die());
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
+    within_a_minute("its end is told", || {
+        show(&daemon, "alpha")["state"] == "ended"
+    });
+    assert_eq!(show(&daemon, "alpha")["ended"]["cause"], "exited");
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+}
+
+#[test]
+fn guest_that_was_held_stays_held() {
+    let daemon = start();
+    run(&daemon, "alpha");
+    assert_eq!(daemon.post("/v1/guests/alpha/pause", "").status, 200);
+    let daemon = start_again(daemon.die());
+    assert_eq!(show(&daemon, "alpha")["state"], "held", "{}", daemon.log());
+    assert_eq!(
+        daemon.post("/v1/guests/alpha/resume", "").json()["state"],
+        "running"
+    );
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
+#[test]
+fn guest_that_ended_while_no_omertad_was_there_leaves_nothing_and_its_name_is_free() {
+    let daemon = start();
+    let pid = run(&daemon, "alpha")["pid"].as_i64().unwrap();
+    let stage = daemon.die();
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
+    within_a_minute("it is gone", || Orphans::living(stage.1.path()).is_empty());
+    let daemon = start_again(stage);
+    let ended = show(&daemon, "alpha");
+    assert_eq!(ended["ended"]["cause"], "abandoned", "{ended}");
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+    run(&daemon, "alpha");
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
+/// Each thing that was proven before the guest ran is proven again, or the guest ends.
+#[test]
+fn guest_whose_guard_is_not_what_it_was_is_ended() {
+    type Tamper = fn(&Guard);
+    let tampers: [(&str, Tamper); 2] = [
+        ("its policy", |guard| {
+            guard
+                .allow(&["udp:198.51.100.1:1".parse().unwrap()])
+                .unwrap();
+        }),
+        ("removed", |guard| {
+            Guard::open_as(guard.interface(), &"omertad".parse().unwrap())
+                .unwrap()
+                .detach()
+                .unwrap();
+        }),
+    ];
+    for (what, tamper) in tampers {
+        let daemon = start();
+        run(&daemon, "alpha");
+        let stage = daemon.die();
+        let tampered = stage.0.enter(|| {
+            tamper(&Guard::open_as("omalpha", &"omertad".parse().unwrap()).unwrap());
+        });
+        tampered.unwrap();
+        let daemon = start_again(stage);
+        let guest = show(&daemon, "alpha");
+        assert_eq!(guest["ended"]["cause"], "abandoned", "{what}: {guest}");
+        assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0], "{what}");
+    }
+}
+
+#[test]
+fn after_a_boot_of_the_host_guests_are_told_as_ended_by_it_and_hold_nothing() {
+    let daemon = start();
+    run(&daemon, "alpha");
+    let stage = daemon.die();
+    // As a boot leaves it: the processes, the taps and the pins are gone, the store is there.
+    drop(Orphans::below(stage.1.path()));
+    within_a_minute("it is gone", || Orphans::living(stage.1.path()).is_empty());
+    let store = rusqlite::Connection::open(stage.1.path().join("state/guests.db")).unwrap();
+    store
+        .execute("UPDATE guests SET boot = 'another'", [])
+        .unwrap();
+    drop(store);
+    let daemon = start_again(stage);
+    let ended = show(&daemon, "alpha");
+    assert_eq!(ended["ended"]["cause"], "rebooted", "{ended}");
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+}
+
+#[test]
+fn second_omertad_is_refused_the_store_of_the_first() {
+    let first = Daemon::start();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let at = |name: &str| elsewhere.path().join(name);
+    let mut second = first.namespace.command(env!("CARGO_BIN_EXE_omertad"));
+    second.arg("--socket").arg(at("omertad.sock"));
+    second.arg("--run-dir").arg(at("run"));
+    second.args(["--metrics", "off", "--guest-pool", "10.99.0.0/16"]);
+    second.arg("--state-dir").arg(first.path().join("state"));
+    let line = complaint(&run_to_end(second), 1);
+    assert!(
+        line.contains("guests.db") && line.contains("--state-dir"),
+        "{line}"
+    );
+}
+
+/// A file system of so many bytes, until dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn at(path: &Path, bytes: usize) -> Self {
+        use nix::mount::{MsFlags, mount};
+        std::fs::create_dir_all(path).unwrap();
+        let size = format!("size={bytes}");
+        let none = MsFlags::empty();
+        mount(
+            Some("tmpfs"),
+            path,
+            Some("tmpfs"),
+            none,
+            Some(size.as_str()),
+        )
+        .unwrap();
+        Self(path.to_owned())
+    }
+
+    fn fill(&self) {
+        let mut filler = std::fs::File::create(self.0.join("filler")).unwrap();
+        while std::io::Write::write(&mut filler, &[0; 512]).is_ok() {}
+    }
+
+    fn make_room(&self) {
+        std::fs::remove_file(self.0.join("filler")).unwrap();
+    }
+
+    fn make_read_only(&self) {
+        use nix::mount::{MsFlags, mount};
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, &self.0, None::<&str>, flags, None::<&str>).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn on_a_full_disk_guests_are_refused_and_those_that_run_go_on_and_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::at(&directory.path().join("state"), 1 << 20);
+    let daemon = Daemon::start_with(directory, &METRICS_OFF);
+    give_image(&daemon, IDLE);
+    run(&daemon, "alpha");
+    run(&daemon, "beta");
+    disk.fill();
+    let refused = daemon.post("/v1/guests", &request("gamma", "bare"));
+    assert!(refused.status >= 400, "{refused:?}");
+    assert!(
+        refused.body.contains("the disk of the store is full"),
+        "{refused:?}"
+    );
+    assert_eq!(show(&daemon, "alpha")["state"], "running");
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+    // Once there is room nothing of it is in the way of the next of its name.
+    disk.make_room();
+    run(&daemon, "alpha");
+    let daemon = start_again(daemon.die());
+    for name in ["alpha", "beta"] {
+        assert_eq!(show(&daemon, name)["state"], "running", "{}", daemon.log());
+        assert_eq!(
+            daemon.post(&format!("/v1/guests/{name}/kill"), "").status,
+            200
+        );
+    }
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+    drop(daemon);
+    drop(disk);
+}
+
+#[test]
+fn on_a_read_only_disk_it_does_not_start_and_says_why_and_guests_run_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::at(&directory.path().join("state"), 1 << 20);
+    let daemon = Daemon::start_with(directory, &METRICS_OFF);
+    give_image(&daemon, IDLE);
+    let before = run(&daemon, "alpha");
+    let (namespace, directory) = daemon.die();
+    disk.make_read_only();
+    let mut command = command(&namespace, directory.path());
+    command.args(METRICS_OFF);
+    let line = complaint(&run_to_end(command), 1);
+    assert!(
+        line.contains("store") && line.contains("read-only"),
+        "{line}"
+    );
+    assert_eq!(Orphans::living(directory.path()).len(), 1, "it runs on");
+    nix::mount::mount(
+        None::<&str>,
+        &disk.0,
+        None::<&str>,
+        nix::mount::MsFlags::MS_REMOUNT,
+        None::<&str>,
+    )
+    .unwrap();
+    let daemon = start_again((namespace, directory));
+    assert_eq!(show(&daemon, "alpha")["pid"], before["pid"]);
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+    drop(daemon);
+    drop(disk);
+}
+
+#[test]
+fn told_to_keep_guests_it_leaves_them_to_the_next() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("omertad.toml");
+    std::fs::write(&file, "[recovery]\non_stop = \"keep\"\n").unwrap();
+    let arguments = ["--metrics", "off", "--config", file.to_str().unwrap()];
+    let mut daemon = Daemon::start_with(directory, &arguments);
+    give_image(&daemon, IDLE);
+    let before = run(&daemon, "alpha");
+    daemon.process.signal(Signal::SIGTERM).unwrap();
+    let status = daemon.process.wait(Duration::from_secs(10)).unwrap();
+    assert_eq!(
+        status.and_then(|status| status.code()),
+        Some(0),
+        "{}",
+        daemon.log()
+    );
+    let daemon = start_again(daemon.die());
+    assert_eq!(
+        show(&daemon, "alpha")["pid"],
+        before["pid"],
+        "{}",
+        daemon.log()
+    );
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
+#[test]
+fn store_is_roots_alone() {
+    let daemon = Daemon::start();
+    let store = std::fs::metadata(daemon.path().join("state/guests.db")).unwrap();
+    assert_eq!(store.permissions().mode() & 0o777, 0o600);
+}

@@ -1,0 +1,202 @@
+//! What a launcher that is dead has left: a guest that lives on is taken over, the rest removed.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use omerta_dataplane::{Guard, GuardError, GuardStatus, GuardWatch, Owner};
+use tokio::net::UnixStream;
+
+use crate::disk::{DiskError, Disks};
+use crate::guard_alarm::GuardAlarm;
+use crate::jail::Cell;
+use crate::lifecycle::guarded::Guarding;
+use crate::lifecycle::machine::Machine;
+use crate::lifecycle::{Paused, Running};
+use crate::link_watch::LinkWatch;
+use crate::process::QemuProcess;
+use crate::qmp::{CONNECT_DEADLINE, Found, Qmp};
+use crate::run_dir::{RunDir, RunFiles};
+use crate::tap::Tap;
+use crate::{JailError, LaunchError, ProcessError, Spec, TapError};
+
+/// How long a process that is killed, and its tap, may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
+const TAP_DEADLINE: Duration = Duration::from_secs(1);
+
+/// What tells everything that was made for a guest from all else on this host, until it boots again.
+/// What had not been made, or is not known, is absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traces {
+    /// The user that QEMU runs as.
+    pub uid: Option<u32>,
+    /// QEMU's pid, and when it started.
+    pub process: Option<(u32, u64)>,
+    /// The tap's index.
+    pub tap: Option<u32>,
+    /// The guard's identity.
+    pub guard: Option<[u32; 2]>,
+}
+
+impl Running {
+    /// Takes over a guest whose launcher is dead: its process, tap and guard are proven to be the very
+    /// ones that it left, the policy to be the spec's, and QEMU to answer. Tells how the guest is found.
+    ///
+    /// # Errors
+    /// Whatever cannot be proven. Nothing is changed then: [`unwind`] ends the guest.
+    pub async fn adopt(spec: Spec, traces: &Traces) -> Result<(Self, Found), LaunchError> {
+        let mut machine = Machine::new(spec);
+        let adopted = take_over(&mut machine, traces).await;
+        match adopted {
+            Ok((paused_parts, guarding, links, alarm, found)) => {
+                let (process, qmp, machine_events, control_port) = paused_parts;
+                let paused = Paused {
+                    machine,
+                    process,
+                    qmp: Arc::new(qmp),
+                    machine_events,
+                    control_port,
+                };
+                Ok((Self::new(paused, guarding, links, alarm), found))
+            }
+            Err(error) => {
+                machine.let_go();
+                Err(error)
+            }
+        }
+    }
+}
+
+type Parts = (
+    crate::lifecycle::paused::Started,
+    Guarding,
+    LinkWatch,
+    GuardAlarm,
+    Found,
+);
+
+async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, LaunchError> {
+    let (Some(uid), Some((pid, start)), Some(index), Some(identity)) =
+        (traces.uid, traces.process, traces.tap, traces.guard)
+    else {
+        return Err(ProcessError::Gone { pid: 0 }.into());
+    };
+    let spec = machine.spec.clone();
+    let process = machine
+        .process
+        .insert(Arc::new(QemuProcess::adopt(pid, start)?));
+    let process = Arc::clone(process);
+    let cell = machine.cell.insert(Cell::adopt(uid)?);
+    if !cell.holds(pid) {
+        return Err(JailError::Escaped(pid).into());
+    }
+    machine.disks = Disks::adopt(pid).map_err(DiskError::Handles)?;
+    machine.run_dir = Some(RunDir::adopt(&spec.run_dir)?);
+    let tap = machine.tap.insert(Tap::adopt(&spec.tap, index)?).index();
+
+    let open = || match &spec.guard_owner {
+        Some(owner) => Guard::open_as(&spec.tap, owner),
+        None => Guard::open(&spec.tap),
+    };
+    let guard = machine.guard.insert(open()?);
+    if guard.identity() != identity {
+        return Err(GuardError::Replaced {
+            interface: spec.tap.clone(),
+        }
+        .into());
+    }
+    let watch = Arc::new(GuardWatch::begin(guard)?);
+    machine.guard_watch = Some(Arc::clone(&watch));
+    // After the watch began: who changes the policy from here on is noticed.
+    require_policy(&spec, &guard.status()?)?;
+    let links = LinkWatch::open(tap).map_err(TapError::Netlink)?;
+    let alarm = GuardAlarm::of(watch.occasions()?).map_err(TapError::Netlink)?;
+
+    let files = RunFiles::within(&spec.run_dir);
+    let (qmp, machine_events) = Qmp::connect(&files.qmp, CONNECT_DEADLINE).await?;
+    let found = qmp.found().await?;
+    let control_port = UnixStream::connect(&files.control)
+        .await
+        .map_err(LaunchError::ControlPort)?;
+    watch.check()?;
+    let guarding = Guarding {
+        guard: open()?,
+        watch,
+        tap,
+    };
+    let parts = (process, qmp, machine_events, control_port);
+    Ok((parts, guarding, links, alarm, found))
+}
+
+/// Fails where a guard holds another policy than the spec's.
+fn require_policy(spec: &Spec, status: &GuardStatus) -> Result<(), GuardError> {
+    let same = status.mac == spec.mac.to_string()
+        && status.gateway_mac == spec.gateway_mac().to_string()
+        && status.addresses == [spec.address.to_string()]
+        && status.gateways == [spec.gateway.to_string()]
+        && status.allow == [spec.consumer.allowed_endpoint().to_string()]
+        && status.mode == spec.mode.word()
+        && status.limits == spec.limits;
+    if same {
+        return Ok(());
+    }
+    Err(GuardError::NotInForce {
+        interface: spec.tap.clone(),
+        why: "its policy is not the guest's",
+    })
+}
+
+/// Removes whatever a dead launcher has left of a guest, in the order in which a living one does: as
+/// long as a process of the guest's is not proven gone, its guard stays. Tells what could not be
+/// removed; to try again later does no harm. Blocks for seconds at most.
+pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces) -> Vec<String> {
+    let mut left = Vec::new();
+    let cell = match traces.uid.map(Cell::adopt).transpose() {
+        Ok(cell) => cell,
+        Err(error) => return vec![format!("its user: {error}")],
+    };
+    if let Some((pid, start)) = traces.process {
+        let ended = match QemuProcess::adopt(pid, start) {
+            Ok(process) => process.kill_and_reap(KILL_DEADLINE).map(drop),
+            Err(ProcessError::Gone { .. }) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            left.push(format!("process: {error}"));
+        }
+    }
+    if cell
+        .as_ref()
+        .is_some_and(|cell| !cell.kill_everybody(KILL_DEADLINE))
+    {
+        left.push("processes of its user: they do not die".to_owned());
+    }
+    if !left.is_empty() {
+        if let Some(cell) = cell {
+            cell.keep();
+        }
+        return left;
+    }
+    if let Some(index) = traces.tap
+        && let Ok(held) = Tap::adopt(tap, index)
+        && !held.remove(TAP_DEADLINE)
+    {
+        left.push(format!("interface {tap}: still held open"));
+    }
+    if let Err(error) = Guard::remove_stale(tap, owner) {
+        left.push(format!("guard of {tap}: {error}"));
+    }
+    let path = run_dir.display();
+    if run_dir.exists() {
+        match RunDir::create(run_dir) {
+            Ok(ours) => {
+                if !ours.remove() {
+                    left.push(format!("directory {path}: see the log"));
+                }
+            }
+            Err(error) => left.push(format!("directory {path}: {error}")),
+        }
+    }
+    left.extend(cell.map(Cell::tear_down).into_iter().flatten());
+    left
+}
