@@ -6,14 +6,19 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use super::JailError;
 use super::cgroup::{Cgroups, MakeError};
+use super::users;
 use crate::{LockError, LockFile, PathError};
 
 /// Where every launcher of this host has its reservations, a locked file for each user. The unit
 /// may write there (`StateDirectory`).
 const DIRECTORY: &str = "/var/lib/omerta/guest-uids";
+
+/// How long another launcher holds a user that it finds in use.
+const PASSING: Duration = Duration::from_secs(1);
 
 /// How often a directory that goes meanwhile is made again.
 const TRIES: u32 = 8;
@@ -92,6 +97,11 @@ impl Reservation {
                 Err(LockError::Io(error)) => return Err(error.into()),
             };
             let taken = Self { uid, lock };
+            // Also where no cgroup tells: a dead launcher's guest may live on, to be taken over.
+            if users::has_any(uid).unwrap_or(true) {
+                taken.give_back();
+                continue;
+            }
             match make(uid) {
                 Ok(cgroups) => return Ok((taken, cgroups)),
                 Err(MakeError::InUse) => taken.give_back(),
@@ -106,10 +116,17 @@ impl Reservation {
 
     /// The reservation that a dead launcher left.
     pub(super) fn adopt(uid: u32) -> Result<Self, JailError> {
-        match lock(uid) {
-            Ok(lock) => Ok(Self { uid, lock }),
-            Err(LockError::Held { .. }) => Err(JailError::UidHeld(uid)),
-            Err(LockError::Io(error)) => Err(error.into()),
+        let end = Instant::now() + PASSING;
+        loop {
+            match lock(uid) {
+                Ok(lock) => return Ok(Self { uid, lock }),
+                // Perhaps by one that looks for a free user, and finds that this is none.
+                Err(LockError::Held { .. }) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(LockError::Held { .. }) => return Err(JailError::UidHeld(uid)),
+                Err(LockError::Io(error)) => return Err(error.into()),
+            }
         }
     }
 

@@ -37,6 +37,11 @@ pub(super) fn kill_all(uid: u32, patience: Duration) -> bool {
     }
 }
 
+/// Whether any process is a user's.
+pub(super) fn has_any(uid: u32) -> io::Result<bool> {
+    processes_of(uid).map(|pids| !pids.is_empty())
+}
+
 fn processes_of(uid: u32) -> io::Result<Vec<Pid>> {
     let mut pids = Vec::new();
     for entry in fs::read_dir("/proc")? {

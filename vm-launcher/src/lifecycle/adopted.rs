@@ -18,7 +18,7 @@ use crate::process::QemuProcess;
 use crate::qmp::{CONNECT_DEADLINE, Found, Qmp};
 use crate::run_dir::{RunDir, RunFiles};
 use crate::tap::Tap;
-use crate::{JailError, LaunchError, ProcessError, Spec, TapError};
+use crate::{JailError, LaunchError, LockFile, ProcessError, Spec, TapError};
 
 /// How long a process that is killed, and its tap, may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
@@ -153,6 +153,8 @@ pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces)
     let mut left = Vec::new();
     let cell = match traces.uid.map(Cell::adopt).transpose() {
         Ok(cell) => cell,
+        // It was given back, which is done last, and only without a process is it another's.
+        Err(JailError::UidHeld(_)) => None,
         Err(error) => return vec![format!("its user: {error}")],
     };
     if let Some((pid, start)) = traces.process {
@@ -187,15 +189,14 @@ pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces)
         left.push(format!("guard of {tap}: {error}"));
     }
     let path = run_dir.display();
-    if run_dir.exists() {
-        match RunDir::create(run_dir) {
-            Ok(ours) => {
-                if !ours.remove() {
-                    left.push(format!("directory {path}: see the log"));
-                }
-            }
-            Err(error) => left.push(format!("directory {path}: {error}")),
-        }
+    let lock = RunFiles::within(run_dir).lock;
+    if lock.exists() && !LockFile::is_abandoned(&lock) {
+        left.push(format!("directory {path}: another guest has it"));
+    } else if let Err(error) = std::fs::remove_dir_all(run_dir)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        // Without its lock too: who died while it removed the directory may have begun with that.
+        left.push(format!("directory {path}: {error}"));
     }
     left.extend(cell.map(Cell::tear_down).into_iter().flatten());
     left

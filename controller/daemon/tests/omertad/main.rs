@@ -5,6 +5,7 @@
 mod api;
 mod connections;
 mod daemon;
+mod faults;
 mod guests;
 mod images;
 mod metrics;

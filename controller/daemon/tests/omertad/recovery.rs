@@ -33,7 +33,7 @@ pub fn traces(namespace: &Namespace, directory: &Path) -> Vec<String> {
         traces.push(format!("process {pid}"));
     }
     let taps = namespace.enter(|| {
-        let links = std::fs::read_dir("/proc/self/net/dev_snmp6")
+        let links = std::fs::read_dir("/proc/thread-self/net/dev_snmp6")
             .into_iter()
             .flatten();
         let links = links
