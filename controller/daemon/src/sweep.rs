@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use omerta_dataplane::{Guard, PinnedGuard, Standing};
@@ -79,10 +80,22 @@ fn sweep_directories(run_dir: &Path) {
             .and_then(|name| name.parse::<GuestName>().ok());
         if let Some(name) = name
             && LockFile::is_abandoned(&entry.path().join(LOCK))
+            && !is_in_use(&entry.path())
         {
             remove(&name, &entry.path());
         }
     }
+}
+
+/// Whether a QEMU has the directory for its own, which outlives the omertad that held the lock.
+fn is_in_use(directory: &Path) -> bool {
+    let wanted = [b"OMERTA_RUN_DIR=", directory.as_os_str().as_bytes()].concat();
+    let has = |process: std::fs::DirEntry| {
+        let environment = std::fs::read(process.path().join("environ"));
+        environment.is_ok_and(|all| all.split(|byte| *byte == 0).any(|one| one == wanted))
+    };
+    // What cannot be looked at is not removed.
+    std::fs::read_dir("/proc").map_or(true, |all| all.flatten().any(has))
 }
 
 fn remove(name: &GuestName, directory: &Path) {

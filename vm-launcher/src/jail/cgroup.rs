@@ -207,7 +207,8 @@ impl Cgroups {
             let inside = fs::read_to_string(directory.join("cgroup.procs"));
             inside.is_ok_and(|all| all.lines().any(|line| line.parse() == Ok(pid)))
         };
-        self.0.iter().all(has)
+        // One that is not there any more holds nobody.
+        bases().is_ok_and(|bases| bases.len() == self.0.len()) && self.0.iter().all(has)
     }
 
     /// Kills everybody in them, and tells whether nobody is left after `patience` at most.
