@@ -21,6 +21,7 @@ from .elf import CALL, LD_IMM64, PSEUDO_CALL, Instruction, Object, Unmodelled
 from .flow import Flow
 from .layout import Layout
 from .memory import Memories
+from .merge import Merge
 from .state import (
     UNWRITTEN,
     UNWRITTEN_STACK,
@@ -28,7 +29,6 @@ from .state import (
     Frame,
     Lost,
     MapReference,
-    Merge,
     Pointer,
     State,
     Value,
