@@ -227,6 +227,7 @@ struct LeftFilters {
 }
 
 fn pin(pins: &Pins, programs: &mut Programs, config: &GuardConfig) -> Result<(), GuardError> {
+    pins.set_namespace()?;
     if let Some(owner) = &config.owner {
         pins.set_owner(owner)?;
     }

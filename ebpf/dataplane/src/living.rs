@@ -1,8 +1,11 @@
-//! Which network namespaces live.
+//! Which network namespaces live, and which one this is.
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixDatagram;
 
 /// The inodes of the network namespaces that a process is in or a mount of this mount namespace holds
 /// (`ip netns`). One that is held by a descriptor alone, or by a mount elsewhere, is not found.
@@ -17,6 +20,29 @@ pub fn namespaces() -> HashSet<u64> {
     });
     living.extend(of_processes);
     living
+}
+
+/// The number of this thread's network namespace that no other is ever given, as inodes are
+/// (`SO_NETNS_COOKIE`, Linux 5.14).
+pub fn cookie() -> io::Result<u64> {
+    let socket = UnixDatagram::unbound()?;
+    let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`, and how many to `length`; both
+    // outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    match (result, length as usize) {
+        (0, 8) => Ok(cookie),
+        (0, _) => Err(io::Error::other("the namespace's cookie is no number")),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The namespace of a line of mountinfo whose fourth field, the root of the mount, is `net:[INODE]`
@@ -38,5 +64,6 @@ mod tests {
         assert_eq!(of_mount(line), Some(4_026_532_178));
         let other = "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw";
         assert_eq!(of_mount(other), None);
+        assert_eq!(cookie().unwrap(), cookie().unwrap());
     }
 }

@@ -38,6 +38,10 @@ impl Guard {
         }
         for (_, pins) in Pins::all()? {
             let mut seen = PinnedGuard::of(&pins)?;
+            // Of another namespace, which had the number before: the next sweep removes it.
+            if seen.standing == Standing::Gone && pins.is_of_gone_namespace()? {
+                continue;
+            }
             if !seen.standing.is_whole()
                 && let Some(_lock) = Lock::try_of(&pins.made_for())?
             {
@@ -209,7 +213,16 @@ pub fn find(interface: &str, ifindex: u32) -> Result<Option<(Pins, Look)>, Guard
             left_over = Some((pins, found));
         }
     }
-    Ok(left_over.or_else(|| own.exist().then_some((own, own_found))))
+    if left_over.is_none() && own.exist() {
+        left_over = Some((own, own_found));
+    }
+    let is_ours = |(pins, found): &(Pins, Look)| -> Result<bool, GuardError> {
+        Ok(found.standing != Standing::Gone || !pins.is_of_gone_namespace()?)
+    };
+    match left_over {
+        Some(left) if is_ours(&left)? => Ok(Some(left)),
+        _ => Ok(None),
+    }
 }
 
 /// Fails where what was `found` judges on anything but `interface`: removing its pins would open

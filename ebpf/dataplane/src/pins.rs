@@ -20,19 +20,24 @@ use crate::link::{self, LinkInfo};
 use crate::living;
 use crate::lock::Lock;
 use crate::redirect::LINK_PIN;
+use crate::standing::{Standing, look};
 use crate::{GuardError, Owner};
 
 const OWNER: &str = "owner";
+/// A symbolic link to the cookie of the network namespace that the guard was made in: the namespace's
+/// inode may be another's by now.
+const NAMESPACE: &str = "namespace";
 /// Present where the guard is attached by filters: a symbolic link to their interface's index.
 const CLSACT: &str = "clsact";
 /// Behind the index, where the guard made the qdisc of its filters.
 const QDISC_MADE: &str = "+qdisc";
 /// The pins of a guard besides its maps'.
-const OTHER_PINS: [&[u8]; 8] = [
+const OTHER_PINS: [&[u8]; 9] = [
     b"clsact",
     b"link_egress",
     b"link_ingress",
     b"link_redirect",
+    b"namespace",
     b"program_egress",
     b"program_ingress",
     b"program_redirect",
@@ -224,6 +229,26 @@ impl Pins {
         }
     }
 
+    /// Records which network namespace the guard is made in.
+    pub fn set_namespace(&self) -> Result<(), GuardError> {
+        let path = self.path(NAMESPACE);
+        living::cookie()
+            .and_then(|cookie| symlink(cookie.to_string(), &path))
+            .map_err(failed("create", &path))
+    }
+
+    /// Whether the guard was made in a network namespace that is gone, and whose inode is this
+    /// thread's by now.
+    pub fn is_of_gone_namespace(&self) -> Result<bool, GuardError> {
+        let path = self.path(NAMESPACE);
+        let own = living::cookie().map_err(failed("ask for the cookie beside", &path))?;
+        match fs::read_link(&path) {
+            Ok(made_in) => Ok(made_in.as_os_str() != own.to_string().as_str()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(failed("read", &path)(error)),
+        }
+    }
+
     /// Records whose the guard is, as a symbolic link: it is whole at once, and goes with the pins.
     pub fn set_owner(&self, owner: &Owner) -> Result<(), GuardError> {
         let path = self.path(OWNER);
@@ -375,10 +400,12 @@ fn directories() -> Result<Vec<(String, Pins)>, GuardError> {
 pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
     let mut removed = 0;
     let living = living::namespaces();
+    let own = namespace_directory()?;
     for namespace in read(&root()?)? {
         let name = namespace.file_name().unwrap_or_default().to_string_lossy();
         let is_gone = name.parse().is_ok_and(|inode| !living.contains(&inode));
-        if !is_gone || !namespace.is_dir() {
+        let is_own = namespace == own;
+        if !(is_gone || is_own) || !namespace.is_dir() {
             continue;
         }
         for (name, pins) in directories_in(&namespace)? {
@@ -388,7 +415,15 @@ pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
             let Some(_lock) = Lock::try_in(namespace.clone(), &pins.made_for())? else {
                 continue;
             };
-            if !pins.exist() || !pins.is_of_gone_interface()? {
+            if !pins.exist() {
+                continue;
+            }
+            // Filters went with their interface, where its namespace is known to be gone.
+            let judges_nothing = match is_own {
+                true => pins.is_of_gone_namespace()? && look(&pins)?.standing == Standing::Gone,
+                false => pins.is_of_gone_interface()?,
+            };
+            if !judges_nothing {
                 continue;
             }
             match name.contains(ASIDE) {

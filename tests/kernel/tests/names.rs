@@ -7,8 +7,11 @@
     reason = "helpers of tests"
 )]
 
+use std::fs;
+use std::os::unix::fs::symlink;
+
 use omerta_dataplane::{ErrorKind, Guard, GuardError, Standing};
-use omerta_kernel_tests::{config, remove_left_overs};
+use omerta_kernel_tests::{config, hooks, remove_left_overs};
 use omerta_test_support::{Namespace, Tap, Veth, index_of};
 use omerta_verdict::{Endpoint, Mode};
 
@@ -209,4 +212,42 @@ fn guards_of_namespaces_that_are_gone_are_removed_and_those_of_others_are_not() 
     living
         .enter(|| Guard::open("tap0").unwrap().verify().unwrap())
         .unwrap();
+}
+
+/// A namespace that is gone leaves pins; the kernel gives its inode to a later one.
+#[test]
+fn what_a_namespace_left_that_had_the_number_before_is_nobodys_guard() {
+    for hook in hooks().unwrap() {
+        let namespace = Namespace::new("ot-reused").unwrap();
+        let pins = format!("/sys/fs/bpf/omerta/{}", namespace.inode().unwrap());
+        namespace
+            .enter(|| {
+                remove_left_overs().unwrap();
+                let tap = Tap::create("guest").unwrap();
+                Guard::attach_by(*hook, "guest", &config(Mode::Filtered)).unwrap();
+                drop(tap);
+                let _tap = Tap::create("guest").unwrap();
+                assert_eq!(Guard::pinned().unwrap().len(), 1, "it is left over");
+                let error = Guard::open("guest").unwrap_err();
+                assert_ne!(error.kind(), ErrorKind::NotFound, "{error}");
+
+                let made_in = format!("{pins}/guest/namespace");
+                fs::remove_file(&made_in).unwrap();
+                symlink("1", &made_in).unwrap();
+                assert_eq!(Guard::pinned().unwrap(), []);
+                for error in [
+                    Guard::open("guest").map(drop).unwrap_err(),
+                    Guard::inspect("guest").map(drop).unwrap_err(),
+                ] {
+                    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+                }
+                let guard = Guard::attach_by(*hook, "guest", &config(Mode::Filtered)).unwrap();
+                guard.verify().unwrap();
+                Guard::sweep_gone_namespaces().unwrap();
+                guard.verify().unwrap();
+                guard.detach().unwrap();
+                assert!(!fs::exists(format!("{pins}/guest")).unwrap());
+            })
+            .unwrap();
+    }
 }
