@@ -132,8 +132,8 @@ fn judge_usual(context: &TcContext, direction: Direction) -> u32 {
         Direction::Ingress => usual_ingress(&frame, &straight),
     };
     match verdict {
-        // A flow that is not known yet, or not to be noted without the time; a transport header that is
-        // not in the linear part, where the straight line looks for it.
+        // A flow that is not known yet; a transport header that is not in the linear part, where the
+        // straight line looks for it.
         Some(Verdict::Drop(Reason::FlowQuota | Reason::TransportHeader)) => OPEN,
         Some(verdict) if guard.holds() => verdict.outcome().index() as u32,
         _ => OPEN,

@@ -57,7 +57,9 @@ fn guest_policy(mode: Mode, guard: Special) -> Policy {
     policy.rates = Default::default();
     if guard == Special::RatesUsedUp {
         policy.rates = [Rate::per_second(1, 0); Meter::COUNT];
-        policy.rates[Meter::Events as usize] = Rate::UNLIMITED;
+        for events in [Meter::Events, Meter::Violations] {
+            policy.rates[events as usize] = Rate::UNLIMITED;
+        }
     }
     policy
 }
