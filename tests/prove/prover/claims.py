@@ -13,7 +13,7 @@ import z3
 
 from . import bits
 from .elf import Object
-from .frame import Frame, Packet, can_be_peer, constant, equal
+from .frame import Frame, Packet, can_be_peer, constant, equal, is_mapped
 from .guard import (
     CONNTRACK,
     DIRECT,
@@ -99,6 +99,7 @@ class Run:
         advertisement = z3.And(
             f.is_advertisement(),
             who(v6.source),
+            z3.Not(is_mapped(v6.source)),
             equal(f.at(62, 16), v6.source),
             equal(f.at(80, 6), mac),
         )
@@ -313,6 +314,7 @@ class Run:
             claims += [
                 answer.is_advertisement(),
                 is_claimed(packet.source),
+                z3.Not(is_mapped(packet.source)),
                 equal(answer.at(62, 16), packet.source),
                 equal(answer.at(80, 6), mac),
             ]

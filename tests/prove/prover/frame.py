@@ -189,13 +189,26 @@ class Packet:
         return z3.If(self.is_icmp(), z3.BitVecVal(1, 32), number([self.protocol]))
 
 
+# Addresses that are no peer's: an IPv4 address for a translator (RFC 6052, RFC 8215, RFC 2765, RFC
+# 3056, RFC 4380), or for discarding (RFC 6666). Prefixes of whole bytes.
+NOT_PEERS = (
+    bytes.fromhex("0064ff9b") + bytes(8), bytes.fromhex("0064ff9b0001"),
+    bytes(8) + bytes.fromhex("ffff0000"), bytes.fromhex("2002"), bytes.fromhex("20010000"),
+    bytes.fromhex("0100") + bytes(6),
+)  # fmt: skip
+
+
 def can_be_peer(version: int, address: Sequence[Byte]) -> z3.BoolRef:
-    """Unicast, not loopback, not "this network", not reserved (RFC 6890, RFC 4291)."""
+    """Unicast, not loopback, not "this network", not reserved (RFC 6890, RFC 4291), not of one link
+    or site (RFC 3927, RFC 4291, RFC 3879), and no other address in disguise."""
     if version == 4:
-        first = address[12]
-        return z3.And(first != 0, first != 127, z3.ULT(first, 224))
+        first, link_local = address[12], equal(address[12:14], constant(b"\xa9\xfe"))
+        return z3.And(first != 0, first != 127, z3.ULT(first, 224), z3.Not(link_local))
+    others = [equal(address[: len(prefix)], constant(prefix)) for prefix in NOT_PEERS]
     return z3.And(
         address[0] != 0xFF,
+        z3.Not(z3.And(address[0] == 0xFE, address[1] & 0x80 == 0x80)),
         z3.Not(equal(address[:12], constant(bytes(12)))),
         z3.Not(is_mapped(address)),
+        z3.Not(z3.Or(*others)),
     )

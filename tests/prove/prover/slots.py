@@ -101,11 +101,18 @@ class Slots:
         start = _place_in_bucket(place)
         index = bits.simplified(bits.arithmetic("rsh", place, 6, 64))
         if start is None:
-            raise Unmodelled(f"a place in a slot that is in no bucket, at {state.pc}")
+            return self._load_somewhere(state, generation, within, size)
         inside = bits.compare("lt", index, self.inline, 64)
         self.machine.require(state, inside, "access to a bucket beside the policy")
         number = self._bucket(generation, index, False)
         return self.load_bucket(state, generation, number, start, size)
+
+    def _load_somewhere(self, state: State, generation: int, within: Word, size: int) -> Word:
+        """A rate, by a meter that is not known: any value, of whatever policy."""
+        inside = bits.compare("le", within, self.policy.size - size, 64)
+        self.machine.require(state, inside, f"policy access, {size} bytes")
+        self._note(state, generation, None)
+        return self.machine.fresh("policy", 8 * size)
 
     def _load_header(self, state: State, offset: int, size: int) -> Value | None:
         if not self._in_header(state, offset, size):
