@@ -321,7 +321,10 @@ class Run:
             if self.egress:
                 all_nodes = constant(b"\xff\x02" + bytes(13) + b"\x01")
                 to = packet.destination
-                claims.append(z3.Or(g.owns(to), equal(to, all_nodes)))
+                # A guest may ask from an address of its link: the answer goes back to that, and to its MAC.
+                of_link = z3.And(to[0] == 0xFE, to[1] & 0xC0 == 0x80)
+                asker = z3.And(of_link, equal(to, Packet(self.frame, 6).source))
+                claims.append(z3.Or(g.owns(to), equal(to, all_nodes), asker))
         else:
             return z3.BoolVal(False)
         return z3.And(*claims)
