@@ -6,7 +6,9 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
     programs::TcContext,
 };
-use omerta_verdict::{DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Failure, Reason};
+use omerta_verdict::{
+    DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Failure, Reason,
+};
 
 use crate::diagnostics::tell;
 use crate::state::may_tell;

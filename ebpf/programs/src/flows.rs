@@ -102,7 +102,8 @@ pub extern "C" fn open_new(peer_high: u64, peer_low: u64, high: u64, low: u64, r
     // A commit first removes the flows that the policy before it did not allow. One that is entered
     // after that, by an older policy, goes here; its frame is judged anew.
     if generation() as u16 != (rest >> 16) as u16 {
-        let _ = FLOWS.remove(&flow);
+        let key = &flow;
+        let _ = FLOWS.remove(key);
         return 0;
     }
     1
