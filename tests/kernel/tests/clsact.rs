@@ -316,7 +316,7 @@ fn a_re_created_interface_inherits_no_filter() {
     with_tap(|namespace, _, tap| {
         let old = attach();
         let ifindex = old.ifindex();
-        drop(tap);
+        tap.remove();
         assert_eq!(standing(), Standing::Gone);
         // The same index, and a guard of its own.
         namespace

@@ -170,7 +170,7 @@ fn the_allowlist_changes_all_or_nothing() {
 fn a_re_created_tap_does_not_inherit_a_guard() {
     with_tap(|namespace, tap| {
         let old = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
-        drop(tap);
+        tap.remove();
         assert!(old.verify().is_err());
         let _tap = Tap::create("guest").unwrap();
         assert!(old.verify().is_err(), "the pins are of another interface");
@@ -191,7 +191,7 @@ fn what_is_left_of_a_vanished_interface_is_removed() {
     with_tap(|namespace, tap| {
         Guard::attach("guest", &config(Mode::Filtered)).unwrap();
         assert!(!Guard::remove_stale("guest", None).unwrap(), "in force");
-        drop(tap);
+        tap.remove();
         assert!(Guard::remove_stale("guest", None).unwrap());
         assert!(!pins(namespace, "guest"));
     });
@@ -238,7 +238,7 @@ fn a_renamed_interface_keeps_its_guard_whatever_is_done_under_the_old_name() {
         namespace.ip("link set other name guest").unwrap();
         Guard::open("guest").unwrap().verify().unwrap();
         Guard::open("guest").unwrap().detach().unwrap();
-        drop(tap);
+        tap.remove();
     });
 }
 
@@ -310,7 +310,7 @@ fn what_no_guard_pinned_is_named_and_nothing_removed() {
         };
         refused(Guard::open("guest").unwrap().detach());
         Guard::open("guest").unwrap().verify().unwrap();
-        drop(tap);
+        tap.remove();
         refused(Guard::remove_stale("guest", None).map(drop));
         let _tap = Tap::create("guest").unwrap();
         refused(Guard::attach("guest", &config(Mode::Filtered)).map(drop));
@@ -403,7 +403,7 @@ fn what_an_owner_left_behind_is_found_without_its_help() {
         let mut owned = config(Mode::Filtered);
         owned.owner = Some("omertad".parse().unwrap());
         Guard::attach("guest", &owned).unwrap();
-        drop(tap);
+        tap.remove();
         let found = Guard::pinned().unwrap();
         assert_eq!(
             found,

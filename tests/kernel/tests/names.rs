@@ -107,7 +107,7 @@ fn guards_of_a_namespace_that_is_gone_are_nobodys_in_the_one_that_has_its_number
             let tap = Tap::create("guest").unwrap();
             drop(Guard::attach("guest", &config(Mode::Direct)).unwrap());
             let index = index_of("guest").unwrap();
-            drop(tap);
+            tap.remove();
             index
         })
         .unwrap();
@@ -233,7 +233,7 @@ fn what_a_namespace_left_that_had_the_number_before_is_nobodys_guard() {
                 remove_left_overs().unwrap();
                 let tap = Tap::create("guest").unwrap();
                 Guard::attach_by(*hook, "guest", &config(Mode::Filtered)).unwrap();
-                drop(tap);
+                tap.remove();
                 let _tap = Tap::create("guest").unwrap();
                 assert_eq!(Guard::pinned().unwrap().len(), 1, "it is left over");
                 let error = Guard::open("guest").unwrap_err();

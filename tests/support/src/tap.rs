@@ -14,6 +14,9 @@ use crate::{StageError, interface};
 /// The longest frame that a tap hands out: 64 KiB and an Ethernet header with a VLAN tag.
 const LONGEST_FRAME: usize = 65_536 + 18;
 
+/// How long a descriptor that is held elsewhere may take to be closed.
+const REMOVAL: Duration = Duration::from_secs(5);
+
 /// A tap of the namespace in which it was created: what is sent here, the kernel receives on the
 /// interface; what the kernel sends there, is received here. Frames are bare, without packet
 /// information, and without vnet header unless it was asked for. The kernel removes the interface on drop.
@@ -78,6 +81,17 @@ impl Tap {
     /// Where the interface is gone.
     pub fn up(&self) -> Result<(), StageError> {
         interface::bring_up_by(&self.control, &self.name)
+    }
+
+    /// Lets the interface go and waits until it has: a process that another thread is just starting may
+    /// hold the descriptor until its program begins. To be called in the interface's namespace.
+    pub fn remove(self) {
+        let name = self.name.clone();
+        drop(self);
+        let end = Instant::now() + REMOVAL;
+        while interface::index_of(&name).is_ok() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Gives the kernel one frame, as if it had arrived on the interface.
