@@ -120,6 +120,10 @@ impl Guard for NativeGuard {
 
     fn note_sent(&self, flow: &Flow) {
         let (place, check) = SentFlow::place_and_check(flow, self.now(), GENERATION);
+        // Also where that is another flow's: the guest has chosen both.
+        if self.sent.borrow()[place].check == check {
+            return;
+        }
         self.sent.borrow_mut()[place] = SentFlow {
             flow: flow.words(),
             tick: self.now(),
