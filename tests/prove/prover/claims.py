@@ -64,7 +64,9 @@ class Run:
         # However its policy changes meanwhile.
         self.ended = truth(bits.every(end.path))
         # By a policy that stayed in force, where the frame passes: `is_confirmed` is claimed.
-        self.reached = z3.And(self.ended, self.guard.prophecies(passes))
+        self.reached = z3.And(
+            self.ended, self.guard.prophecies(passes), self.guard.names_no_loopback()
+        )
         self.frame = Frame(frame_byte, z3.BitVec("length", 32))
         # Marks the guard's own answers for the guest; 0 marks nothing.
         mark = z3.Concat(*[constant_byte("MARK", index) for index in (3, 2, 1, 0)])
@@ -105,7 +107,10 @@ class Run:
         )
         if not self.egress:
             arp = z3.And(arp, g.owns(Arp(f).target))
-            advertisement = z3.And(advertisement, g.owns(v6.destination))
+            # The guest may have asked from an address of its link.
+            to = v6.destination
+            of_link = z3.And(to[0] == 0xFE, to[1] & 0xC0 == 0x80)
+            advertisement = z3.And(advertisement, z3.Or(g.owns(to), of_link))
         return z3.And(owner, equal(f.source_mac, mac), z3.Or(arp, advertisement))
 
     def claims(self) -> Iterator[Claim]:

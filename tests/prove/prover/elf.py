@@ -154,6 +154,9 @@ def _relocate(
         # Of a section the immediate tells which byte.
         if symbol["st_info"]["type"] == "STT_SECTION" and not name:
             name = elf.get_section(symbol["st_shndx"]).name
+            if kind == R_BPF_64_64:
+                name, offset = _named(symbols, symbol["st_shndx"], old.imm, name)
+                old = replace(old, imm=offset)
         if kind == R_BPF_64_64 and name in maps:
             code[position] = replace(old, imm=0, map=name)
         elif kind == R_BPF_64_64 and name in constants:
@@ -168,6 +171,18 @@ def _relocate(
             code[position] = replace(old, src=PSEUDO_CALL, callee=target)
         else:
             raise Unmodelled(f"relocation type {kind} of {name} at {position}")
+
+
+def _named(
+    symbols: SymbolTableSection, section: int, offset: int, name: str
+) -> tuple[str, int]:
+    """What is at `offset` of a section, and where in that; the section itself where it has no name.
+    Claims speak of constants by their names."""
+    for symbol in symbols.iter_symbols():
+        here = symbol["st_shndx"] == section and symbol["st_info"]["type"] == "STT_OBJECT"
+        if here and symbol["st_value"] <= offset < symbol["st_value"] + symbol["st_size"]:
+            return symbol.name, offset - symbol["st_value"]
+    return name, offset
 
 
 def _maps(elf: ELFFile, symbols: SymbolTableSection, btf: Btf) -> dict[str, MapDefinition]:
