@@ -109,8 +109,7 @@ class Run:
             arp = z3.And(arp, g.owns(Arp(f).target))
             # The guest may have asked from an address of its link.
             to = v6.destination
-            of_link = z3.And(to[0] == 0xFE, to[1] & 0xC0 == 0x80)
-            advertisement = z3.And(advertisement, z3.Or(g.owns(to), of_link))
+            advertisement = z3.And(advertisement, z3.Or(g.owns(to), _is_of_link(to)))
         return z3.And(owner, equal(f.source_mac, mac), z3.Or(arp, advertisement))
 
     def claims(self) -> Iterator[Claim]:
@@ -327,8 +326,7 @@ class Run:
                 all_nodes = constant(b"\xff\x02" + bytes(13) + b"\x01")
                 to = packet.destination
                 # A guest may ask from an address of its link: the answer goes back to that, and to its MAC.
-                of_link = z3.And(to[0] == 0xFE, to[1] & 0xC0 == 0x80)
-                asker = z3.And(of_link, equal(to, Packet(self.frame, 6).source))
+                asker = z3.And(_is_of_link(to), equal(to, Packet(self.frame, 6).source))
                 claims.append(z3.Or(g.owns(to), equal(to, all_nodes), asker))
         else:
             return z3.BoolVal(False)
@@ -405,6 +403,11 @@ class Arp:
     @property
     def target(self) -> list[z3.BitVecRef]:
         return constant(bytes(10) + b"\xff\xff") + self.frame.at(38, 4)
+
+
+def _is_of_link(address: list[z3.BitVecRef]) -> z3.BoolRef:
+    """Of fe80::/10 (RFC 4291, 2.5.6)."""
+    return z3.And(address[0] == 0xFE, address[1] & 0xC0 == 0x80)
 
 
 def _word(value: object) -> bits.Word:
