@@ -72,6 +72,9 @@ impl Guard for Known {
     }
 
     #[inline(always)]
+    fn put_back(&self, _: Meter, _: Rate, _: u32) {}
+
+    #[inline(always)]
     fn open_flow(&self, _: &Flow) -> bool {
         true
     }
@@ -132,6 +135,11 @@ impl<const LISTS: bool, const NOTES: bool> Guard for Part<'_, LISTS, NOTES> {
     #[inline(always)]
     fn take(&self, meter: Meter, rate: Rate, units: u32) -> bool {
         self.0.take(meter, rate, units)
+    }
+
+    #[inline(always)]
+    fn put_back(&self, meter: Meter, rate: Rate, units: u32) {
+        self.0.put_back(meter, rate, units);
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 // The target is declared without compare-and-swap, which the instruction set has (Linux 5.12).
 use core::arch::asm;
-use core::intrinsics::{AtomicOrdering, atomic_cxchg};
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xsub};
 
 use aya_ebpf::{
     bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE},
@@ -213,6 +213,13 @@ impl Guard for KernelGuard {
     }
 
     #[inline(always)]
+    fn put_back(&self, meter: Meter, rate: Rate, units: u32) {
+        if !rate.is_unlimited() {
+            put_back_units(self.generation, meter as u32, units);
+        }
+    }
+
+    #[inline(always)]
     fn open_flow(&self, flow: &Flow) -> bool {
         self.holds() && flows::open(flow, self.generation, self.now())
     }
@@ -322,6 +329,9 @@ impl Guard for StraightGuard<'_> {
         rate.is_unlimited()
     }
 
+    #[inline(always)]
+    fn put_back(&self, _meter: Meter, _rate: Rate, _units: u32) {}
+
     /// Whether the flow was known; one that is not is for the general way to open.
     #[inline(always)]
     fn open_flow(&self, flow: &Flow) -> bool {
@@ -387,6 +397,16 @@ pub extern "C" fn take_units(generation: u64, meter: u32, units: u32) -> u32 {
     }
 }
 
+/// Gives back to the bucket of `meter` what [`take_units`] took from it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn put_back_units(generation: u64, meter: u32, units: u32) -> u32 {
+    if let Some(guard) = KernelGuard::of(generation) {
+        guard.put_back_at_its_rate(meter, units);
+    }
+    0
+}
+
 /// Whether an event may be told, by the policy in force.
 #[inline(always)]
 pub fn may_tell(is_violation: bool) -> bool {
@@ -411,21 +431,31 @@ impl KernelGuard {
         Some(Self { state, generation })
     }
 
+    /// The bucket of `meter` and its rate; `None` where the policy has changed: a rate that is being written
+    /// must not set the bucket.
     #[inline(always)]
-    fn take_at_its_rate(&self, meter: u32, units: u32) -> bool {
-        let Some(word) = METERS.get_ptr_mut(meter) else {
-            return false;
-        };
+    fn metered(&self, meter: u32) -> Option<(*mut u64, Rate)> {
+        let word = METERS.get_ptr_mut(meter)?;
         // The compiler may know the bound and leave the comparison out; the verifier does not.
         // SAFETY: the variable is this function's own.
         let meter = unsafe { core::ptr::read_volatile(&raw const meter) };
-        let Some(rate) = self.slot().policy.rates.get(meter as usize).copied() else {
+        let rate = self.slot().policy.rates.get(meter as usize).copied()?;
+        self.holds().then_some((word, rate))
+    }
+
+    #[inline(always)]
+    fn put_back_at_its_rate(&self, meter: u32, units: u32) {
+        if let Some((word, rate)) = self.metered(meter) {
+            // SAFETY: an array map's element is aligned and lives as long as the map.
+            unsafe { atomic_xsub::<u64, u64, RELAXED>(word, rate.time_of(units)) };
+        }
+    }
+
+    #[inline(always)]
+    fn take_at_its_rate(&self, meter: u32, units: u32) -> bool {
+        let Some((word, rate)) = self.metered(meter) else {
             return false;
         };
-        // A rate that is being written must not set the bucket.
-        if !self.holds() {
-            return false;
-        }
         let now = self.now();
         let mut attempt = 0;
         while attempt < TRIES {

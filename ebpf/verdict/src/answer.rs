@@ -143,6 +143,15 @@ impl Arp {
         })
     }
 
+    /// Whether the field that a request asks for is zero, as RFC 5227, 1.1 wants it, or repeats what some
+    /// stacks put there: the frame's destination, or what they last knew of `asked`.
+    #[inline(always)]
+    fn names_no_other_than(&self, asked: Mac, ethernet: &Ethernet) -> bool {
+        self.target_mac.number() == 0
+            || self.target_mac.equals(ethernet.destination)
+            || self.target_mac.equals(asked)
+    }
+
     /// The reply that says `mac` is at the target of this request.
     #[inline(always)]
     fn reply(&self, mac: Mac) -> Answer {
@@ -185,6 +194,9 @@ pub(crate) fn arp_for_gateway<F: Frame + ?Sized, G: Guard + ?Sized>(
     {
         return Err(Reason::DestinationMac);
     }
+    if !arp.names_no_other_than(policy.gateway_mac, ethernet) {
+        return Err(Reason::ArpMalformed);
+    }
     Ok(arp.reply(policy.gateway_mac))
 }
 
@@ -213,10 +225,11 @@ pub(crate) fn arp_to_guest<F: Frame + ?Sized, G: Guard + ?Sized>(
         {
             Err(Reason::ArpSender)
         }
-        REQUEST if for_guest || ethernet.destination.equals(Mac::BROADCAST) => {
-            Ok(Verdict::Answer(arp.reply(policy.mac)))
+        REQUEST if !for_guest && !ethernet.destination.equals(Mac::BROADCAST) => {
+            Err(Reason::DestinationMac)
         }
-        REQUEST => Err(Reason::DestinationMac),
+        REQUEST if !arp.names_no_other_than(policy.mac, ethernet) => Err(Reason::ArpMalformed),
+        REQUEST => Ok(Verdict::Answer(arp.reply(policy.mac))),
         REPLY
             if for_guest
                 && arp.target_mac.equals(policy.mac)

@@ -360,11 +360,14 @@ fn police<F: Frame + ?Sized, G: Guard + ?Sized>(
         Direction::Ingress => (Meter::IngressPackets, Meter::IngressBytes),
     };
     let rate = |meter: Meter| policy.rates[meter as usize];
-    if guard.take(packets, rate(packets), count) && guard.take(bytes, rate(bytes), frame.length()) {
-        Ok(())
-    } else {
-        Err(Reason::Policed)
+    if !guard.take(packets, rate(packets), count) {
+        return Err(Reason::Policed);
     }
+    if !guard.take(bytes, rate(bytes), frame.length()) {
+        guard.put_back(packets, rate(packets), count);
+        return Err(Reason::Policed);
+    }
+    Ok(())
 }
 
 /// The allowlist, as far as the mode asks for it. It is asked for every frame of a flow, so an

@@ -181,6 +181,9 @@ pub trait Guard {
     /// than it holds.
     fn take(&self, meter: Meter, rate: Rate, units: u32) -> bool;
 
+    /// Gives back to the bucket of `meter` what [`Guard::take`] has taken for a frame that does not pass.
+    fn put_back(&self, meter: Meter, rate: Rate, units: u32);
+
     /// Conntrack mode: remembers that the guest sent on `flow` now; false where there is no room.
     fn open_flow(&self, flow: &Flow) -> bool;
 
@@ -258,6 +261,8 @@ impl Guard for MemoryGuard<'_> {
     fn take(&self, _meter: Meter, rate: Rate, _units: u32) -> bool {
         rate.is_unlimited() || self.meters_have_room
     }
+
+    fn put_back(&self, _meter: Meter, _rate: Rate, _units: u32) {}
 
     fn open_flow(&self, _flow: &Flow) -> bool {
         self.flows_have_room

@@ -59,6 +59,13 @@ impl Rate {
         self.cost == 0
     }
 
+    /// The time in nanoseconds by which [`Rate::take`] of `units` moves a bucket's word, and which giving them
+    /// back takes off it.
+    #[inline(always)]
+    pub const fn time_of(self, units: u32) -> u64 {
+        self.cost.wrapping_mul(units as u64) >> FRACTION
+    }
+
     /// The bucket's word after `units` are taken at `now` (ns) from a bucket whose word is
     /// `word`, or `None` where they are more than it holds.
     #[inline(always)]
@@ -72,7 +79,7 @@ impl Rate {
             old if old > self.burst_ns.saturating_add(STRAY_NS) => 0,
             ahead => ahead,
         };
-        let after = ahead.saturating_add((self.cost * units as u64) >> FRACTION);
+        let after = ahead.saturating_add(self.time_of(units));
         if after > self.burst_ns {
             return None;
         }
@@ -142,6 +149,16 @@ mod tests {
         let word = rate.take(word, 1, 1500).unwrap();
         assert_eq!(rate.take(word, 1, 1), None);
         assert_eq!(Rate::per_second(1, 1).take(0, 0, 2), None);
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again() {
+        let rate = Rate::per_second(3000, 5);
+        let full = rate.take(0, SECOND_NS, 5).unwrap();
+        assert_eq!(rate.take(full, SECOND_NS, 2), None);
+        let word = full - rate.time_of(2);
+        assert!(rate.take(word, SECOND_NS, 2).is_some());
+        assert_eq!(rate.take(word, SECOND_NS, 3), None);
     }
 
     /// A bucket that is empty at a slow rate is far ahead of what a faster one may be.

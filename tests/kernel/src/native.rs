@@ -89,6 +89,11 @@ impl Guard for NativeGuard {
         }
     }
 
+    fn put_back(&self, meter: Meter, rate: Rate, units: u32) {
+        let word = &self.meters[meter as usize];
+        word.set(word.get().wrapping_sub(rate.time_of(units)));
+    }
+
     fn open_flow(&self, flow: &Flow) -> bool {
         let mut flows = self.flows.borrow_mut();
         if let Some(seen) = flows.get_mut(flow) {

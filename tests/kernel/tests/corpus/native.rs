@@ -143,6 +143,8 @@ impl Guard for Remembering {
     fn take(&self, _meter: Meter, rate: Rate, _units: u32) -> bool {
         rate.is_unlimited()
     }
+
+    fn put_back(&self, _meter: Meter, _rate: Rate, _units: u32) {}
 }
 
 /// Which of the two judgements a case is for.

@@ -148,3 +148,23 @@ fn a_flood_from_every_cpu_gets_no_more_than_the_rate_of_bits() {
     assert!(ingress.rx().packets >= THREADS as u64 * EACH);
     assert_eq!(ingress.rx().packets, allowed.packets + policed.packets);
 }
+
+#[test]
+fn a_frame_that_the_bits_refuse_leaves_the_frames_to_others() {
+    const FRAMES: u64 = 20;
+    let stage = limited(|guard| {
+        // Buckets hold an eighth of a second's: 20 frames, and 1200 bytes, which no long frame finds.
+        guard.egress.packets_per_second = NonZero::new(8 * FRAMES);
+        guard.egress.bits_per_second = NonZero::new(8 * 8 * 1200);
+    });
+    let (long, short) = (to_consumer(&[0xaa; 1300]), to_consumer(b""));
+    for _ in 0..1000 {
+        stage.tap.send(&long).unwrap();
+    }
+    for _ in 0..FRAMES / 2 {
+        stage.tap.send(&short).unwrap();
+    }
+    let egress = stage.guarded(Guard::counters).egress;
+    assert_eq!(egress.dropped_for(Reason::Policed).packets, 1000);
+    assert_eq!(egress.allowed.packets, FRAMES / 2);
+}
