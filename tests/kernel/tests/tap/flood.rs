@@ -151,20 +151,20 @@ fn a_flood_from_every_cpu_gets_no_more_than_the_rate_of_bits() {
 
 #[test]
 fn a_frame_that_the_bits_refuse_leaves_the_frames_to_others() {
-    const FRAMES: u64 = 20;
+    // Of 131,098 bytes, which are the least that the bucket of bytes holds; more than 924 are left then.
+    const LONG: u64 = 97;
+    const SHORT: u64 = 10;
     let stage = limited(|guard| {
-        // Buckets hold an eighth of a second's: 20 frames, and 1200 bytes, which no long frame finds.
-        guard.egress.packets_per_second = NonZero::new(8 * FRAMES);
-        guard.egress.bits_per_second = NonZero::new(8 * 8 * 1200);
+        // A burst of an eighth: 200 frames.
+        guard.egress.packets_per_second = NonZero::new(1600);
+        guard.egress.bits_per_second = NonZero::new(8);
     });
     let (long, short) = (to_consumer(&[0xaa; 1300]), to_consumer(b""));
-    for _ in 0..1000 {
-        stage.tap.send(&long).unwrap();
-    }
-    for _ in 0..FRAMES / 2 {
-        stage.tap.send(&short).unwrap();
-    }
+    let send = |frame: &[u8], count: u64| (0..count).for_each(|_| stage.tap.send(frame).unwrap());
+    send(&long, LONG);
+    send(&long, 1000);
+    send(&short, SHORT);
     let egress = stage.guarded(Guard::counters).egress;
     assert_eq!(egress.dropped_for(Reason::Policed).packets, 1000);
-    assert_eq!(egress.allowed.packets, FRAMES / 2);
+    assert_eq!(egress.allowed.packets, LONG + SHORT);
 }

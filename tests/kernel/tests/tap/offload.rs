@@ -59,7 +59,7 @@ fn a_checksum_is_written_nowhere_but_into_its_own_field() {
     let datagram = from_guest(17, &udp(40000, CONSUMER_PORT, b"leak, or not"));
     let segment = from_guest(6, &tcp(40000, 443));
     let echo = from_guest(1, &icmp_echo(8, 7));
-    let request = arp(1, (GUEST_MAC, GUEST), (STRANGER_MAC, GATEWAY));
+    let request = arp(1, (GUEST_MAC, GUEST), (GATEWAY_MAC, GATEWAY));
     let request = ethernet(GUEST_MAC, GATEWAY_MAC, 0x0806, &request);
     let wrong = [
         ("the destination port", offloaded(TRANSPORT, 2, &datagram)),
