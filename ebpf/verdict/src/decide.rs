@@ -1,7 +1,9 @@
 //! The order of judgement: first who sends, then shape, then the allowlist. Nothing is allowed
 //! before its source is proven, and what no line allows is dropped.
 
-use crate::answer::{self, Answer};
+use crate::answer::Answer;
+use crate::arp;
+use crate::discovery::{self, ADVERTISEMENT, ROUTER_SOLICITATION, SOLICITATION};
 use crate::network::{ETHERNET_HEADER, Packet};
 use crate::reason::{Direction, Outcome, Reason};
 use crate::transport::{self, Segment};
@@ -90,7 +92,7 @@ fn judge_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     let Payload::Ip(packet) = ethernet.payload(frame)? else {
         return Ok(None);
     };
-    if answer::discovery_kind(frame, &packet) != 0 {
+    if discovery::kind(frame, &packet) != 0 {
         return Ok(None);
     }
     let owned = guard.owns(policy, packet.source);
@@ -122,17 +124,17 @@ fn judge_question_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
     let ethernet = Ethernet::read(frame)?.of_guest(policy)?;
     let packet = match ethernet.payload(frame)? {
         Payload::Arp => {
-            let answer = answer::arp_for_gateway(frame, guard, policy, &ethernet)?;
+            let answer = arp::for_gateway(frame, guard, policy, &ethernet)?;
             unchanged(frame)?;
             return consume(frame, guard, policy, answer);
         }
         Payload::Ip(packet) => packet,
     };
-    let discovery = answer::discovery_kind(frame, &packet);
+    let kind = discovery::kind(frame, &packet);
     let owned = guard.owns(policy, packet.source);
     let of_link = guard.class(packet.source).is_of_link_alone();
     // A guest's stack looks for a router by itself, with an address of the network or without.
-    if discovery == answer::ROUTER_SOLICITATION
+    if kind == ROUTER_SOLICITATION
         && (owned || of_link)
         && packet.is_to_group()
         && packet.shape(frame).is_ok()
@@ -140,14 +142,13 @@ fn judge_question_egress<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::RouterSolicitation);
     }
     // So it does to find its gateway, and to probe whether its own address is taken.
-    let solicits = of_link && discovery == answer::SOLICITATION;
+    let solicits = of_link && kind == SOLICITATION;
     if !owned && !solicits {
         return Err(Reason::SourceAddress);
     }
     packet.shape(frame)?;
     unchanged(frame)?;
-    let answer =
-        answer::neighbour_for_gateway(frame, guard, policy, &ethernet, &packet, discovery)?;
+    let answer = discovery::for_gateway(frame, guard, policy, &ethernet, &packet, kind)?;
     consume(frame, guard, policy, answer)
 }
 
@@ -214,7 +215,7 @@ fn judge_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     let Payload::Ip(packet) = ethernet.payload(frame)? else {
         return Ok(None);
     };
-    if answer::discovery_kind(frame, &packet) != 0 {
+    if discovery::kind(frame, &packet) != 0 {
         return Ok(None);
     }
     if packet.is_membership(frame) {
@@ -239,15 +240,15 @@ fn judge_question_ingress<F: Frame + ?Sized, G: Guard + ?Sized>(
     let ethernet = Ethernet::read(frame)?.of_others(policy)?;
     let verdict = match ethernet.payload(frame)? {
         Payload::Arp => {
-            let verdict = answer::arp_to_guest(frame, guard, policy, &ethernet)?;
+            let verdict = arp::to_guest(frame, guard, policy, &ethernet)?;
             unchanged(frame)?;
             verdict
         }
         Payload::Ip(packet) => {
             packet.shape(frame)?;
-            let discovery = answer::discovery_kind(frame, &packet);
+            let kind = discovery::kind(frame, &packet);
             unchanged(frame)?;
-            answer::neighbour_to_guest(frame, guard, policy, &ethernet, &packet, discovery)?
+            discovery::to_guest(frame, guard, policy, &ethernet, &packet, kind)?
         }
     };
     finish(frame, guard, policy, verdict)
@@ -421,12 +422,12 @@ pub fn is_answer_for_guest<F: Frame + ?Sized, G: Guard + ?Sized>(frame: &F, guar
         return false;
     }
     match ethernet.payload(frame) {
-        Ok(Payload::Arp) => answer::is_arp_reply_of_guest(frame, guard, policy, &ethernet),
+        Ok(Payload::Arp) => arp::is_reply_of_guest(frame, guard, policy, &ethernet),
         Ok(Payload::Ip(packet)) => {
             packet.shape(frame).is_ok()
-                && answer::discovery_kind(frame, &packet) == answer::ADVERTISEMENT
+                && discovery::kind(frame, &packet) == ADVERTISEMENT
                 && guard.owns(policy, packet.source)
-                && answer::is_advertisement_of(frame, &packet, packet.source, policy.mac)
+                && discovery::is_advertisement_of(frame, &packet, packet.source, policy.mac)
         }
         Err(_) => false,
     }

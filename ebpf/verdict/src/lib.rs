@@ -10,7 +10,9 @@
 #![deny(missing_docs)]
 
 mod answer;
+mod arp;
 mod decide;
+mod discovery;
 mod endpoint;
 mod event;
 mod frame;
@@ -26,11 +28,12 @@ mod state;
 mod table;
 mod transport;
 
-pub use answer::{ANSWER_CAPACITY, Answer, solicitation_sum};
+pub use answer::{ANSWER_CAPACITY, Answer};
 pub use decide::{
     Verdict, egress, general_egress, general_ingress, ingress, is_answer_for_guest,
     question_egress, question_ingress, usual_egress, usual_ingress,
 };
+pub use discovery::solicitation_sum;
 pub use endpoint::{Endpoint, EndpointParseError, Protocol};
 pub use event::{EVENT_FRAME_BYTES, EventRecord, Failure};
 pub use frame::{Frame, PendingChecksum, Segments};
