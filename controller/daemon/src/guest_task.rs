@@ -213,11 +213,7 @@ impl GuestTask {
             Ok(Err(error)) => return self.launch_failed(error).await,
             Err(events) => return events,
         };
-        let traces = Traces {
-            uid: Some(prepared.uid()),
-            ..Traces::default()
-        };
-        if let Err(error) = self.reach(Step::Launching, traces).await {
+        if let Err(error) = self.reach(Step::Launching, prepared.traces()).await {
             drop(prepared);
             return self.not_kept(&error, Vec::new()).await;
         }

@@ -204,7 +204,7 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
     // Of another boot, numbers mean others.
     let traces = match why.cause {
         Cause::Rebooted => Traces::default(),
-        _ => kept.traces,
+        _ => kept.traces.clone(),
     };
     let removing = move || {
         let owner = OWNER.parse().ok();

@@ -6,6 +6,7 @@
 
 mod bare_guest;
 mod capture;
+mod cgroup;
 mod error;
 mod frame_sender;
 mod grip;
@@ -18,6 +19,7 @@ mod veth;
 
 pub use bare_guest::{CHATTER, IDLE, PANIC, POWER_OFF, RESET, write_bare_guest};
 pub use capture::{Capture, CapturedFrame, Travel};
+pub use cgroup::Cgroup;
 pub use error::StageError;
 pub use frame_sender::FrameSender;
 pub use grip::Grip;

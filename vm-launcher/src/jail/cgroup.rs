@@ -117,7 +117,11 @@ impl<E: Into<JailError>> From<E> for MakeError {
 
 /// The cgroups of one guest.
 #[derive(Debug)]
-pub(super) struct Cgroups(Vec<PathBuf>);
+pub(super) struct Cgroups {
+    directories: Vec<PathBuf>,
+    /// How many there were when its process was put into them.
+    made: usize,
+}
 
 impl Cgroups {
     pub(super) fn make(
@@ -133,7 +137,10 @@ impl Cgroups {
         {
             return Err(JailError::Missing { part }.into());
         }
-        let mut made = Self(Vec::new());
+        let mut made = Self {
+            directories: Vec::new(),
+            made: bases.len(),
+        };
         let filled = bases
             .iter()
             .try_for_each(|base| made.add(base, uid, limits, without));
@@ -143,12 +150,25 @@ impl Cgroups {
         filled.map(|()| made)
     }
 
-    /// Those of a guest that a dead launcher made.
-    pub(super) fn of(uid: u32) -> Result<Self, PathError> {
-        let place = |base: Base| base.directory.join(format!("{PREFIX}{uid}"));
-        let mut found: Vec<_> = bases()?.into_iter().map(place).collect();
-        found.retain(|directory| directory.exists());
-        Ok(Self(found))
+    /// Those of a guest that a dead launcher made: the ones that it recorded, wherever this launcher is
+    /// itself, or, where it recorded none, the ones that this launcher would make.
+    pub(super) fn of(uid: u32, recorded: Option<&[PathBuf]>) -> Result<Self, PathError> {
+        let name = name_for(uid);
+        let mut directories = match recorded {
+            Some(recorded) => recorded.to_vec(),
+            None => bases()?
+                .into_iter()
+                .map(|base| base.directory.join(&name))
+                .collect(),
+        };
+        let made = directories.len();
+        directories.retain(|directory| directory.ends_with(&name) && directory.exists());
+        Ok(Self { directories, made })
+    }
+
+    /// Where they are.
+    pub(super) fn directories(&self) -> &[PathBuf] {
+        &self.directories
     }
 
     fn add(
@@ -158,7 +178,7 @@ impl Cgroups {
         limits: &Limits,
         without: &BTreeSet<Part>,
     ) -> Result<(), MakeError> {
-        let directory = base.directory.join(format!("{PREFIX}{uid}"));
+        let directory = base.directory.join(name_for(uid));
         // One that a dead launcher left has that guest's counts.
         match fs::remove_dir(&directory) {
             Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {
@@ -167,7 +187,7 @@ impl Cgroups {
             _ => {}
         }
         fs::create_dir(&directory).map_err(PathError::of("create", &directory))?;
-        self.0.push(directory.clone());
+        self.directories.push(directory.clone());
         for part in &base.parts {
             for (file, value) in settings(base.version, *part, limits) {
                 match fs::write(directory.join(file.name), value) {
@@ -198,7 +218,7 @@ impl Cgroups {
                 .map(OwnedFd::from)
                 .map_err(PathError::of("open", &path))
         };
-        self.0.iter().map(door).collect()
+        self.directories.iter().map(door).collect()
     }
 
     /// Whether a process is in all of them.
@@ -208,13 +228,14 @@ impl Cgroups {
             inside.is_ok_and(|all| all.lines().any(|line| line.parse() == Ok(pid)))
         };
         // One that is not there any more holds nobody.
-        bases().is_ok_and(|bases| bases.len() == self.0.len()) && self.0.iter().all(has)
+        self.made == self.directories.len() && self.directories.iter().all(has)
     }
 
     /// Kills everybody in them, and tells whether nobody is left after `patience` at most.
     pub(super) fn kill_all(&self, patience: Duration) -> bool {
         // Who is in one is in all of them.
-        let Some(list) = self.0.first().map(|first| first.join("cgroup.procs")) else {
+        let list = self.directories.first();
+        let Some(list) = list.map(|first| first.join("cgroup.procs")) else {
             return true;
         };
         let end = Instant::now() + patience;
@@ -242,7 +263,11 @@ impl Cgroups {
 
     /// Removes them, and tells what stays.
     pub(super) fn remove(&mut self) -> Vec<String> {
-        self.0.drain(..).filter_map(|path| removed(&path)).collect()
+        let mut directories = self.directories.drain(..);
+        directories
+            .by_ref()
+            .filter_map(|path| removed(&path))
+            .collect()
     }
 }
 
@@ -260,15 +285,47 @@ fn removed(path: &Path) -> Option<String> {
     last
 }
 
-/// Removes the cgroups of a dead launcher's guest, and tells whether none is left.
+/// What a guest's cgroup is called. Its user is nobody else's, so no other cgroup of this host is.
+fn name_for(uid: u32) -> String {
+    format!("{PREFIX}{uid}")
+}
+
+/// Removes the cgroups of a dead launcher's guest, and tells whether none is left. Of where that launcher
+/// was nothing is known, so they are looked for everywhere.
 pub(super) fn remove_empty(uid: u32) -> bool {
-    let Ok(bases) = bases() else {
+    let Ok(own) = own_hierarchies() else {
         return false;
     };
-    bases.iter().all(|base| {
-        let gone = fs::remove_dir(base.directory.join(format!("{PREFIX}{uid}")));
-        gone.is_ok() || gone.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
-    })
+    let mut found = Vec::new();
+    let all_looked_at = own
+        .iter()
+        .all(|own| find(&own.mount, &name_for(uid), &mut found).is_ok());
+    all_looked_at
+        && found.iter().all(|path| {
+            let gone = fs::remove_dir(path);
+            gone.is_ok() || gone.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        })
+}
+
+/// Adds all cgroups of that name below `directory`.
+fn find(directory: &Path, name: &str, found: &mut Vec<PathBuf>) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        // One that has gone meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            continue;
+        }
+        if entry.file_name() == name {
+            found.push(entry.path());
+        } else {
+            find(&entry.path(), name, found)?;
+        }
+    }
+    Ok(())
 }
 
 /// A file of a cgroup. Without an optional one less is held, and the part all the same.
@@ -330,11 +387,8 @@ fn bases() -> Result<Vec<Base>, PathError> {
     if let Some(bases) = &*found {
         return Ok(bases.clone());
     }
-    let read =
-        |path: &str| fs::read_to_string(path).map_err(PathError::of("read", Path::new(path)));
-    let own = own_cgroups(&read(MOUNTS)?, &read(OWN)?);
     let mut bases = Vec::new();
-    for hierarchy in own {
+    for hierarchy in own_hierarchies()? {
         let taken: Vec<Part> = bases
             .iter()
             .flat_map(|base: &Base| base.parts.clone())
@@ -347,11 +401,18 @@ fn bases() -> Result<Vec<Base>, PathError> {
     Ok(bases)
 }
 
+/// This process's cgroup in each hierarchy that is mounted.
+fn own_hierarchies() -> Result<Vec<Own>, PathError> {
+    let read =
+        |path: &str| fs::read_to_string(path).map_err(PathError::of("read", Path::new(path)));
+    Ok(own_cgroups(&read(MOUNTS)?, &read(OWN)?))
+}
+
 /// The parts that this host's controllers give. Looks, and changes nothing.
 pub(super) fn host_parts() -> Result<BTreeSet<Part>, PathError> {
     let read = |path: &Path| fs::read_to_string(path).map_err(PathError::of("read", path));
     let mut parts = BTreeSet::new();
-    for own in own_cgroups(&read(Path::new(MOUNTS))?, &read(Path::new(OWN))?) {
+    for own in own_hierarchies()? {
         let controllers = match own.controllers {
             Some(controllers) => controllers,
             None => {

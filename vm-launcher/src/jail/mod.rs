@@ -204,18 +204,23 @@ impl Cell {
         Ok((cell, root))
     }
 
-    /// The cell that a dead launcher left to its QEMU.
-    pub(crate) fn adopt(uid: u32) -> Result<Self, JailError> {
+    /// The cell that a dead launcher left to its QEMU, with the cgroups that it recorded, if it did.
+    pub(crate) fn adopt(uid: u32, cgroups: Option<&[PathBuf]>) -> Result<Self, JailError> {
         Ok(Self {
             uid,
             reservation: Some(Reservation::adopt(uid)?),
-            cgroups: Cgroups::of(uid)?,
+            cgroups: Cgroups::of(uid, cgroups)?,
         })
     }
 
     /// The user that QEMU runs as.
     pub(crate) fn uid(&self) -> u32 {
         self.uid
+    }
+
+    /// Where its cgroups are.
+    pub(crate) fn cgroups(&self) -> &[PathBuf] {
+        self.cgroups.directories()
     }
 
     /// What QEMU's process needs for its way in. `handed` stay open in it.

@@ -1,6 +1,6 @@
 //! What a launcher that is dead has left: a guest that lives on is taken over, the rest removed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,10 +26,12 @@ const TAP_DEADLINE: Duration = Duration::from_secs(1);
 
 /// What tells everything that was made for a guest from all else on this host, until it boots again.
 /// What had not been made, or is not known, is absent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Traces {
     /// The user that QEMU runs as.
     pub uid: Option<u32>,
+    /// Its cgroups: those of another launcher may be elsewhere.
+    pub cgroups: Option<Vec<PathBuf>>,
     /// QEMU's pid, and when it started.
     pub process: Option<(u32, u64)>,
     /// The tap's index.
@@ -86,7 +88,8 @@ async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, Laun
         .process
         .insert(Arc::new(QemuProcess::adopt(pid, start)?));
     let process = Arc::clone(process);
-    let cell = machine.cell.insert(Cell::adopt(uid)?);
+    let cgroups = traces.cgroups.as_deref();
+    let cell = machine.cell.insert(Cell::adopt(uid, cgroups)?);
     if !cell.holds(pid) {
         return Err(JailError::Escaped(pid).into());
     }
@@ -151,7 +154,8 @@ fn require_policy(spec: &Spec, status: &GuardStatus) -> Result<(), GuardError> {
 /// removed; to try again later does no harm. Blocks for seconds at most.
 pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces) -> Vec<String> {
     let mut left = Vec::new();
-    let cell = match traces.uid.map(Cell::adopt).transpose() {
+    let adopt = |uid| Cell::adopt(uid, traces.cgroups.as_deref());
+    let cell = match traces.uid.map(adopt).transpose() {
         Ok(cell) => cell,
         // It was given back, which is done last, and only without a process is it another's.
         Err(JailError::UidHeld(_)) => None,

@@ -53,6 +53,7 @@ impl Machine {
     pub(super) fn traces(&self) -> Traces {
         Traces {
             uid: self.cell.as_ref().map(Cell::uid),
+            cgroups: self.cell.as_ref().map(|cell| cell.cgroups().to_vec()),
             process: self.process.as_ref().map(|qemu| (qemu.pid(), qemu.start())),
             tap: self.tap.as_ref().map(Tap::index),
             guard: self.guard.as_ref().map(Guard::identity),

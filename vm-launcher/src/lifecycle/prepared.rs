@@ -5,8 +5,8 @@ use tokio::task::spawn_blocking;
 use crate::disk::Disks;
 use crate::image::LeaseEnd;
 use crate::jail::{Cell, Root};
-use crate::lifecycle::Paused;
 use crate::lifecycle::machine::Machine;
+use crate::lifecycle::{Paused, Traces};
 use crate::{ImageError, LaunchError, Spec};
 
 /// A user is reserved, its cgroups are made, and what boots is copied. Dropping it undoes that.
@@ -14,7 +14,6 @@ use crate::{ImageError, LaunchError, Spec};
 pub struct Prepared {
     machine: Machine,
     root: Root,
-    uid: u32,
     lease_end: LeaseEnd,
 }
 
@@ -43,18 +42,18 @@ impl Prepared {
         })??;
         let mut machine = Machine::new(spec);
         machine.disks = disks;
-        let uid = machine.cell.insert(cell).uid();
+        machine.cell = Some(cell);
         Ok(Self {
             machine,
             root,
-            uid,
             lease_end,
         })
     }
 
-    /// The user that QEMU will run as: nobody else's, so that whatever runs as it is this guest's.
-    pub fn uid(&self) -> u32 {
-        self.uid
+    /// What tells what there is of this guest: the user that QEMU will run as, which is nobody else's,
+    /// and its cgroups.
+    pub fn traces(&self) -> Traces {
+        self.machine.traces()
     }
 
     /// Makes the run directory and the tap, starts QEMU stopped, and speaks with it.

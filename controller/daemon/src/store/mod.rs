@@ -218,12 +218,15 @@ mod tests {
         Change::Admit(Box::new(grant(id, name, slot)))
     }
 
-    const TRACES: Traces = Traces {
-        uid: Some(7),
-        process: Some((42, 4242)),
-        tap: Some(3),
-        guard: Some([1, 2]),
-    };
+    fn traces() -> Traces {
+        Traces {
+            uid: Some(7),
+            cgroups: Some(vec!["/sys/fs/cgroup/a \"b\"/omerta-guest-7".into()]),
+            process: Some((42, 4242)),
+            tap: Some(3),
+            guard: Some([1, 2]),
+        }
+    }
 
     #[tokio::test]
     async fn what_was_changed_is_there_for_the_next_and_ids_are_never_given_again() {
@@ -235,7 +238,7 @@ mod tests {
         for change in [
             admit(1, "alpha", 5),
             admit(2, "beta", 6),
-            Change::Reach(id, Step::Guarded, TRACES),
+            Change::Reach(id, Step::Guarded, traces()),
             Change::Run {
                 id,
                 resumed_at: 9,
@@ -262,7 +265,7 @@ mod tests {
         let kept = Kept {
             grant: grant(1, "alpha", 5),
             step: Step::Running,
-            traces: TRACES,
+            traces: traces(),
             seen,
         };
         assert_eq!(contents.guests, [kept]);
@@ -290,7 +293,7 @@ mod tests {
     async fn change_of_a_guest_without_a_row_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let (store, _) = Store::open(directory.path()).unwrap();
-        let changed = store.change(Change::Reach(GuestId(9), Step::Launching, TRACES));
+        let changed = store.change(Change::Reach(GuestId(9), Step::Launching, traces()));
         assert!(matches!(changed.await, Err(StoreError::NoRow)));
     }
 

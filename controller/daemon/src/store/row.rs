@@ -1,5 +1,7 @@
 //! What is kept of one guest.
 
+use std::path::PathBuf;
+
 use omerta_engine::GuestId;
 use omerta_vm_launcher::Traces;
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -110,7 +112,7 @@ pub(crate) enum Change {
 }
 
 const COLUMNS: &str = "id, name, request, slot, accel, machine, run_dir, boot, step, uid, pid, \
-     pid_start, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake";
+     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake";
 
 /// Makes one change, in one transaction.
 pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), StoreError> {
@@ -131,7 +133,7 @@ pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), Store
         )?,
         Change::Reach(id, step, traces) => connection.execute(
             "UPDATE guests SET step = ?2, uid = ?3, pid = ?4, pid_start = ?5, tap = ?6,
-             guard_egress = ?7, guard_ingress = ?8 WHERE id = ?1",
+             guard_egress = ?7, guard_ingress = ?8, cgroups = ?9 WHERE id = ?1",
             params![
                 number(id.0)?,
                 step.word(),
@@ -141,6 +143,7 @@ pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), Store
                 traces.tap,
                 traces.guard.map(|[egress, _]| egress),
                 traces.guard.map(|[_, ingress]| ingress),
+                traces.cgroups.map(|all| text_of(&all)).transpose()?,
             ],
         )?,
         Change::Run {
@@ -233,6 +236,11 @@ fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
         (Some(egress), Some(ingress)) => Some([egress, ingress]),
         _ => None,
     };
+    let cgroups: Option<String> = row.get("cgroups")?;
+    let cgroups = cgroups
+        .map(|text| serde_json::from_str(&text))
+        .transpose()
+        .map_err(|_| StoreError::Nonsense("a list of cgroups"))?;
     Ok(Kept {
         grant: Grant {
             id: GuestId(moment("id")?.ok_or(StoreError::Nonsense("an id"))?),
@@ -247,6 +255,7 @@ fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
         step: Step::of(&step).ok_or(StoreError::Nonsense("a step"))?,
         traces: Traces {
             uid: row.get("uid")?,
+            cgroups,
             process,
             tap: row.get("tap")?,
             guard,
@@ -260,6 +269,11 @@ fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
             handshake: row.get("handshake")?,
         },
     })
+}
+
+/// Paths as JSON; the kernel lets names of cgroups be anything.
+fn text_of(paths: &[PathBuf]) -> Result<String, StoreError> {
+    serde_json::to_string(paths).map_err(|_| StoreError::Nonsense("a cgroup that is no text"))
 }
 
 /// SQLite's numbers have a sign.

@@ -5,9 +5,10 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// Each takes the database from the version of its place to the next. What was released is never changed.
-pub(super) const MIGRATIONS: [&str; 2] = [
+pub(super) const MIGRATIONS: [&str; 3] = [
     include_str!("migrations/0001_guests.sql"),
     include_str!("migrations/0002_observed.sql"),
+    include_str!("migrations/0003_cgroups.sql"),
 ];
 
 /// Brings the database to the last version: each step whole or not at all, whenever this is killed.

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use omerta_dataplane::Guard;
-use omerta_test_support::{IDLE, Namespace, Orphans};
+use omerta_test_support::{Cgroup, IDLE, Namespace, Orphans};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::daemon::{Daemon, command, complaint, run_to_end};
+use crate::daemon::{Daemon, command, complaint, namespace, run_to_end};
 use crate::guests::{give_image, request, run};
 
 const METRICS_OFF: [&str; 2] = ["--metrics", "off"];
@@ -126,6 +126,48 @@ fn guest_of_a_killed_omertad_runs_on_and_is_taken_over_with_all_that_was_known()
         let ended = daemon.post(&format!("/v1/guests/{name}/kill"), "");
         assert_eq!(ended.json()["ended"]["leftovers"], json!(null), "{ended:?}");
     }
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+}
+
+/// A restart by hand, or another unit: the guests' cgroups are where the dead omertad was.
+#[test]
+fn guest_is_taken_over_by_an_omertad_in_another_cgroup_and_leaves_nothing_in_the_first() {
+    let [first, second] = [Cgroup::new().unwrap(), Cgroup::new().unwrap()];
+    let start_in = |cgroup: &Cgroup, (namespace, directory): (Namespace, TempDir)| {
+        let mut command = command(&namespace, directory.path());
+        command.args(METRICS_OFF);
+        cgroup.contain(&mut command).unwrap();
+        Daemon::start_by(command, namespace, directory)
+    };
+    let daemon = start_in(&first, (namespace(), tempfile::tempdir().unwrap()));
+    give_image(&daemon, IDLE);
+    let before = run(&daemon, "alpha");
+    let guests = |cgroup: &Cgroup| {
+        let mut all = cgroup.below();
+        all.retain(|path| path.to_string_lossy().contains("omerta-guest-"));
+        all
+    };
+    assert_ne!(guests(&first), [""; 0].map(PathBuf::from));
+
+    let daemon = start_in(&second, daemon.die());
+    let after = show(&daemon, "alpha");
+    assert_eq!(after["state"], "running", "{after}");
+    assert_eq!(after["pid"], before["pid"]);
+    let ended = daemon.post("/v1/guests/alpha/kill", "").json();
+    assert_eq!(ended["ended"]["leftovers"], json!(null), "{ended}");
+    assert_eq!(guests(&first), [""; 0].map(PathBuf::from));
+
+    // One that does not live on is found there too.
+    run(&daemon, "beta");
+    let (namespace, directory) = daemon.die();
+    let store = rusqlite::Connection::open(directory.path().join("state/guests.db")).unwrap();
+    store
+        .execute("UPDATE guests SET step = 'launched'", [])
+        .unwrap();
+    drop(store);
+    let daemon = start_in(&first, (namespace, directory));
+    assert_eq!(show(&daemon, "beta")["ended"]["cause"], "abandoned");
+    assert_eq!(guests(&second), [""; 0].map(PathBuf::from));
     assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
 }
 
