@@ -21,20 +21,23 @@ limit_mib=32
 
 # shellcheck source=vm-launcher/image/kernel.sh
 . "$recipe/kernel.sh"
+# shellcheck source=vm-launcher/image/agent.sh
+. "$recipe/agent.sh"
 
 say() { printf 'image: %s\n' "$*"; }
 die() { printf 'image: %s\n' "$*" >&2; exit 1; }
 now() { cut -d' ' -f1 /proc/uptime; }
 mib() { awk -v bytes="$(stat -c %s "$1")" 'BEGIN { printf "%.1f MiB", bytes / 1048576 }'; }
 
-inputs=$(cd "$recipe" && find build.sh kernel.sh modules rootfs -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
+[ "$(uname -m)" = x86_64 ] || die "cannot build on $(uname -m): the guest image is for x86_64 alone"
+find_agent
+inputs=$({ cd "$recipe" && find agent.sh build.sh kernel.sh modules rootfs -type f -print0 | sort -z | xargs -0 sha256sum; sha256sum <"$agent"; } | sha256sum | cut -d' ' -f1)
 if [ -z "$refresh" ] && [ -s "$out/vmlinuz" ] && [ -s "$out/initrd.img" ] &&
     [ "$(cat "$out/inputs" 2>/dev/null)" = "$inputs" ]; then
     say "up to date: $out"
     exit 0
 fi
 
-[ "$(uname -m)" = x86_64 ] || die "cannot build on $(uname -m): the guest image is for x86_64 alone"
 for tool in apt-get apt-cache dpkg sha256sum awk; do
     command -v "$tool" >/dev/null || die "$tool is missing: build on Debian or Ubuntu"
 done
@@ -94,14 +97,18 @@ collect_modules "$recipe/modules"
 
 say "packing"
 cp -R "$recipe/rootfs/." "$image/"
+cp "$agent" "$image/bin/omerta-agent"
 # A clone has the modes of whoever made it.
 chmod -R u=rwX,go=rX "$image"
-chmod 755 "$image/init" "$image/usr/lib/omerta/"* "$image/etc/acpi/PWRF/"*
+chmod 755 "$image/init" "$image/bin/omerta-agent" "$image/usr/lib/omerta/"* "$image/etc/acpi/PWRF/"*
 pack
 
 total=$(($(stat -c %s "$work/vmlinuz") + $(stat -c %s "$work/initrd.img")))
 [ "$total" -le $((limit_mib << 20)) ] || die "the image has $total bytes, more than $limit_mib MiB"
 rm -f "$out/inputs"
+# For who builds another image with it.
+cp "$agent" "$work/omerta-agent"
+mv "$work/omerta-agent" "$out/omerta-agent"
 mv "$work/vmlinuz" "$work/initrd.img" "$out/"
 echo "$inputs" >"$out/inputs"
 seconds=$(awk -v from="$began" -v to="$(now)" 'BEGIN { printf "%.1f", to - from }')

@@ -26,20 +26,23 @@ uuid=6f6d6572-7461-4564-8000-64656269616e
 
 # shellcheck source=vm-launcher/image/kernel.sh
 . "$recipe/kernel.sh"
+# shellcheck source=vm-launcher/image/agent.sh
+. "$recipe/agent.sh"
 
 say() { printf 'image: %s\n' "$*"; }
 die() { printf 'image: %s\n' "$*" >&2; exit 1; }
 now() { cut -d' ' -f1 /proc/uptime; }
 mib() { awk -v bytes="$(stat -c %s "$1")" 'BEGIN { printf "%.1f MiB", bytes / 1048576 }'; }
 
-inputs=$(cd "$recipe" && find debian.sh kernel.sh debian rootfs -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
+[ "$(uname -m)" = x86_64 ] || die "cannot build on $(uname -m): the guest image is for x86_64 alone"
+find_agent
+inputs=$({ cd "$recipe" && find agent.sh debian.sh kernel.sh debian rootfs -type f -print0 | sort -z | xargs -0 sha256sum; sha256sum <"$agent"; } | sha256sum | cut -d' ' -f1)
 if [ -z "$refresh" ] && [ -s "$out/vmlinuz" ] && [ -s "$out/initrd.img" ] && [ -s "$out/disk.qcow2" ] &&
     [ "$(cat "$out/inputs" 2>/dev/null)" = "$inputs" ]; then
     say "up to date: $out"
     exit 0
 fi
 
-[ "$(uname -m)" = x86_64 ] || die "cannot build on $(uname -m): the guest image is for x86_64 alone"
 [ "$(id -u)" = 0 ] || die "building the Debian image takes root, for its files' owners"
 for tool in mmdebstrap/mmdebstrap qemu-img/qemu-utils mke2fs/e2fsprogs debugfs/e2fsprogs unshare/util-linux; do
     command -v "${tool%/*}" >/dev/null || die "${tool%/*} is missing: apt-get install ${tool#*/}"
@@ -47,7 +50,7 @@ done
 
 # In a mount namespace of its own, so that the file system in memory goes with it.
 if [ -z "${OMERTA_IMAGE_INSIDE-}" ]; then
-    exec unshare --mount --propagation private env OMERTA_IMAGE_INSIDE=1 "$0" ${refresh:+--refresh} "$out"
+    exec unshare --mount --propagation private env OMERTA_IMAGE_INSIDE=1 OMERTA_AGENT="$agent" "$0" ${refresh:+--refresh} "$out"
 fi
 
 began=$(now)
@@ -88,10 +91,11 @@ mkdir -p "$tree/usr/lib/omerta" "$tree/etc/omerta"
 cp -R "$recipe/debian/rootfs/." "$tree/"
 cp "$recipe/rootfs/usr/lib/omerta/facts" "$recipe/rootfs/usr/lib/omerta/network" "$recipe/rootfs/usr/lib/omerta/report" "$tree/usr/lib/omerta/"
 cp "$recipe/rootfs/etc/omerta/firewall.nft" "$tree/etc/omerta/"
+cp "$agent" "$tree/usr/lib/omerta/omerta-agent"
 chmod 755 "$tree/usr/lib/omerta/"*
 chmod 644 "$tree/etc/systemd/system/omerta-"*.service "$tree/etc/cloud/cloud.cfg.d/90_omerta.cfg" "$tree/etc/modules-load.d/omerta.conf" \
     "$tree/etc/systemd/network/10-cloud-init-eth0.network.d/omerta.conf" "$tree/usr/lib/omerta/facts" "$tree/usr/lib/omerta/network"
-systemctl --root="$tree" --quiet enable omerta-firewall.service omerta-tunnel.service omerta-console.service systemd-networkd.service
+systemctl --root="$tree" --quiet enable omerta-firewall.service omerta-tunnel.service omerta-agent.service omerta-console.service systemd-networkd.service
 systemctl --root="$tree" --quiet mask serial-getty@ttyS0.service getty@tty1.service apt-daily.timer apt-daily-upgrade.timer \
     e2scrub_all.timer fstrim.timer dpkg-db-backup.timer systemd-networkd-wait-online.service
 # Each guest has its own.

@@ -110,6 +110,12 @@ fn build(args: &BuildArgs, out: &mut Output) -> Result<(), ImageError> {
     let script = recipe.path(args.kind.script());
     let mut command = Command::new("sh");
     command.arg(&script);
+    // The environment's own choice comes first; without either the recipe says what is missing.
+    if std::env::var_os(AGENT).is_none()
+        && let Some(agent) = installed_agent()
+    {
+        command.env(AGENT, agent);
+    }
     if args.refresh {
         command.arg("--refresh");
     }
@@ -140,6 +146,22 @@ fn build(args: &BuildArgs, out: &mut Output) -> Result<(), ImageError> {
         args.shown.format,
         out,
     )
+}
+
+/// The variable that names the recipes the agent to put into an image.
+const AGENT: &str = "OMERTA_AGENT";
+
+/// The agent that was installed, or built, with this program.
+fn installed_agent() -> Option<PathBuf> {
+    let program = std::env::current_exe().ok()?;
+    let directory = program.parent()?;
+    [
+        "../lib/omerta/omerta-agent",
+        "../agent/x86_64-unknown-linux-gnu/release/omerta-agent",
+    ]
+    .into_iter()
+    .map(|place| directory.join(place))
+    .find(|place| place.is_file())
 }
 
 fn name_of(args: &BuildArgs, word: &str) -> Result<ImageName, ImageError> {

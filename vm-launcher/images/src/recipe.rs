@@ -13,6 +13,7 @@ macro_rules! files {
 }
 
 const FILES: &[(&str, &[u8])] = files![
+    "agent.sh",
     "build.sh",
     "debian.sh",
     "debian/initrd/init",
@@ -21,6 +22,7 @@ const FILES: &[(&str, &[u8])] = files![
     "debian/rootfs/etc/cloud/cloud.cfg.d/90_omerta.cfg",
     "debian/rootfs/etc/modules-load.d/omerta.conf",
     "debian/rootfs/etc/systemd/network/10-cloud-init-eth0.network.d/omerta.conf",
+    "debian/rootfs/etc/systemd/system/omerta-agent.service",
     "debian/rootfs/etc/systemd/system/omerta-console.service",
     "debian/rootfs/etc/systemd/system/omerta-firewall.service",
     "debian/rootfs/etc/systemd/system/omerta-tunnel.service",

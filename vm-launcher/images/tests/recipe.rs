@@ -9,7 +9,7 @@ use std::process::Command;
 use omerta_images::{Digest, Recipe};
 
 /// Builds in a directory of its own, from packages that another build has downloaded.
-fn build(cache: &Path, umask: &str) -> (Digest, Digest) {
+fn build(cache: &Path, agent: &Path, umask: &str) -> (Digest, Digest) {
     let recipe = Recipe::unpack().unwrap();
     let out = tempfile::tempdir().unwrap();
     fs::create_dir(out.path().join("cache")).unwrap();
@@ -23,6 +23,7 @@ fn build(cache: &Path, umask: &str) -> (Digest, Digest) {
         .arg(format!("umask {umask}; exec sh \"$0\" \"$1\""))
         .arg(recipe.path("build.sh"))
         .arg(out.path())
+        .env("OMERTA_AGENT", agent)
         .output()
         .unwrap();
     assert!(built.status.success(), "{built:?}");
@@ -41,5 +42,6 @@ fn the_small_image_built_twice_is_the_same_image() {
         println!("skipped: {} has no packages: `make image`", cache.display());
         return;
     }
-    assert_eq!(build(&cache, "022"), build(&cache, "077"));
+    let agent = target.join("omerta-agent");
+    assert_eq!(build(&cache, &agent, "022"), build(&cache, &agent, "077"));
 }
