@@ -128,6 +128,8 @@ pkg-config pkg-config
 /usr/include/libelf.h libelf-dev
 /usr/include/zlib.h zlib1g-dev
 wg wireguard-tools
+nft nftables
+iptables-legacy iptables
 zstd zstd
 /etc/ssl/certs/ca-certificates.crt ca-certificates
 END

@@ -1,3 +1,5 @@
+# shellcheck shell=sh
+# shellcheck disable=SC2154
 # Read by build.sh and debian.sh: the agent, as $agent. OMERTA_AGENT names one that is there already; in the source tree
 # it is built, with all that it needs in it, so that it runs in any image. They give $recipe and die.
 find_agent() {

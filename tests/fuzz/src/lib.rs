@@ -14,6 +14,7 @@
     reason = "a finding is a panic"
 )]
 
+mod agent;
 mod images;
 mod oracle;
 mod parsers;
@@ -59,6 +60,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("qcow2_header", images::qcow2_header),
     ("image_manifest", images::image_manifest),
     ("image_signature", images::image_signature),
+    ("agent_messages", agent::messages),
+    ("agent_heartbeat", agent::heartbeat),
 ];
 
 /// The target of that name.
