@@ -47,7 +47,7 @@ pub use jail::{
     sweep_jails,
 };
 pub use lifecycle::{
-    Control, Ended, Guarded, GuestEvent, Paused, Prepared, Running, Traces, unwind,
+    Control, Ended, Guarded, GuestEvent, Paused, Prepared, Running, Traces, Unwound, unwind,
 };
 pub use lock_file::{LockError, LockFile, PathError};
 pub use machine_type::{MachineType, MachineTypeError};

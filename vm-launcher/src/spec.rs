@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use omerta_dataplane::{DirectionLimits, Owner};
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
@@ -110,6 +111,9 @@ pub struct Spec {
     pub jail: Jail,
     /// In whose name the guard is attached, so that nobody else changes or removes it by mistake.
     pub guard_owner: Option<Owner>,
+    /// How long after its launcher was last there the guard lets anything pass; `None` is for ever. Renewed
+    /// each time that the guard is looked at and is what was proven.
+    pub guard_lease: Option<Duration>,
     /// Whether it lives on when its launcher dies, for another to adopt or to end. Its QEMU dies with the
     /// launcher otherwise.
     pub outlives_launcher: bool,
@@ -341,6 +345,7 @@ pub(crate) mod tests {
             run_dir: "/run/omerta/web-1".into(),
             jail: Jail::default(),
             guard_owner: None,
+            guard_lease: None,
             outlives_launcher: false,
         }
     }

@@ -113,6 +113,9 @@ pub struct GuestList {
 /// again or many others have ended since.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Guest {
+    /// The number that omertad gave it, which no guest before or after it has: a name may be used again.
+    #[serde(default)]
+    pub id: u64,
     /// The name.
     pub name: String,
     /// Where it stands in its life.

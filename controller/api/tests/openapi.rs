@@ -70,6 +70,7 @@ fn ended() -> Ended {
 
 fn guest() -> Guest {
     Guest {
+        id: 7,
         name: "alpha".into(),
         state: GuestState::Running,
         interface: "omalpha".into(),

@@ -257,6 +257,7 @@ fn show(guest: &Guest, format: Format, out: &mut Output) -> Result<(), VmError> 
 fn details(guest: &Guest) -> Table {
     let mut table = Table::new(&[Side::Left, Side::Left]);
     table.pair("name", Cell::new(&guest.name));
+    table.pair("id", Cell::new(guest.id));
     table.pair("state", Cell::styled(state_style(guest.state), guest.state));
     table.pair("since", Cell::new(&guest.since));
     table.pair("image", Cell::new(&guest.image));

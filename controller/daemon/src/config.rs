@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use omerta_api::GuestLimits;
+use omerta_dataplane::{LeaseTime, LeaseTimeError};
 use omerta_engine::OnViolation;
 use omerta_images::Store;
 use omerta_vm_launcher::{Accel, Jail, MachineType, MachineTypeError, PartError, UidRangeError};
@@ -35,11 +37,15 @@ pub(crate) struct Config {
     pub(crate) recovery: Option<RecoveryConfig>,
 }
 
+/// Shorter, and a host that is busy would cut off guests whose omertad is there.
+const SHORTEST_LEASE: Duration = Duration::from_secs(10);
+
 /// What may be said of guests whose omertad goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RecoveryConfig {
     on_stop: Option<OnStop>,
+    lease: Option<String>,
 }
 
 /// What becomes of guests when omertad is told to stop.
@@ -108,6 +114,8 @@ pub(crate) struct Settings {
     pub(crate) jail: Jail,
     /// What becomes of guests when omertad is told to stop.
     pub(crate) on_stop: OnStop,
+    /// How long guests' guards let anything pass when omertad is not there; `None` is for ever.
+    pub(crate) lease: Option<Duration>,
 }
 
 /// Why there is no usable configuration.
@@ -137,6 +145,12 @@ pub(crate) enum ConfigError {
     Without(#[from] PartError),
     #[error("[jail] paths: {} is not absolute, or leads through `..`", .0.display())]
     JailPath(PathBuf),
+    #[error("[recovery] lease `{text}`", text = .0.escape_default())]
+    Lease(String, #[source] LeaseTimeError),
+    #[error(
+        "[recovery] lease is {} s: give {} s or more, for guards are looked at and their leases renewed each second, and a busy host may be late", .0.as_secs(), SHORTEST_LEASE.as_secs()
+    )]
+    LeaseShort(Duration),
     #[error("max_guests is {given}: give 1 to {pool}, as many as the guest pool has room for")]
     MaxGuests { given: usize, pool: usize },
     #[error("{what} {} cannot be made an absolute path", path.display())]
@@ -202,6 +216,7 @@ impl Config {
             None | Some("auto") => None,
             Some(word) => Some(word.parse()?),
         };
+        let recovery = self.recovery.unwrap_or_default();
         let pool = guest_pool.capacity();
         let max_guests = self.max_guests.unwrap_or(pool.min(256));
         if !(1..=pool).contains(&max_guests) {
@@ -231,12 +246,24 @@ impl Config {
             memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
             limits: self.limits.unwrap_or_default(),
             jail: self.jail.unwrap_or_default().validate()?,
-            on_stop: self
-                .recovery
-                .unwrap_or_default()
-                .on_stop
-                .unwrap_or_default(),
+            lease: recovery.checked_lease()?,
+            on_stop: recovery.on_stop.unwrap_or_default(),
         })
+    }
+}
+
+impl RecoveryConfig {
+    fn checked_lease(&self) -> Result<Option<Duration>, ConfigError> {
+        let Some(text) = &self.lease else {
+            return Ok(None);
+        };
+        let lease: LeaseTime = text
+            .parse()
+            .map_err(|error| ConfigError::Lease(text.clone(), error))?;
+        match lease.0 {
+            Some(short) if short < SHORTEST_LEASE => Err(ConfigError::LeaseShort(short)),
+            lease => Ok(lease),
+        }
     }
 }
 
@@ -318,6 +345,8 @@ mod tests {
             ("accel = \"hvf\"", "`hvf`"),
             ("machine = \"pc\"", "`pc` is no machine"),
             ("max_guests = 0", "max_guests is 0"),
+            ("[recovery]\nlease = \"60\"", "[recovery] lease `60`"),
+            ("[recovery]\nlease = \"9s\"", "give 10 s or more"),
             ("[jail]\nuids = \"0-9\"", "[jail] uids: `0-9`"),
             ("[jail]\nwithout = [\"walls\"]", "without: `walls`"),
             ("[jail]\npaths = [\"opt\"]", "[jail] paths: opt"),

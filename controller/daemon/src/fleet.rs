@@ -9,7 +9,7 @@ use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic, Record,
 };
-use omerta_vm_launcher::Spec;
+use omerta_vm_launcher::{Scrubbed, Spec};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -278,9 +278,19 @@ impl Fleet {
     }
 
     /// Takes in what became of a guest of an omertad before this one, which has ended.
-    pub(crate) fn bury(&self, found: Found, order: &Order, spec: Spec, held: Option<Slot>) {
+    pub(crate) fn bury(
+        &self,
+        found: Found,
+        order: &Order,
+        spec: Spec,
+        held: Option<Slot>,
+        scrubbed: Option<Scrubbed>,
+    ) {
         let id = found.id;
         let (actions, _) = self.lock().take_in(found, order, Arc::new(spec), held);
+        if let Some(Scrubbed { bytes }) = scrubbed {
+            self.publish(id, clock::now(), Record::Scrubbed { bytes });
+        }
         for action in actions {
             if let Action::Publish { at, record, .. } = action {
                 self.publish(id, at, record);

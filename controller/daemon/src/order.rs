@@ -57,6 +57,7 @@ pub(crate) struct Order {
     labels: BTreeMap<String, String>,
     memory: Option<HostMemory>,
     jail: Jail,
+    guard_lease: Option<Duration>,
 }
 
 impl Order {
@@ -152,6 +153,7 @@ impl Order {
             labels: checked_labels(request.labels)?,
             memory: HostMemory::now(),
             jail: settings.jail.clone(),
+            guard_lease: settings.lease,
         })
     }
 
@@ -228,6 +230,7 @@ impl Order {
                     .parse()
                     .map_err(|error: OwnerParseError| failed(&error))?,
             ),
+            guard_lease: self.guard_lease,
             outlives_launcher: true,
         };
         spec.validate().map_err(|error| usage(format!("{error}")))?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use omerta_engine::{
     Cause, Ending, Fate, Found as FoundGuest, GuestEvent, GuestState, Monotonic, OnViolation,
 };
-use omerta_vm_launcher::{Accel, Found, Running, Spec, Traces, unwind};
+use omerta_vm_launcher::{Accel, Found, Running, Spec, Traces, Unwound, unwind};
 use tokio::task::{JoinSet, spawn_blocking};
 
 use crate::acceleration::Platform;
@@ -210,9 +210,14 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
         let owner = OWNER.parse().ok();
         unwind(&tap, Path::new(&run_dir), owner.as_ref(), &traces)
     };
-    let leftovers = spawn_blocking(removing)
-        .await
-        .unwrap_or_else(|error| vec![format!("unknown: removing it broke off: {error}")]);
+    let unwound = spawn_blocking(removing).await;
+    let Unwound {
+        leftovers,
+        scrubbed,
+    } = unwound.unwrap_or_else(|error| Unwound {
+        leftovers: vec![format!("unknown: removing it broke off: {error}")],
+        scrubbed: None,
+    });
     if leftovers.is_empty() {
         if let Err(error) = fleet.store().change(Change::Remove(id)).await {
             tracing::error!(
@@ -249,7 +254,7 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
                 on_violation: order.on_violation,
                 fate: Fate::Ended(ending),
             };
-            fleet.bury(found, &order, spec, slot);
+            fleet.bury(found, &order, spec, slot, scrubbed);
         }
         Err(message) => tracing::error!(guest = name, message, "its row cannot be understood"),
     }

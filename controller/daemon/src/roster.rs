@@ -257,6 +257,7 @@ impl Roster {
                 .map(|_| spec.run_dir.join(name).to_string_lossy().into_owned())
         };
         Some(Guest {
+            id: id.0,
             name: guest.name().to_owned(),
             state: guest.state(),
             interface: spec.tap.clone(),

@@ -52,7 +52,7 @@ impl StateMap {
             .load(Ordering::Acquire)
     }
 
-    /// Renews or ends the lease.
+    /// Renews or ends the lease. One word, and nothing hangs on it: it needs no lock.
     pub fn set_lease_until_ns(&self, until: u64) {
         self.word(offset_of!(State, lease_until_ns))
             .store(until, Ordering::Release);

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -17,7 +18,7 @@ use crate::bpffs::namespace_directory;
 use crate::link::{self, LinkInfo};
 use crate::state::StateMap;
 use crate::store::state_of;
-use crate::{Guard, GuardError, Standing, clsact, interface, netlink};
+use crate::{Guard, GuardError, Standing, clsact, interface, lease, netlink};
 
 /// One of the guard's links, or the program of one of its filters, held open: while it is, the
 /// kernel runs a link's program even where the link's pin is removed, and gives the program's id to
@@ -165,6 +166,17 @@ impl GuardWatch {
         if self.state.generation() != self.expected {
             return Err(self.not_in_force("its policy was changed by another"));
         }
+        Ok(())
+    }
+
+    /// Has the guard drop everything when `lease` has passed from now on; `None` is for ever. For the
+    /// guard's owner alone, who is one process: no lock is taken, and no system call made.
+    ///
+    /// # Errors
+    /// When there is no clock.
+    pub fn renew(&self, lease: Option<Duration>) -> Result<(), GuardError> {
+        let word = lease::word(&self.interface, lease)?;
+        self.state.set_lease_until_ns(word);
         Ok(())
     }
 

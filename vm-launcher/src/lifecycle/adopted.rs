@@ -18,7 +18,7 @@ use crate::process::QemuProcess;
 use crate::qmp::{CONNECT_DEADLINE, Found, Qmp};
 use crate::run_dir::{RunDir, RunFiles};
 use crate::tap::Tap;
-use crate::{JailError, LaunchError, LockFile, ProcessError, Spec, TapError};
+use crate::{JailError, LaunchError, LockFile, ProcessError, Scrubbed, Spec, TapError};
 
 /// How long a process that is killed, and its tap, may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
@@ -149,21 +149,44 @@ fn require_policy(spec: &Spec, status: &GuardStatus) -> Result<(), GuardError> {
     })
 }
 
+/// What became of what a dead launcher had left of a guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unwound {
+    /// What could not be removed and why, one line each; empty when all went well.
+    pub leftovers: Vec<String>,
+    /// What it had written to its disk, given back to the file system, looked at and found gone; `None`
+    /// where no process that had the disk was left.
+    pub scrubbed: Option<Scrubbed>,
+}
+
 /// Removes whatever a dead launcher has left of a guest, in the order in which a living one does: as
-/// long as a process of the guest's is not proven gone, its guard stays. Tells what could not be
-/// removed; to try again later does no harm. Blocks for seconds at most.
-pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces) -> Vec<String> {
+/// long as a process of the guest's is not proven gone, its guard stays. To try again later does no harm. Blocks for seconds at most.
+pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces) -> Unwound {
     let mut left = Vec::new();
+    let mut disks = None;
     let adopt = |uid| Cell::adopt(uid, traces.cgroups.as_deref());
     let cell = match traces.uid.map(adopt).transpose() {
         Ok(cell) => cell,
         // It was given back, which is done last, and only without a process is it another's.
         Err(JailError::UidHeld(_)) => None,
-        Err(error) => return vec![format!("its user: {error}")],
+        Err(error) => {
+            return Unwound {
+                leftovers: vec![format!("its user: {error}")],
+                scrubbed: None,
+            };
+        }
     };
     if let Some((pid, start)) = traces.process {
         let ended = match QemuProcess::adopt(pid, start) {
-            Ok(process) => process.kill_and_reap(KILL_DEADLINE).map(drop),
+            Ok(process) => {
+                // While it lives: nobody else knows its disk.
+                disks = Disks::adopt(pid).unwrap_or_else(|error| {
+                    // It goes with its QEMU, and nobody has seen it go.
+                    tracing::warn!(tap, %error, "the disk of a guest that is ended cannot be held");
+                    None
+                });
+                process.kill_and_reap(KILL_DEADLINE).map(drop)
+            }
             Err(ProcessError::Gone { .. }) => Ok(()),
             Err(error) => Err(error),
         };
@@ -181,7 +204,13 @@ pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces)
         if let Some(cell) = cell {
             cell.keep();
         }
-        return left;
+        if let Some(disks) = disks {
+            disks.keep();
+        }
+        return Unwound {
+            leftovers: left,
+            scrubbed: None,
+        };
     }
     if let Some(index) = traces.tap
         && let Ok(held) = Tap::adopt(tap, index)
@@ -202,6 +231,13 @@ pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces)
         // Without its lock too: who died while it removed the directory may have begun with that.
         left.push(format!("directory {path}: {error}"));
     }
+    let scrubbed = disks.map(Disks::scrub).transpose().unwrap_or_else(|error| {
+        left.push(format!("disk: it may not be scrubbed: {error}"));
+        None
+    });
     left.extend(cell.map(Cell::tear_down).into_iter().flatten());
-    left
+    Unwound {
+        leftovers: left,
+        scrubbed,
+    }
 }

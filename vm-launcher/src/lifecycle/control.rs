@@ -1,6 +1,7 @@
 //! Commands to a running guest, usable from any task.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use omerta_dataplane::{GuardError, GuardWatch};
 
@@ -72,6 +73,11 @@ impl Control {
     /// QEMU's word for why a stopped guest can never go on, if so.
     pub(super) async fn fault(&self) -> Result<Option<&'static str>, LaunchError> {
         Ok(self.qmp.fault().await?)
+    }
+
+    /// Begins the guard's lease anew.
+    pub(super) fn renew_lease(&self, lease: Option<Duration>) -> Result<(), GuardError> {
+        self.guard.renew(lease)
     }
 
     /// Fails where the guard is no longer what was proven before the guest ran.

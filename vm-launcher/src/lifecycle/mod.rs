@@ -10,7 +10,7 @@ mod prepared;
 mod running;
 mod watcher;
 
-pub use adopted::{Traces, unwind};
+pub use adopted::{Traces, Unwound, unwind};
 pub use control::Control;
 pub use ended::Ended;
 pub use guarded::Guarded;

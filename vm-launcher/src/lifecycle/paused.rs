@@ -161,7 +161,7 @@ impl Paused {
             allow: vec![spec.consumer.allowed_endpoint()],
             egress: spec.limits.egress,
             ingress: spec.limits.ingress,
-            lease: None,
+            lease: spec.guard_lease,
             owner: spec.guard_owner.clone(),
         };
         // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.

@@ -69,6 +69,7 @@ impl Running {
             events: sender,
             links,
             alarm,
+            lease: machine.spec.guard_lease,
             logs: machine.disks.as_ref().map(|_| files.logs()),
         };
         let watcher = Watching(tokio::spawn(watcher.run()));

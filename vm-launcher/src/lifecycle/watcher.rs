@@ -66,6 +66,8 @@ pub(super) struct Watcher {
     pub(super) events: mpsc::Sender<GuestEvent>,
     pub(super) links: LinkWatch,
     pub(super) alarm: GuardAlarm,
+    /// Of the guard, to be renewed.
+    pub(super) lease: Option<Duration>,
     /// Logs to be held to their length, where the limit of QEMU's files does not.
     pub(super) logs: Option<[PathBuf; 2]>,
 }
@@ -117,7 +119,7 @@ impl Watcher {
                 }
                 _ = look.tick(), if guarded => {
                     self.logs.iter().flatten().for_each(|log| cut_log(log));
-                    let looked = self.look();
+                    let looked = self.look().and_then(|()| self.renew_lease());
                     guarded = self.stands_or_stops(looked).await;
                 }
                 event = self.machine_events.recv(), if qmp_open => match event {
@@ -187,6 +189,12 @@ impl Watcher {
     /// Whether the guard is still what was proven; if not, what has become of it.
     fn look(&self) -> Result<(), String> {
         self.control.verify_guard().map_err(|error| loss(&error))
+    }
+
+    /// Begins the lease of a guard anew that was looked at.
+    fn renew_lease(&self) -> Result<(), String> {
+        let renewed = self.control.renew_lease(self.lease);
+        renewed.map_err(|error| report(&error))
     }
 
     /// Stops a guest that has lost its guard, and tells whether it has not.

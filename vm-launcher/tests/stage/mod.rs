@@ -159,6 +159,7 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
         run_dir,
         jail: Jail::default(),
         guard_owner: None,
+        guard_lease: None,
         outlives_launcher: false,
     }
 }

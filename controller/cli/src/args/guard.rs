@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
-use omerta_dataplane::{DirectionLimits, GuardConfig};
+use omerta_dataplane::{DirectionLimits, GuardConfig, LeaseTime};
 use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Mode};
 
 use super::Shown;
-use super::limit::{self, LeaseTime, Limit};
+use super::limit::{self, Limit};
 
 /// The verbs of `omerta guard`.
 #[derive(Debug, Subcommand)]

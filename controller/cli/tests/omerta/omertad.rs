@@ -101,7 +101,7 @@ pub const CONSUMER: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=@192.0.2
 /// A running guest that has shaken hands, as omertad shows it.
 pub fn guest(name: &str, state: &str) -> Value {
     json!({
-        "name": name, "state": state, "interface": format!("om{name}"),
+        "id": 7, "name": name, "state": state, "interface": format!("om{name}"),
         "address": "10.77.0.2", "gateway": "10.77.0.1", "mac": "52:54:00:12:34:56",
         "public_key": "ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=", "handshake": true,
         "consumer": CONSUMER, "on_violation": "terminate", "mode": "filtered",

@@ -58,23 +58,75 @@ fn start() -> (Daemon, Store) {
 #[test]
 fn a_signed_image_with_a_disk_runs_is_held_while_it_does_and_its_disk_is_scrubbed() {
     let (daemon, store) = start();
-    let mut body: Value = serde_json::from_str(&request("alpha", "disked")).unwrap();
-    body["disk_mib"] = json!(32);
-    let answer = daemon.post("/v1/guests", &body.to_string());
-    assert_eq!(answer.status, 201, "{answer:?}");
+    run_with_disk(&daemon);
     let name = "disked".parse().unwrap();
     assert!(store.remove(&name).is_err(), "a guest runs it");
     assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
     store.remove(&name).unwrap();
+    let bytes = scrubbed_bytes(&daemon);
+    assert!(bytes >= 32 << 20, "{bytes}");
+    let left = fs::read_dir(daemon.path().join("state/disks")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+fn run_with_disk(daemon: &Daemon) {
+    let mut body: Value = serde_json::from_str(&request("alpha", "disked")).unwrap();
+    body["disk_mib"] = json!(32);
+    let answer = daemon.post("/v1/guests", &body.to_string());
+    assert_eq!(answer.status, 201, "{answer:?}");
+}
+
+fn scrubbed_bytes(daemon: &Daemon) -> u64 {
     let events = daemon.get("/v1/events?guest=alpha").body;
     let scrubbed = events
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .find(|event| event["kind"] == "scrubbed");
-    let bytes = scrubbed.unwrap()["bytes"].as_u64().unwrap();
-    assert!(bytes >= 32 << 20, "{bytes}: {events}");
-    let left = fs::read_dir(daemon.path().join("state/disks")).unwrap();
-    assert_eq!(left.count(), 0);
+    let scrubbed = scrubbed.unwrap_or_else(|| panic!("{events}"));
+    scrubbed["bytes"].as_u64().unwrap()
+}
+
+fn start_again(daemon: Daemon) -> Daemon {
+    let (namespace, directory) = daemon.die();
+    let config = directory.path().join("omertad.toml").display().to_string();
+    let arguments = ["--metrics", "off", "--config", &config];
+    Daemon::start_in(namespace, directory, &arguments)
+}
+
+#[test]
+fn a_guest_with_a_disk_is_taken_over_with_it_and_its_disk_is_scrubbed_at_its_end() {
+    let (daemon, _) = start();
+    run_with_disk(&daemon);
+    let before = daemon.get("/v1/guests/alpha").json();
+    let daemon = start_again(daemon);
+    let after = daemon.get("/v1/guests/alpha").json();
+    assert_eq!(after["state"], "running", "{after}: {}", daemon.log());
+    assert_eq!(
+        (&after["id"], &after["pid"]),
+        (&before["id"], &before["pid"])
+    );
+    // Its QEMU has the layer open, and nobody else once this one has let go of it.
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+    let bytes = scrubbed_bytes(&daemon);
+    assert!(bytes >= 32 << 20, "{bytes}");
+}
+
+#[test]
+fn the_disk_of_a_guest_that_cannot_be_taken_over_is_scrubbed_and_that_is_recorded() {
+    let (daemon, _) = start();
+    run_with_disk(&daemon);
+    let (namespace, directory) = daemon.die();
+    let store = rusqlite::Connection::open(directory.path().join("state/guests.db")).unwrap();
+    let taken = store.execute("UPDATE guests SET guard_egress = guard_egress + 1", []);
+    assert_eq!(taken.unwrap(), 1);
+    drop(store);
+    let config = directory.path().join("omertad.toml").display().to_string();
+    let arguments = ["--metrics", "off", "--config", &config];
+    let daemon = Daemon::start_in(namespace, directory, &arguments);
+    let ended = daemon.get("/v1/guests/alpha").json()["ended"].clone();
+    assert_eq!(ended["cause"], "abandoned", "{ended}");
+    let bytes = scrubbed_bytes(&daemon);
+    assert!(bytes >= 32 << 20, "{bytes}");
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use omerta_dataplane::Guard;
-use omerta_test_support::{Cgroup, IDLE, Namespace, Orphans};
+use omerta_test_support::{Cgroup, FrameSender, IDLE, Namespace, Orphans};
+use omerta_verdict::Reason;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -412,6 +413,102 @@ fn told_to_keep_guests_it_leaves_them_to_the_next() {
         "{}",
         daemon.log()
     );
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
+/// Starts one whose configuration is this file's.
+fn start_configured((namespace, directory): (Namespace, TempDir), config: &str) -> Daemon {
+    let file = directory.path().join("omertad.toml");
+    std::fs::write(&file, config).unwrap();
+    let arguments = ["--metrics", "off", "--config", file.to_str().unwrap()];
+    let mut command = namespace.command(env!("CARGO_BIN_EXE_omertad"));
+    let at = |name: &str| directory.path().join(name);
+    command.arg("--socket").arg(at("omertad.sock"));
+    command.arg("--run-dir").arg(at("run"));
+    command.arg("--state-dir").arg(at("state"));
+    command.args(arguments);
+    Daemon::start_by(command, namespace, directory)
+}
+
+/// The row says what the guest is; what the configuration says by now is for those that come.
+#[test]
+fn guest_is_taken_over_as_it_was_run_whatever_the_configuration_has_become() {
+    let stage = (namespace(), tempfile::tempdir().unwrap());
+    let images = format!("image_dir = {:?}\n", stage.1.path().join("state/images"));
+    let old = format!(
+        "{images}accel = \"tcg\"\non_violation = \"drop\"\nguest_pool = \"10.98.0.0/16\"\n[limits.egress]\npackets_per_second = 5000\n"
+    );
+    let daemon = start_configured(stage, &old);
+    give_image(&daemon, IDLE);
+    let before = [run(&daemon, "alpha"), run(&daemon, "beta")];
+    let new = "accel = \"kvm\"\nmachine = \"microvm\"\non_violation = \"pause\"\nguest_pool = \"10.99.0.0/29\"\nmax_guests = 1\n\
+        max_vcpus = 1\nmemory_reserve_mib = 100000000\n[limits.ingress]\nbits_per_second = 9000\n\
+        [jail]\nuids = \"70000-70001\"\npaths = [\"/opt\"]\n[images]\nstore = \"/nonexistent\"\n[recovery]\nlease = \"1h\"\n";
+    let daemon = start_configured(daemon.die(), new);
+    for before in before {
+        let name = before["name"].as_str().unwrap();
+        let after = show(&daemon, name);
+        assert_eq!(after["state"], "running", "{after}: {}", daemon.log());
+        for same in [
+            "id",
+            "pid",
+            "address",
+            "mac",
+            "on_violation",
+            "limits",
+            "cpus",
+        ] {
+            assert_eq!(after[same], before[same], "{same}");
+        }
+        let ended = daemon.post(&format!("/v1/guests/{name}/kill"), "").json();
+        assert_eq!(ended["ended"]["leftovers"], json!(null), "{ended}");
+    }
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+}
+
+fn lease_of(namespace: &Namespace) -> Option<omerta_dataplane::Lease> {
+    let look = || Guard::open("omalpha").unwrap().status().unwrap().lease;
+    namespace.enter(look).unwrap()
+}
+
+#[test]
+fn without_a_lease_guests_go_on_and_with_one_they_are_cut_off_until_an_omertad_is_back() {
+    let stage = (namespace(), tempfile::tempdir().unwrap());
+    let images = format!("image_dir = {:?}\n", stage.1.path().join("state/images"));
+    let leased = format!("{images}[recovery]\nlease = \"10s\"\n");
+    let daemon = start_configured(stage, &leased);
+    give_image(&daemon, IDLE);
+    let before = run(&daemon, "alpha");
+    let dropped = |namespace: &Namespace| {
+        namespace
+            .enter(|| {
+                let sender = FrameSender::open("omalpha").unwrap();
+                // It says so where the guard drops the frame.
+                let _ = sender.send(&[0x52; 60]);
+                let counters = Guard::open("omalpha").unwrap().counters().unwrap();
+                let expired = |(reason, count): &(Reason, omerta_dataplane::Count)| {
+                    (*reason == Reason::LeaseExpired).then_some(count.packets)
+                };
+                counters.ingress.dropped.iter().find_map(expired).unwrap()
+            })
+            .unwrap()
+    };
+    let stage = daemon.die();
+    within_a_minute("its lease is over", || lease_of(&stage.0).unwrap().expired);
+    assert_eq!(dropped(&stage.0), 1);
+    assert_eq!(Orphans::living(stage.1.path()).len(), 1, "it lives on");
+
+    let daemon = start_configured(stage, &leased);
+    assert_eq!(show(&daemon, "alpha")["pid"], before["pid"]);
+    within_a_minute("its lease is renewed", || {
+        !lease_of(&daemon.namespace).unwrap().expired
+    });
+    assert_eq!(dropped(&daemon.namespace), 1, "no frame more");
+
+    let daemon = start_configured(daemon.die(), &images);
+    within_a_minute("it has no lease any more", || {
+        lease_of(&daemon.namespace).is_none()
+    });
     assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
 }
 
