@@ -1,14 +1,14 @@
 //! One bank of an allowlist: a BPF array of buckets, of the size that the allowlist needs.
 //!
-//! It is written and read through a mapping, which for 100,000 endpoints takes a hundredth of the
-//! time that system calls for each bucket do.
+//! It is filled and read in place, through a mapping. The kernel enters all of a bank's pages when it is
+//! mapped (and has cleared them when it was made), so none of them faults.
 
-use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::ptr::{self, NonNull};
-use std::thread;
+use std::ops::Deref;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
 use std::time::Duration;
+use std::{io, mem, slice, thread};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use omerta_verdict::Bucket;
@@ -123,59 +123,91 @@ fn id(bank: &OwnedFd) -> io::Result<u32> {
     Ok(info[1])
 }
 
-/// A new bank that holds `buckets` and is in no table yet. Its flags are those that the programs
+/// A new bank of `count` empty buckets that is in no table yet. Its flags are those that the programs
 /// declare for the maps in RULES (ebpf/programs/src/state.rs).
-pub fn create(buckets: &[Bucket]) -> io::Result<OwnedFd> {
+pub fn create(count: usize) -> io::Result<OwnedFd> {
     let mut request = CreateRequest {
         map_type: BPF_MAP_TYPE_ARRAY,
         key_size: size_of::<u32>() as u32,
         value_size: size_of::<Bucket>() as u32,
-        max_entries: u32::try_from(buckets.len()).map_err(io::Error::other)?,
+        max_entries: u32::try_from(count).map_err(io::Error::other)?,
         map_flags: BPF_F_MMAPABLE | BPF_F_INNER_MAP,
         inner_map_fd: 0,
         numa_node: 0,
         name: *b"BANK\0\0\0\0\0\0\0\0\0\0\0\0",
     };
     // SAFETY: the kernel reads `request`, which outlives the call.
-    let map = unsafe { bpf_open(BPF_MAP_CREATE, &mut request) }?;
-    write(map.as_fd(), buckets)?;
-    Ok(map)
+    unsafe { bpf_open(BPF_MAP_CREATE, &mut request) }
 }
 
-/// Writes `buckets` to the start of a bank. Programs that read it meanwhile find that its slot is no
-/// longer in force.
-pub fn write(map: BorrowedFd<'_>, buckets: &[Bucket]) -> io::Result<()> {
-    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    with_mapping(map, buckets.len(), protection, |mapping| {
-        // SAFETY: the mapping is as long as `buckets` and apart from it; the kernel aligns it to a
-        // page and strides it by the value's size, which is that of `Bucket`.
-        unsafe { ptr::copy_nonoverlapping(buckets.as_ptr(), mapping.as_ptr(), buckets.len()) }
-    })
-}
-
-/// The `count` buckets of a bank that nobody writes.
-pub fn read(map: BorrowedFd<'_>, count: usize) -> io::Result<Vec<Bucket>> {
-    let mut buckets = vec![Bucket::EMPTY; count];
-    with_mapping(map, count, ProtFlags::PROT_READ, |mapping| {
-        // SAFETY: as in `write`; every bit pattern of a bucket is valid.
-        unsafe { ptr::copy_nonoverlapping(mapping.as_ptr(), buckets.as_mut_ptr(), count) }
-    })?;
-    Ok(buckets)
-}
-
-fn with_mapping(
-    map: BorrowedFd<'_>,
+/// The first buckets of a bank that nobody writes, mapped.
+pub struct Mapped {
+    start: NonNull<Bucket>,
     count: usize,
-    protection: ProtFlags,
-    work: impl FnOnce(NonNull<Bucket>),
-) -> io::Result<()> {
-    let bytes = NonZeroUsize::new(count * size_of::<Bucket>())
-        .ok_or_else(|| io::Error::other("a bank without buckets"))?;
-    // SAFETY: a fresh mapping at an address of the kernel's choice, which overlaps nothing. The
-    // kernel refuses it where the map is shorter (`array_map_mmap` in kernel/bpf/arraymap.c).
-    let mapping = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, map, 0)? };
-    work(mapping.cast());
-    // SAFETY: made above with this length; `work` has given the pointer back.
-    unsafe { munmap(mapping, bytes.get())? };
-    Ok(())
+}
+
+impl Mapped {
+    pub fn of(bank: BorrowedFd<'_>, count: usize) -> io::Result<Self> {
+        Self::map(bank, count, ProtFlags::PROT_READ)
+    }
+
+    fn map(bank: BorrowedFd<'_>, count: usize, protection: ProtFlags) -> io::Result<Self> {
+        let bytes = NonZeroUsize::new(count * size_of::<Bucket>())
+            .ok_or_else(|| io::Error::other("a bank without buckets"))?;
+        // SAFETY: a fresh mapping at an address of the kernel's choice, which overlaps nothing. The
+        // kernel refuses it where the map is shorter (`array_map_mmap` in kernel/bpf/arraymap.c).
+        let start = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, bank, 0)? };
+        Ok(Self {
+            start: start.cast(),
+            count,
+        })
+    }
+}
+
+impl Deref for Mapped {
+    type Target = [Bucket];
+
+    fn deref(&self) -> &[Bucket] {
+        // SAFETY: mapped with this length; the kernel aligns it to a page and strides it by the value's
+        // size, which is that of `Bucket`, of which every bit pattern is valid. Under the guard's lock,
+        // nobody writes a bank but its `Spare`.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.count) }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let bytes = self.count * size_of::<Bucket>();
+        // SAFETY: mapped with this length; no reference outlives `self`. A failure leaves it mapped.
+        let _ = unsafe { munmap(self.start.cast(), bytes) };
+    }
+}
+
+/// The first buckets of the bank that is not in force, to be filled. Programs that read it meanwhile
+/// find that its slot is no longer in force, and throw away what they made of it.
+pub struct Spare {
+    mapped: Mapped,
+    is_empty: bool,
+}
+
+impl Spare {
+    /// `is_empty` where the bank was never written.
+    pub fn of(bank: BorrowedFd<'_>, count: usize, is_empty: bool) -> io::Result<Self> {
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        Ok(Self {
+            mapped: Mapped::map(bank, count, protection)?,
+            is_empty,
+        })
+    }
+
+    /// The buckets, all empty.
+    pub fn empty(&mut self) -> &mut [Bucket] {
+        // SAFETY: as in `Mapped::deref`; mapped to be written, and borrowed with `self`.
+        let buckets =
+            unsafe { slice::from_raw_parts_mut(self.mapped.start.as_ptr(), self.mapped.count) };
+        if !mem::replace(&mut self.is_empty, false) {
+            buckets.fill(Bucket::EMPTY);
+        }
+        buckets
+    }
 }

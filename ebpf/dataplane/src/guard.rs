@@ -1,6 +1,5 @@
 //! A guard: the programs, maps and links or filters that enforce one interface's policy.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use aya::maps::MapData;
@@ -13,7 +12,6 @@ use crate::lock::Lock;
 use crate::object::has_room_for_flows;
 use crate::pinned::{find, recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
-use crate::rules::refuse_unreachable;
 use crate::standing::look;
 use crate::status::{DirectionLimits, GuardStatus, read_counters};
 use crate::store::PolicyStore;
@@ -219,37 +217,18 @@ impl Guard {
 
     /// Adds endpoints to the allowlist. Returns the epoch in force.
     pub fn allow(&self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
-        self.change(|listed| {
-            listed.extend(endpoints);
-            Ok(())
-        })
+        self.change(|store| store.allow(endpoints))
     }
 
     /// Removes endpoints from the allowlist, all or none. Returns the epoch in force.
     pub fn revoke(&self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
-        self.change(|listed| {
-            if let Some(endpoint) = endpoints.iter().find(|e| !listed.contains(e)) {
-                return Err(GuardError::NotListed {
-                    interface: self.interface.clone(),
-                    endpoint: endpoint.to_string(),
-                });
-            }
-            for endpoint in endpoints {
-                listed.remove(endpoint);
-            }
-            Ok(())
-        })
+        self.change(|store| store.revoke(endpoints))
     }
 
     /// Puts `endpoints` in place of the whole allowlist, all or nothing. Returns the epoch in
     /// force.
     pub fn replace(&self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
-        // Sorted before the lock is taken: a million of them take a while.
-        let new: BTreeSet<_> = endpoints.iter().copied().collect();
-        self.change(|listed| {
-            *listed = new;
-            Ok(())
-        })
+        self.change(|store| store.replace(endpoints))
     }
 
     /// Judges by `mode` from now on. Returns the epoch in force. Only a guard that was attached in
@@ -267,8 +246,7 @@ impl Guard {
             });
         }
         policy.mode = mode as u32;
-        let endpoints = store.endpoints()?;
-        store.commit(policy, &endpoints)
+        store.amend(policy)
     }
 
     /// Limits the frames and bits of each direction as `edit` changes them. Returns the epoch in
@@ -284,8 +262,7 @@ impl Guard {
             return Ok(policy.epoch);
         }
         after.put(&mut policy);
-        let endpoints = store.endpoints()?;
-        store.commit(policy, &endpoints)
+        store.amend(policy)
     }
 
     /// Has the guard drop everything when `lease` has passed from now on, unless it is renewed by
@@ -300,21 +277,11 @@ impl Guard {
 
     fn change(
         &self,
-        edit: impl FnOnce(&mut BTreeSet<Endpoint>) -> Result<(), GuardError>,
+        edit: impl FnOnce(&mut PolicyStore<MapData>) -> Result<u64, GuardError>,
     ) -> Result<u64, GuardError> {
         let (_lock, mut store) = self.locked_store()?;
         self.authorise()?;
-        let policy = store.policy()?;
-        let before = store.endpoints()?;
-        let mut after = before.iter().copied().collect();
-        edit(&mut after)?;
-        if after.iter().eq(&before) {
-            return Ok(policy.epoch);
-        }
-        let new = after.iter().filter(|e| before.binary_search(e).is_err());
-        refuse_unreachable(&self.interface, &policy, new)?;
-        let after: Vec<_> = after.into_iter().collect();
-        store.commit(policy, &after)
+        edit(&mut store)
     }
 
     fn locked_store(&self) -> Result<(Lock, PolicyStore<MapData>), GuardError> {

@@ -7,22 +7,24 @@
 
 use std::borrow::{Borrow, BorrowMut};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
 use omerta_verdict::{
-    Bucket, Endpoint, FixedInputs, Flow, Guard, INLINE_BUCKETS, MemoryGuard, Policy, SENT_FLOWS,
-    SentFlow, Slot, SocketBufferLayout, State, Table,
+    Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Policy, SENT_FLOWS, SentFlow, Slot,
+    SocketBufferLayout, State, Table,
 };
 
+use crate::GuardError;
+use crate::bank::{self, Mapped, Spare};
+use crate::buckets::{self, Filling};
 use crate::flows::{self, FLOWS, FlowMap};
 use crate::object::Programs;
 use crate::pins::Pins;
 use crate::random::Random;
 use crate::rules::{self, MAX_ENDPOINTS};
 use crate::state::StateMap;
-use crate::{GuardError, bank};
 
 /// The maps that hold policy, by the names that the programs give them.
 const POLICY_MAPS: [&str; 3] = ["STATE", "RULES", "FLOWS"];
@@ -148,60 +150,94 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
 
     /// The allowlist in force, sorted.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>, GuardError> {
-        let buckets = self.buckets(&self.state.slot())?;
-        let mut endpoints: Vec<_> = Table::endpoints(&buckets).collect();
-        endpoints.sort();
+        let listed = self.listed()?;
+        let mut endpoints: Vec<_> = Table::endpoints(listed.buckets()).collect();
+        endpoints.sort_unstable();
         Ok(endpoints)
     }
 
-    /// The allowlist of `slot`, which is in force.
-    fn buckets(&self, slot: &Slot) -> Result<Vec<Bucket>, GuardError> {
+    /// The allowlist in force. Callers hold the guard's lock as long as they look at it.
+    pub(crate) fn listed(&self) -> Result<Listed, GuardError> {
+        let slot = self.state.slot();
         let count = slot.policy.table_mask as usize + 1;
-        if count <= INLINE_BUCKETS {
-            return Ok(slot.buckets.to_vec());
-        }
-        let bank = self.rules.get(&self.state.number(), 0);
-        let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
-        bank::read(bank.map().fd().as_fd(), count)
-            .map_err(|source| self.system("read the allowlist", source))
+        let bank = if count <= INLINE_BUCKETS {
+            None
+        } else {
+            let bank = self.rules.get(&self.state.number(), 0);
+            let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
+            let mapped = Mapped::of(bank.map().fd().as_fd(), count);
+            Some(mapped.map_err(|source| self.system("map the allowlist", source))?)
+        };
+        Ok(Listed { slot, bank })
+    }
+
+    /// The interface's name.
+    pub(crate) fn interface(&self) -> &str {
+        &self.interface
     }
 }
 
 impl<M: BorrowMut<MapData>> PolicyStore<M> {
     /// Puts `policy` with the allowlist `endpoints` in force, all or nothing. Its epoch and table
     /// parameters are filled in. Returns the new epoch. Callers hold the guard's lock.
-    pub fn commit(
+    pub fn commit(&mut self, policy: Policy, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
+        self.commit_each(policy, endpoints.len(), || endpoints.iter().copied())
+    }
+
+    /// [`PolicyStore::commit`] of what `endpoints` gives each time, of which no more than `length` differ.
+    pub(crate) fn commit_each<I: Iterator<Item = Endpoint>>(
         &mut self,
         mut policy: Policy,
-        endpoints: &[Endpoint],
+        length: usize,
+        endpoints: impl Fn() -> I,
     ) -> Result<u64, GuardError> {
-        let interface = self.interface.clone();
+        self.forget_flows(&policy, endpoints())?;
+        let mut slot = self.state.slot();
+        policy.epoch = slot.policy.epoch + 1;
+        let full = || GuardError::AllowlistFull {
+            interface: self.interface.clone(),
+            count: length,
+            limit: MAX_ENDPOINTS,
+        };
         let mut random = Random::open().map_err(|e| self.system("open /dev/urandom", e))?;
-        let table =
-            rules::build(endpoints, || random.word()).ok_or_else(|| GuardError::AllowlistFull {
-                interface: interface.clone(),
-                count: endpoints.len(),
-                limit: MAX_ENDPOINTS,
-            })?;
-        random
-            .finish()
-            .map_err(|e| self.system("read random numbers", e))?;
-        let before = self.state.slot();
-        self.forget_flows(&before, &policy, endpoints)?;
-        policy.epoch = before.policy.epoch + 1;
-        policy.table_seed = table.seed;
-        policy.table_mask = table.buckets.len() as u32 - 1;
-        let mut slot = Slot { policy, ..before };
-        if table.buckets.len() > INLINE_BUCKETS {
-            self.fill_bank(self.state.next_number(), &table.buckets)?;
-        } else {
-            slot.buckets.fill(Bucket::EMPTY);
-            for (place, bucket) in slot.buckets.iter_mut().zip(table.buckets) {
-                *place = bucket;
+        for count in rules::sizes(length.min(MAX_ENDPOINTS)) {
+            let mut bank = match count {
+                INLINE_BUCKETS => None,
+                _ => Some(self.spare(count)?),
+            };
+            for _ in 0..rules::SEEDS {
+                let buckets = match &mut bank {
+                    Some(bank) => bank.buckets.empty(),
+                    None => {
+                        slot.buckets.fill(Bucket::EMPTY);
+                        &mut slot.buckets
+                    }
+                };
+                let seed = random.word();
+                match Filling::new(buckets, seed).hold(endpoints()) {
+                    None => continue,
+                    Some(held) if held > MAX_ENDPOINTS => return Err(full()),
+                    Some(_) => {}
+                }
+                random
+                    .finish()
+                    .map_err(|e| self.system("read random numbers", e))?;
+                if let Some(Bank {
+                    fresh: Some(fresh), ..
+                }) = bank
+                {
+                    bank::put(&self.banks, self.state.next_number(), fresh).map_err(|source| {
+                        self.system("put the allowlist's map in its place", source)
+                    })?;
+                }
+                policy.table_seed = seed;
+                policy.table_mask = count as u32 - 1;
+                slot.policy = policy;
+                self.state.commit(&slot);
+                return Ok(policy.epoch);
             }
         }
-        self.state.commit(&slot);
-        Ok(policy.epoch)
+        Err(full())
     }
 
     /// What is in force, for [`PolicyStore::put_in_force`].
@@ -220,9 +256,8 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
     /// that still judge by such a policy take back what they open from now on.
     fn forget_flows(
         &mut self,
-        in_force: &Slot,
         next: &Policy,
-        endpoints: &[Endpoint],
+        mut endpoints: impl Iterator<Item = Endpoint>,
     ) -> Result<(), GuardError> {
         let interface = self.interface.clone();
         let failed = |action| {
@@ -233,17 +268,15 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         if size.max_entries() < FLOWS {
             return Ok(());
         }
-        let buckets = self.buckets(in_force)?;
-        let guard = MemoryGuard::new(&in_force.policy, &buckets);
-        let lists = |e: &Endpoint| guard.lists(guard.policy, e.protocol, e.address, e.port);
-        if next.addresses == in_force.policy.addresses && endpoints.iter().all(lists) {
+        let listed = self.listed()?;
+        if next.addresses == listed.policy().addresses && endpoints.all(|e| listed.holds(&e)) {
             return Ok(());
         }
         let flows =
             flows::all(self.flows.map()).map_err(|source| self.system("read the flows", source))?;
         for flow in flows {
-            let allowed =
-                in_force.policy.owns(flow.guest) && flow.endpoint().is_some_and(|e| lists(&e));
+            let allowed = listed.policy().owns(flow.guest)
+                && flow.endpoint().is_some_and(|e| listed.holds(&e));
             if !allowed {
                 flows::remove(&mut self.flows, flow).map_err(failed("write"))?;
             }
@@ -251,27 +284,30 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         Ok(())
     }
 
-    /// Makes `buckets` the bank of the slot `number`, which is not in force.
-    fn fill_bank(&mut self, number: u32, buckets: &[Bucket]) -> Result<(), GuardError> {
-        let interface = self.interface.clone();
-        let failed = |action| {
-            let interface = interface.clone();
-            move |source| map_error(&interface, action, "RULES", source)
+    /// The bank of the slot that is not in force, of `count` buckets, to be filled: the one in place, or
+    /// where that is too short or much too long, a new one.
+    fn spare(&self, count: usize) -> Result<Bank, GuardError> {
+        let map = |bank: BorrowedFd<'_>, is_empty| {
+            Spare::of(bank, count, is_empty)
+                .map_err(|source| self.system("map the allowlist's map", source))
         };
-        match self.rules.get(&number, 0) {
-            Ok(spare)
-                if (buckets.len()..=SPARE * buckets.len()).contains(&(spare.len() as usize)) =>
-            {
-                return bank::write(spare.map().fd().as_fd(), buckets)
-                    .map_err(|source| self.system("write the allowlist's map", source));
+        match self.rules.get(&self.state.next_number(), 0) {
+            Ok(bank) if (count..=SPARE * count).contains(&(bank.len() as usize)) => {
+                let buckets = map(bank.map().fd().as_fd(), false)?;
+                return Ok(Bank {
+                    buckets,
+                    fresh: None,
+                });
             }
             Ok(_) | Err(MapError::KeyNotFound) => {}
-            Err(source) => return Err(failed("open")(source)),
+            Err(source) => return Err(map_error(&self.interface, "open", "RULES", source)),
         }
-        let bank = bank::create(buckets)
+        let fresh = bank::create(count)
             .map_err(|source| self.system("make the allowlist's map", source))?;
-        bank::put(&self.banks, number, bank)
-            .map_err(|source| self.system("put the allowlist's map in its place", source))
+        Ok(Bank {
+            buckets: map(fresh.as_fd(), true)?,
+            fresh: Some(fresh),
+        })
     }
 
     /// Puts the policy in force once more, as the next generation: for a bench, of a guard whose
@@ -281,6 +317,32 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
         let slot = self.state.slot();
         self.state.commit(&slot);
     }
+}
+
+/// The allowlist in force, and its policy.
+pub(crate) struct Listed {
+    slot: Slot,
+    bank: Option<Mapped>,
+}
+
+impl Listed {
+    pub fn policy(&self) -> &Policy {
+        &self.slot.policy
+    }
+
+    pub fn buckets(&self) -> &[Bucket] {
+        self.bank.as_deref().unwrap_or(&self.slot.buckets)
+    }
+
+    pub fn holds(&self, endpoint: &Endpoint) -> bool {
+        buckets::hold(self.buckets(), self.policy().table_seed, endpoint)
+    }
+}
+
+/// A bank to be filled, which may be in no table yet.
+struct Bank {
+    buckets: Spare,
+    fresh: Option<OwnedFd>,
 }
 
 /// A descriptor of the map of the banks.

@@ -1,6 +1,9 @@
-//! Which machine the figures are of.
+//! Which machine the figures are of, and which programs.
 
 use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
 
 /// Processor, cores and kernel, in one line.
 pub fn describe() -> String {
@@ -21,4 +24,15 @@ pub fn describe() -> String {
 pub fn load() -> Option<f64> {
     let text = fs::read_to_string("/proc/loadavg").ok()?;
     text.split_whitespace().next()?.parse().ok()
+}
+
+/// The program `name` that was built beside this one.
+pub fn beside(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot find this program")?;
+    let path = own.with_file_name(name);
+    if path.is_file() {
+        Ok(path)
+    } else {
+        bail!("{} is not built: run `make build`", path.display())
+    }
 }

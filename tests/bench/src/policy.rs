@@ -1,16 +1,19 @@
 //! `policy`: from the call that changes an allowlist until the kernel enforces it.
 //!
 //! The commit is a store to a map that the programs read, so the call's return is the moment of
-//! enforcement.
+//! enforcement. `replace` rows begin with endpoints in memory, and make the guard's handle before;
+//! `file` rows are a whole `omerta guard replace --file`, from the process' start to its end.
 
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use omerta_dataplane::{Guard, PolicyStore};
 use omerta_kernel_tests::{GATEWAY_MAC, config};
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Endpoint, Mode};
 
+use crate::machine::beside;
 use crate::report::{Bench, median};
 use crate::rounds::{Case, Rounds};
 use crate::verdict::loaded;
@@ -76,6 +79,29 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             guard.replace(&omerta_kernel_tests::allowlist())?;
             Ok(took)
         };
+        let directory = tempfile::tempdir()?;
+        let omerta = beside("omerta")?;
+        let replace_by_file = |list: &[Endpoint]| -> Result<f64> {
+            let file = directory.path().join("allowlist");
+            let lines: Vec<_> = list
+                .iter()
+                .map(|endpoint| format!("{endpoint}\n"))
+                .collect();
+            std::fs::write(&file, lines.concat())?;
+            let mut command = Command::new(&omerta);
+            command
+                .args(["guard", "replace", "guest", "--file"])
+                .arg(&file);
+            let took = microseconds(|| {
+                let output = command.output().context("run omerta")?;
+                if !output.status.success() {
+                    bail!("omerta: {}", String::from_utf8_lossy(&output.stderr));
+                }
+                Ok(())
+            })?;
+            Guard::open("guest")?.replace(&omerta_kernel_tests::allowlist())?;
+            Ok(took)
+        };
         let mut unattached = loaded(Mode::Filtered)?;
         let samples = rounds.run(vec![
             Case::new("commit-p50", "commit-p50", || Ok(median(&commits()?))),
@@ -86,6 +112,10 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             Case::new("replace-1k", "commit-p50", || replace(&all[..1000])),
             Case::new("replace-100k", "commit-p50", || replace(&all[..100_000])),
             Case::new("replace-1m", "commit-p50", || replace(&all)),
+            Case::new("file-100k", "commit-p50", || {
+                replace_by_file(&all[..100_000])
+            }),
+            Case::new("file-1m", "commit-p50", || replace_by_file(&all)),
             // A policy with its short allowlist is written, and the word that puts it in force.
             Case::new("switch", "commit-p50", || {
                 let mut store = PolicyStore::of(&mut unattached, "bench")?;

@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail};
 use omerta_dataplane::Guard;
 use omerta_test_support::{Namespace, Orphans, Process};
 
+use crate::machine::beside;
+
 const KEY: &str = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
 /// Kernel clock ticks in a second (`USER_HZ`), which is the same on every Linux for x86.
 const TICKS: f64 = 100.0;
@@ -33,15 +35,6 @@ pub struct Provider {
 impl Provider {
     /// Starts omertad from beside this program.
     pub fn start(directory: &Path, images: &Path) -> Result<Self> {
-        let own = std::env::current_exe().context("cannot find this program")?;
-        let beside = |name: &str| -> Result<PathBuf> {
-            let path = own.with_file_name(name);
-            if path.is_file() {
-                Ok(path)
-            } else {
-                bail!("{} is not built: run `make build`", path.display())
-            }
-        };
         let namespace = Namespace::new("launch")?;
         namespace.enable_forwarding()?;
         let log = fs::File::create(directory.join("omertad.log")).context("cannot write a log")?;
