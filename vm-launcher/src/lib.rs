@@ -33,7 +33,6 @@ mod seed;
 mod spec;
 mod ssh_public_key;
 mod tap;
-mod wg_public_key;
 
 pub use accel::{AccelReport, KernelProbe, MicrovmProbe, probe_accel, probe_kernel, probe_microvm};
 pub use canary::CanaryError;
@@ -51,10 +50,10 @@ pub use lifecycle::{
 };
 pub use lock_file::{LockError, LockFile, PathError};
 pub use machine_type::{MachineType, MachineTypeError};
+pub use omerta_tunnel::{PublicKey as WgPublicKey, PublicKeyError as WgPublicKeyError};
 pub use process::{ExitStatus, ProcessError};
 pub use qmp::{Found, QmpError};
 pub use run_dir::RunDirError;
 pub use spec::{Accel, Consumer, Spec, SpecError, Tunnel};
 pub use ssh_public_key::{SshPublicKey, SshPublicKeyError};
 pub use tap::TapError;
-pub use wg_public_key::{WgPublicKey, WgPublicKeyError};

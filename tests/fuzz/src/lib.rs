@@ -37,9 +37,8 @@ borrowed!(
     exit = "../../../controller/cli/src/exit.rs",
     guest_text = "../../../controller/cli/src/guest_text.rs",
     qmp_lines = "../../../vm-launcher/src/qmp_lines.rs",
-    wg_public_key = "../../../vm-launcher/src/wg_public_key.rs",
 );
-use wg_public_key::WgPublicKey;
+use omerta_tunnel::PublicKey as WgPublicKey;
 
 /// One target: what it reads.
 pub type Target = fn(&[u8]);
@@ -62,6 +61,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("image_signature", images::image_signature),
     ("agent_messages", agent::messages),
     ("agent_heartbeat", agent::heartbeat),
+    ("wireguard_conf", parsers::wireguard_conf),
 ];
 
 /// The target of that name.

@@ -1,11 +1,13 @@
 //! Records, words, files, and structs of C.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use omerta_macos_shim::{
     CAddress, CEndpoint, CPolicy, omerta_decide, omerta_guard_free, omerta_guard_new,
     omerta_outcome_word,
 };
+use omerta_tunnel::Conf;
 use omerta_verdict::{ANSWER_CAPACITY, Endpoint, EventRecord, Mac, Mode, Reason};
 
 use crate::allowlist;
@@ -52,6 +54,49 @@ pub fn allowlist_file(bytes: &[u8]) {
             assert!(endpoints.len() <= bytes.split(|b| *b == b'\n').count());
         }
         Err(error) => assert!(error.to_string().len() < 1000),
+    }
+}
+
+/// A `.conf` file of WireGuard.
+pub fn wireguard_conf(bytes: &[u8]) {
+    let lines = bytes.split(|byte| *byte == b'\n').count();
+    match Conf::parse(bytes) {
+        Ok(conf) => {
+            let mut keys = BTreeSet::new();
+            let mut networks = BTreeSet::new();
+            for peer in &conf.peers {
+                assert!(keys.insert(peer.public_key), "a key twice");
+                assert!(
+                    peer.allowed_ips
+                        .iter()
+                        .all(|network| networks.insert(*network))
+                );
+                if let Some(endpoint) = &peer.endpoint {
+                    assert_ne!(endpoint.port(), 0);
+                    assert_eq!(endpoint.to_string().parse().as_ref(), Ok(endpoint));
+                }
+            }
+            let told = format!("{conf:?}");
+            let secrets = conf
+                .peers
+                .iter()
+                .filter_map(|peer| peer.preshared_key.as_ref());
+            for secret in secrets.chain(&conf.interface.private_key) {
+                // One that is also a public key stands there as that.
+                let is_public = conf
+                    .peers
+                    .iter()
+                    .any(|peer| peer.public_key.as_bytes() == secret.expose());
+                assert!(
+                    is_public || !told.contains(&*secret.base64()),
+                    "a secret is told"
+                );
+            }
+        }
+        Err(error) => {
+            assert!((1..=lines).contains(&error.line));
+            assert!(error.to_string().len() < 1000);
+        }
     }
 }
 

@@ -1,0 +1,20 @@
+//! WireGuard devices: keys and `.conf` files, which peers are wanted, and the smallest change from what a device has to
+//! that.
+//!
+//! [`Peers`] and [`plan`] do no I/O. Secrets ([`Secret`]) are wiped when they are dropped, and nothing here prints one.
+
+mod allowed_ip;
+mod conf;
+mod endpoint;
+mod peer;
+mod plan;
+mod public_key;
+mod secret;
+
+pub use allowed_ip::{AllowedIp, AllowedIpError};
+pub use conf::{Conf, ConfError, ConfPeer, Ignored, Interface, Problem};
+pub use endpoint::{PeerEndpoint, PeerEndpointError};
+pub use peer::{Conflict, Peer, Peers};
+pub use plan::{Addresses, Change, Update, plan};
+pub use public_key::{PublicKey, PublicKeyError};
+pub use secret::{Secret, SecretError};
