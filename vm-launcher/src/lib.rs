@@ -13,6 +13,7 @@ mod accel;
 mod canary;
 mod clock;
 mod command;
+mod console_log;
 mod control_port;
 mod disk;
 mod error;
@@ -36,6 +37,7 @@ mod tap;
 
 pub use accel::{AccelReport, KernelProbe, MicrovmProbe, probe_accel, probe_kernel, probe_microvm};
 pub use canary::CanaryError;
+pub use console_log::ConsoleLog;
 pub use control_port::{ControlPort, Report};
 pub use disk::{DiskError, LayerSpec, Scrubbed};
 pub use error::LaunchError;

@@ -2,12 +2,13 @@
 //! in use, removed at the end.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use crate::console_log::ConsoleLog;
 use crate::{Ended, LockError, LockFile, PathError};
 
 /// The files within a run directory.
@@ -38,11 +39,6 @@ impl RunFiles {
             control: directory.join("control.sock"),
             qemu_log: directory.join("qemu.log"),
         }
-    }
-
-    /// What QEMU appends to.
-    pub(crate) fn logs(&self) -> [PathBuf; 2] {
-        [self.console_log.clone(), self.qemu_log.clone()]
     }
 }
 
@@ -160,24 +156,8 @@ impl RunDir {
     /// The end of what the serial console has printed.
     pub(crate) fn end_of_console(&self) -> Vec<u8> {
         let path = &self.files.console_log;
-        let read = || {
-            // A QEMU that was taken over may have put anything in its place.
-            let mut file = File::options()
-                .read(true)
-                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                .open(path)?;
-            if !file.metadata()?.is_file() {
-                return Err(io::Error::other("it is no regular file"));
-            }
-            let length = file.metadata()?.len();
-            let skipped = length.saturating_sub(Ended::MAX_CONSOLE_BYTES);
-            file.seek(SeekFrom::Start(skipped))?;
-            let mut bytes = Vec::new();
-            file.take(Ended::MAX_CONSOLE_BYTES)
-                .read_to_end(&mut bytes)?;
-            Ok(bytes)
-        };
-        read().unwrap_or_else(|error: io::Error| {
+        let end = ConsoleLog::at(path).end(Ended::MAX_CONSOLE_BYTES);
+        end.unwrap_or_else(|error| {
             if error.kind() != io::ErrorKind::NotFound {
                 tracing::warn!(path = %path.display(), %error, "cannot keep the console log's end");
             }
@@ -211,7 +191,17 @@ impl RunDir {
             control,
             qemu_log,
         } = &self.files;
-        for file in [qmp, console, console_log, control, qemu_log] {
+        let log = ConsoleLog::at(console_log);
+        let (before, copying) = (log.before(), log.copying());
+        for file in [
+            qmp,
+            console,
+            console_log,
+            &before,
+            &copying,
+            control,
+            qemu_log,
+        ] {
             match fs::remove_file(file) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -58,7 +58,11 @@ pub async fn run(client: &Client, command: VmCommand, out: &mut Output) -> Resul
         VmCommand::Reset { name, shown } => {
             ask(client, route::GUEST_RESET, &name, shown.format, out).await
         }
-        VmCommand::Console { name, linger } => {
+        VmCommand::Console {
+            name,
+            linger,
+            scrollback,
+        } => {
             let guest: Guest = client
                 .get(&route::of_guest(route::GUEST, name.as_str()))
                 .await?;
@@ -68,6 +72,10 @@ pub async fn run(client: &Client, command: VmCommand, out: &mut Output) -> Resul
                     state: guest.state,
                 });
             };
+            if scrollback > 0 {
+                let log = console_log(client, &name).await?;
+                out.bytes(last_lines(&text_of_log(&log), scrollback).as_bytes())?;
+            }
             let linger = Duration::from_secs(linger.into());
             Ok(console::attach(&name, socket.as_ref(), linger).await?)
         }
@@ -366,24 +374,42 @@ async fn logs(
     format: Format,
     out: &mut Output,
 ) -> Result<(), VmError> {
-    let log = client
-        .bytes(&route::of_guest(route::GUEST_LOG, name.as_str()))
-        .await?;
-    let log = String::from_utf8_lossy(&log);
-    // A serial console ends its lines with \r\n, and some programs with \r\r\n.
-    let lines = log.lines().map(|line| line.trim_end_matches('\r'));
+    let log = console_log(client, name).await?;
     if format == Format::Json {
         return Ok(out.json(&Log {
             name: name.as_str(),
-            lines: lines.collect(),
+            lines: lines_of_log(&log).collect(),
         })?);
     }
+    Ok(out.bytes(text_of_log(&log).as_bytes())?)
+}
+
+async fn console_log(client: &Client, name: &GuestName) -> Result<String, VmError> {
+    let path = route::of_guest(route::GUEST_LOG, name.as_str());
+    let log = client.bytes(&path).await?;
+    Ok(String::from_utf8_lossy(&log).into_owned())
+}
+
+/// A serial console ends its lines with \r\n, and some programs with \r\r\n.
+fn lines_of_log(log: &str) -> impl Iterator<Item = &str> {
+    log.lines().map(|line| line.trim_end_matches('\r'))
+}
+
+/// A log, fit for a terminal.
+fn text_of_log(log: &str) -> String {
     let mut text = String::with_capacity(log.len());
-    for line in lines {
+    for line in lines_of_log(log) {
         text.push_str(&visible(line));
         text.push('\n');
     }
-    Ok(out.bytes(text.as_bytes())?)
+    text
+}
+
+/// The last `count` lines of a text each of whose lines has its end.
+fn last_lines(text: &str, count: u32) -> &str {
+    let count = usize::try_from(count).unwrap_or(usize::MAX);
+    let begins = text.rmatch_indices('\n').nth(count);
+    begins.map_or(text, |(end, _)| &text[end + 1..])
 }
 
 /// Why a command about guests failed.
@@ -464,5 +490,26 @@ impl VmError {
             | Self::Output(_) => Exit::Failed,
             Self::NoConsole { .. } => Exit::Refused,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scrollback_is_the_last_lines_and_none_of_their_controls_reach_the_terminal() {
+        let text = text_of_log("one\r\ntwo\x1b[2J\r\r\nthree");
+        assert_eq!(text, "one\ntwo^[[2J\nthree\n");
+        for (count, shown) in [
+            (0, ""),
+            (1, "three\n"),
+            (2, "two^[[2J\nthree\n"),
+            (3, text.as_str()),
+            (99, text.as_str()),
+        ] {
+            assert_eq!(last_lines(&text, count), shown);
+        }
+        assert_eq!(last_lines("", 5), "");
     }
 }

@@ -1,7 +1,6 @@
 //! The API: HTTP on the unix socket.
 
 use std::convert::Infallible;
-use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
@@ -16,6 +15,7 @@ use omerta_api::{
     EventsQuery, Guest, GuestList, GuestsQuery, RunRequest, StopRequest, Version, route,
 };
 use omerta_engine::Cause;
+use omerta_vm_launcher::ConsoleLog;
 use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -180,12 +180,8 @@ async fn log(
 }
 
 fn read_end(path: &std::path::Path) -> std::io::Result<String> {
-    let mut file = std::fs::File::open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(MAX_LOG_BYTES)))?;
-    let mut bytes = Vec::new();
-    file.take(MAX_LOG_BYTES).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    let end = ConsoleLog::at(path).end(MAX_LOG_BYTES)?;
+    Ok(String::from_utf8_lossy(&end).into_owned())
 }
 
 async fn events(

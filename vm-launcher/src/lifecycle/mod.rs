@@ -4,6 +4,7 @@ mod adopted;
 mod control;
 mod ended;
 mod guarded;
+mod logs;
 mod machine;
 mod paused;
 mod prepared;

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use crate::Spec;
 use crate::guard_alarm::GuardAlarm;
 use crate::lifecycle::guarded::Guarding;
+use crate::lifecycle::logs::Logs;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::watcher::Watcher;
 use crate::lifecycle::{Control, Ended, GuestEvent, Paused, Traces};
@@ -70,7 +71,7 @@ impl Running {
             links,
             alarm,
             lease: machine.spec.guard_lease,
-            logs: machine.disks.as_ref().map(|_| files.logs()),
+            logs: Logs::of(&files),
         };
         let watcher = Watching(tokio::spawn(watcher.run()));
         Self {
@@ -101,7 +102,7 @@ impl Running {
         &self.files.console
     }
 
-    /// The file that holds what the serial console has printed, cut off at 16 MiB.
+    /// The file that holds what the serial console has printed last; what it printed before is beside it.
     pub fn console_log(&self) -> &Path {
         &self.files.console_log
     }

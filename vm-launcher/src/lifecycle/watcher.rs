@@ -1,9 +1,5 @@
 //! The task that listens to QEMU and to the guest, from resume to the end.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,8 +11,8 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::error::report;
 use crate::guard_alarm::GuardAlarm;
-use crate::jail::MAX_LOG_BYTES;
 use crate::lifecycle::Control;
+use crate::lifecycle::logs::Logs;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
 use crate::qmp::MachineEvent;
@@ -68,8 +64,8 @@ pub(super) struct Watcher {
     pub(super) alarm: GuardAlarm,
     /// Of the guard, to be renewed.
     pub(super) lease: Option<Duration>,
-    /// Logs to be held to their length, where the limit of QEMU's files does not.
-    pub(super) logs: Option<[PathBuf; 2]>,
+    /// To be held to their length.
+    pub(super) logs: Logs,
 }
 
 /// How long QEMU may take to confirm that the guest stands still, before it is killed.
@@ -118,7 +114,7 @@ impl Watcher {
                     guarded = self.stands_or_stops(looked).await;
                 }
                 _ = look.tick(), if guarded => {
-                    self.logs.iter().flatten().for_each(|log| cut_log(log));
+                    self.logs.hold();
                     let looked = self.look().and_then(|()| self.renew_lease());
                     guarded = self.stands_or_stops(looked).await;
                 }
@@ -219,23 +215,6 @@ impl Watcher {
         // The guest stands still: this may wait for a slow reader, and must not be lost.
         let _ = self.events.send(GuestEvent::GuardLost { why }).await;
         false
-    }
-}
-
-/// Cuts a log at its most. QEMU appends to it, so what was written beyond is lost and the start stays.
-fn cut_log(path: &Path) {
-    let cut = || {
-        let log = File::options()
-            .write(true)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(path)?;
-        if log.metadata()?.len() > MAX_LOG_BYTES {
-            log.set_len(MAX_LOG_BYTES)?;
-        }
-        io::Result::Ok(())
-    };
-    if let Err(error) = cut() {
-        tracing::warn!(path = %path.display(), %error, "cannot hold a log to its length");
     }
 }
 

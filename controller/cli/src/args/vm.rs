@@ -112,6 +112,11 @@ pub enum VmCommand {
         /// 86400 seconds
         #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=86_400))]
         linger: u32,
+
+        /// How many of the last lines that it has printed to show first, control characters spelled out,
+        /// 0 to 10000
+        #[arg(long, value_name = "LINES", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+        scrollback: u32,
     },
 
     /// Print what a guest wrote to its console, control characters spelled out; of an ended guest

@@ -66,6 +66,26 @@ fn end_of_the_console_log_is_kept_with_the_record() {
 }
 
 #[test]
+fn a_long_console_log_is_rotated_while_the_guest_prints_and_is_read_across_both_files() {
+    let daemon = start(CHATTER);
+    let guest = run(&daemon, "alpha");
+    let log = guest["log"].as_str().unwrap();
+    // As if it had printed so much already.
+    let mut file = std::fs::File::options().append(true).open(log).unwrap();
+    std::io::Write::write_all(&mut file, &vec![b'B'; 5 << 20]).unwrap();
+    let length = |path: String| std::fs::metadata(path).map_or(0, |file| file.len());
+    within_a_minute("the log is rotated", || {
+        length(format!("{log}.1")) >= 4 << 20 && length(log.to_owned()) < 1 << 20
+    });
+    within_a_minute("it prints on", || length(log.to_owned()) > 0);
+    let text = daemon.get("/v1/guests/alpha/log").body;
+    assert_eq!(text.len(), 1 << 20);
+    let ends_with_its_own = text.trim_end_matches('A');
+    assert!(ends_with_its_own.len() < text.len() && ends_with_its_own.ends_with('B'));
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
+#[test]
 fn guest_whose_process_is_killed_while_it_stops_has_not_powered_down() {
     let daemon = start(IDLE);
     let guest = run(&daemon, "alpha");
