@@ -6,6 +6,8 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 
+use omerta_agent::message::PORT_NAME as AGENT_PORT_NAME;
+
 use crate::jail::{CONFIG, INITRD, KERNEL};
 use crate::{Accel, MachineType, Spec, StoredDisk};
 
@@ -31,10 +33,11 @@ const TCG_CACHE_MIB: u32 = 32;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Descriptors {
     pub(crate) tap: RawFd,
-    /// A socket that listens, as the next two.
+    /// A socket that listens, as the next three.
     pub(crate) qmp: RawFd,
     pub(crate) console: RawFd,
     pub(crate) control: RawFd,
+    pub(crate) agent: Option<RawFd>,
     /// A file, open for appending.
     pub(crate) console_log: RawFd,
     pub(crate) disks: Option<DiskDescriptors>,
@@ -106,11 +109,19 @@ pub(crate) fn arguments(spec: &Spec, open: &Descriptors) -> Vec<OsString> {
     args.option("-serial", "chardev:console");
 
     args.option("-chardev", socket("control", open.control));
-    args.option("-device", "virtio-serial-pci,id=ports,max_ports=2");
+    // One more than there are: the first is a console's.
+    args.option("-device", "virtio-serial-pci,id=ports,max_ports=3");
     args.option(
         "-device",
         format!("virtserialport,bus=ports.0,chardev=control,name={CONTROL_PORT_NAME}"),
     );
+    if let Some(fd) = open.agent {
+        args.option("-chardev", socket("agent", fd));
+        args.option(
+            "-device",
+            format!("virtserialport,bus=ports.0,chardev=agent,name={AGENT_PORT_NAME}"),
+        );
+    }
 
     // Everything the guest sends goes through this one descriptor. vhost is off: its kernel worker
     // sends without QEMU, so that `stop` would have to be trusted to reach two places.
@@ -218,6 +229,7 @@ mod tests {
             qmp: 10,
             console: 11,
             control: 12,
+            agent: spec.agent.map(|_| 20),
             console_log: 13,
             disks: spec.image.disk().map(|disk| DiskDescriptors {
                 base: 20,
@@ -339,6 +351,24 @@ mod tests {
             ]
         );
         assert_eq!(values(&lines, "-add-fd"), ["set=1,fd=13"]);
+    }
+
+    #[test]
+    fn an_agent_has_a_port_of_its_own_and_no_guest_without_one_has() {
+        let ports = |spec: &Spec| -> Vec<String> {
+            let lines = lines(spec);
+            let devices = values(&lines, "-device");
+            let of_ports = devices.iter().filter(|d| d.contains("serialport"));
+            of_ports.map(|d| (*d).to_owned()).collect()
+        };
+        let control = "virtserialport,bus=ports.0,chardev=control,name=org.omerta.control";
+        assert_eq!(ports(&spec()), [control]);
+        let mut with = spec();
+        with.agent = Some(crate::spec::tests::agent());
+        let agent = "virtserialport,bus=ports.0,chardev=agent,name=org.omerta.agent";
+        assert_eq!(ports(&with), [control, agent]);
+        let socket = "socket,id=agent,fd=20,server=on,wait=off";
+        assert!(lines(&with).iter().any(|l| l == socket));
     }
 
     #[test]

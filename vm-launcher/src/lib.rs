@@ -52,6 +52,8 @@ pub use lifecycle::{
 };
 pub use lock_file::{LockError, LockFile, PathError};
 pub use machine_type::{MachineType, MachineTypeError};
+pub use omerta_agent::heartbeat::{Finding as AgentFinding, Timing as AgentTiming};
+pub use omerta_agent::message::{Changes as AgentChanges, Key as AgentKey};
 pub use omerta_tunnel::{PublicKey as WgPublicKey, PublicKeyError as WgPublicKeyError};
 pub use process::{ExitStatus, ProcessError};
 pub use qmp::{Found, QmpError};

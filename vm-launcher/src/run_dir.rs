@@ -24,6 +24,8 @@ pub(crate) struct RunFiles {
     pub(crate) console_log: PathBuf,
     /// The control port's socket.
     pub(crate) control: PathBuf,
+    /// The socket of the agent's port.
+    pub(crate) agent: PathBuf,
     /// What QEMU prints.
     pub(crate) qemu_log: PathBuf,
 }
@@ -37,6 +39,7 @@ impl RunFiles {
             console: directory.join("console.sock"),
             console_log: directory.join("console.log"),
             control: directory.join("control.sock"),
+            agent: directory.join("agent.sock"),
             qemu_log: directory.join("qemu.log"),
         }
     }
@@ -70,6 +73,8 @@ pub(crate) struct Channels {
     pub(crate) console_log: OwnedFd,
     /// The control port's socket, listening.
     pub(crate) control: OwnedFd,
+    /// The socket of the agent's port, listening, where there is one.
+    pub(crate) agent: Option<OwnedFd>,
     /// For what QEMU prints.
     pub(crate) qemu_log: File,
 }
@@ -131,8 +136,8 @@ impl RunDir {
         })
     }
 
-    /// Makes and opens what QEMU is to speak through.
-    pub(crate) fn open_channels(&self) -> Result<Channels, RunDirError> {
+    /// Makes and opens what QEMU is to speak through, `with_agent` also what the guest's agent does.
+    pub(crate) fn open_channels(&self, with_agent: bool) -> Result<Channels, RunDirError> {
         let listen =
             |path: &PathBuf| UnixListener::bind(path).map_err(PathError::of("listen on", path));
         let log = |path: &PathBuf| {
@@ -145,6 +150,9 @@ impl RunDir {
             console: listen(&self.files.console)?.into(),
             console_log: log(&self.files.console_log)?.into(),
             control: listen(&self.files.control)?.into(),
+            agent: with_agent
+                .then(|| listen(&self.files.agent).map(Into::into))
+                .transpose()?,
             qemu_log: log(&self.files.qemu_log)?,
         })
     }
@@ -189,6 +197,7 @@ impl RunDir {
             console,
             console_log,
             control,
+            agent,
             qemu_log,
         } = &self.files;
         let log = ConsoleLog::at(console_log);
@@ -200,6 +209,7 @@ impl RunDir {
             &before,
             &copying,
             control,
+            agent,
             qemu_log,
         ] {
             match fs::remove_file(file) {
@@ -244,7 +254,7 @@ mod tests {
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o700
         );
-        let channels = run_dir.open_channels().unwrap();
+        let channels = run_dir.open_channels(true).unwrap();
         let log = fs::metadata(&run_dir.files().console_log).unwrap();
         assert_eq!(log.permissions().mode() & 0o777, 0o600);
         drop(channels);
@@ -275,7 +285,7 @@ mod tests {
         }
         let run_dir = RunDir::create(&path).unwrap();
         assert!(!run_dir.files().console_log.exists());
-        run_dir.open_channels().unwrap();
+        run_dir.open_channels(true).unwrap();
     }
 
     /// A file system of so many pages and so many inodes, seen by the calling thread alone.

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use omerta_agent::heartbeat::Timing as AgentTiming;
 use omerta_dataplane::{DirectionLimits, Owner};
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
 
@@ -117,6 +118,8 @@ pub struct Spec {
     /// Whether it lives on when its launcher dies, for another to adopt or to end. Its QEMU dies with the
     /// launcher otherwise.
     pub outlives_launcher: bool,
+    /// When its agent is asked, and what it is told to do by itself; `None` for an image without an agent.
+    pub agent: Option<AgentTiming>,
 }
 
 /// Why a spec cannot be run.
@@ -308,9 +311,21 @@ fn is_interface_name(name: &str) -> bool {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{Stored, StoredDisk};
     use omerta_images::qcow2::Layer;
+
+    pub(crate) fn agent() -> AgentTiming {
+        AgentTiming {
+            arrival: Duration::from_secs(60),
+            interval: Duration::from_secs(5),
+            deadline: Duration::from_secs(10),
+            silence_seconds: 600,
+            enforce: true,
+        }
+    }
 
     pub(crate) fn spec() -> Spec {
         Spec {
@@ -347,6 +362,7 @@ pub(crate) mod tests {
             guard_owner: None,
             guard_lease: None,
             outlives_launcher: false,
+            agent: None,
         }
     }
 

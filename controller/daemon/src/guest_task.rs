@@ -583,6 +583,10 @@ fn translate(event: LauncherEvent, powered_down: bool) -> Option<GuestEvent> {
             message: unless_powered_down(status, powered_down),
         }),
         // The exit follows; pauses and resumptions are this task's own doing.
-        LauncherEvent::Shutdown | LauncherEvent::Paused | LauncherEvent::Resumed => None,
+        LauncherEvent::AgentArrived { .. }
+        | LauncherEvent::AgentFound(_)
+        | LauncherEvent::Shutdown
+        | LauncherEvent::Paused
+        | LauncherEvent::Resumed => None,
     }
 }

@@ -232,6 +232,7 @@ impl Order {
             ),
             guard_lease: self.guard_lease,
             outlives_launcher: true,
+            agent: None,
         };
         spec.validate().map_err(|error| usage(format!("{error}")))?;
         Ok(spec)

@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use omerta_agent::message::Key;
 use omerta_dataplane::{Guard, GuardError, GuardStatus, GuardWatch, Owner};
-use tokio::net::UnixStream;
 
 use crate::disk::{DiskError, Disks};
 use crate::guard_alarm::GuardAlarm;
 use crate::jail::Cell;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
+use crate::lifecycle::paused::Ports;
 use crate::lifecycle::{Paused, Running};
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
@@ -38,6 +39,8 @@ pub struct Traces {
     pub tap: Option<u32>,
     /// The guard's identity.
     pub guard: Option<[u32; 2]>,
+    /// What its agent proves its answers with, once that has come.
+    pub agent: Option<[u8; 32]>,
 }
 
 impl Running {
@@ -51,15 +54,16 @@ impl Running {
         let adopted = take_over(&mut machine, traces).await;
         match adopted {
             Ok((paused_parts, guarding, links, alarm, found)) => {
-                let (process, qmp, machine_events, control_port) = paused_parts;
+                let (process, qmp, machine_events, ports) = paused_parts;
                 let paused = Paused {
                     machine,
                     process,
                     qmp: Arc::new(qmp),
                     machine_events,
-                    control_port,
+                    ports,
                 };
-                Ok((Self::new(paused, guarding, links, alarm), found))
+                let key = traces.agent.map(Key::new);
+                Ok((Self::new(paused, guarding, links, alarm, key), found))
             }
             Err(error) => {
                 machine.let_go();
@@ -118,16 +122,14 @@ async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, Laun
     let files = RunFiles::within(&spec.run_dir);
     let (qmp, machine_events) = Qmp::connect(&files.qmp, CONNECT_DEADLINE).await?;
     let found = qmp.found().await?;
-    let control_port = UnixStream::connect(&files.control)
-        .await
-        .map_err(LaunchError::ControlPort)?;
+    let ports = Ports::connect(&files, spec.agent.is_some()).await?;
     watch.check()?;
     let guarding = Guarding {
         guard: open()?,
         watch,
         tap,
     };
-    let parts = (process, qmp, machine_events, control_port);
+    let parts = (process, qmp, machine_events, ports);
     Ok((parts, guarding, links, alarm, found))
 }
 

@@ -37,7 +37,7 @@ impl Guarded {
     /// When the guard is not what it was, or QEMU does not do it; the guest is gone then.
     pub async fn resume(self) -> Result<Running, LaunchError> {
         match self.cont().await {
-            Ok((links, alarm)) => Ok(Running::new(self.paused, self.guarding, links, alarm)),
+            Ok((links, alarm)) => Ok(Running::new(self.paused, self.guarding, links, alarm, None)),
             Err(error) => Err(self.end().await.after(error)),
         }
     }

@@ -57,6 +57,8 @@ impl Machine {
             process: self.process.as_ref().map(|qemu| (qemu.pid(), qemu.start())),
             tap: self.tap.as_ref().map(Tap::index),
             guard: self.guard.as_ref().map(Guard::identity),
+            // Comes after the guest runs.
+            agent: None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Paused → Guarded → Running, each a type, each owning all that exists of the guest.
 
 mod adopted;
+mod agent_watch;
 mod control;
 mod ended;
 mod guarded;

@@ -20,7 +20,7 @@ use crate::lifecycle::machine::Machine;
 use crate::lifecycle::{Ended, Guarded, Prepared, Traces};
 use crate::process::{QemuProcess, last_words};
 use crate::qmp::{CONNECT_DEADLINE, MachineEvent, Qmp};
-use crate::run_dir::RunDir;
+use crate::run_dir::{RunDir, RunFiles};
 use crate::tap::Tap;
 use crate::{ExitStatus, LaunchError, ProcessError, QmpError, Spec, canary, command};
 
@@ -35,16 +35,37 @@ pub struct Paused {
     pub(super) process: Arc<QemuProcess>,
     pub(super) qmp: Arc<Qmp>,
     pub(super) machine_events: mpsc::Receiver<MachineEvent>,
-    pub(super) control_port: UnixStream,
+    pub(super) ports: Ports,
+}
+
+/// What the guest is heard by.
+#[derive(Debug)]
+pub(super) struct Ports {
+    pub(super) control: UnixStream,
+    /// Where its agent is asked.
+    pub(super) agent: Option<UnixStream>,
+}
+
+impl Ports {
+    /// Connects to the ports of `files`.
+    pub(super) async fn connect(files: &RunFiles, with_agent: bool) -> Result<Self, LaunchError> {
+        let connect = async |path| {
+            UnixStream::connect(path)
+                .await
+                .map_err(LaunchError::ControlPort)
+        };
+        Ok(Self {
+            control: connect(&files.control).await?,
+            agent: match with_agent {
+                true => Some(connect(&files.agent).await?),
+                false => None,
+            },
+        })
+    }
 }
 
 /// QEMU, and what it is spoken to and heard by.
-pub(super) type Started = (
-    Arc<QemuProcess>,
-    Qmp,
-    mpsc::Receiver<MachineEvent>,
-    UnixStream,
-);
+pub(super) type Started = (Arc<QemuProcess>, Qmp, mpsc::Receiver<MachineEvent>, Ports);
 
 impl Paused {
     /// Makes the run directory and the tap, starts QEMU stopped, and speaks with it.
@@ -57,12 +78,12 @@ impl Paused {
 
     pub(super) async fn start_in(mut machine: Machine, root: Root) -> Result<Self, LaunchError> {
         match Self::start(&mut machine, root).await {
-            Ok((process, qmp, machine_events, control_port)) => Ok(Self {
+            Ok((process, qmp, machine_events, ports)) => Ok(Self {
                 machine,
                 process,
                 qmp: Arc::new(qmp),
                 machine_events,
-                control_port,
+                ports,
             }),
             Err(error) => Err(machine.end().await.after(error)),
         }
@@ -76,7 +97,7 @@ impl Paused {
         };
         let run_dir = machine.run_dir.insert(RunDir::create(&spec.run_dir)?);
         let files = run_dir.files().clone();
-        let channels = run_dir.open_channels()?;
+        let channels = run_dir.open_channels(spec.agent.is_some())?;
 
         let tap = Tap::create(&spec.tap, spec.gateway_mac()).await?;
         let tap = machine.tap.insert(tap).handle()?;
@@ -87,6 +108,7 @@ impl Paused {
             qmp: channels.qmp.as_raw_fd(),
             console: channels.console.as_raw_fd(),
             control: channels.control.as_raw_fd(),
+            agent: channels.agent.as_ref().map(AsRawFd::as_raw_fd),
             console_log: channels.console_log.as_raw_fd(),
             disks: disks.as_ref().map(Handles::numbers),
         };
@@ -97,6 +119,7 @@ impl Paused {
             channels.control,
             channels.console_log,
         ];
+        handed.extend(channels.agent);
         handed.extend(spec.image.lease()?);
         handed.extend(disks.into_iter().flat_map(Handles::into_all));
         let process = Arc::new(QemuProcess::spawn(
@@ -111,15 +134,13 @@ impl Paused {
         let speaking = async {
             let (qmp, machine_events) = Qmp::connect(&files.qmp, CONNECT_DEADLINE).await?;
             qmp.require_prelaunch().await?;
-            let control_port = UnixStream::connect(&files.control)
-                .await
-                .map_err(LaunchError::ControlPort)?;
-            Ok((qmp, machine_events, control_port))
+            let ports = Ports::connect(&files, spec.agent.is_some()).await?;
+            Ok((qmp, machine_events, ports))
         };
-        let (qmp, machine_events, control_port) =
+        let (qmp, machine_events, ports) =
             unless_it_ends(&process, &files.qemu_log, speaking).await?;
         root.forget_files();
-        Ok((process, qmp, machine_events, control_port))
+        Ok((process, qmp, machine_events, ports))
     }
 
     /// What tells this guest's process and tap from all others.

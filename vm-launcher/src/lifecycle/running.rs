@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use omerta_agent::message::Key;
 use omerta_dataplane::Guard;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -11,6 +12,7 @@ use tokio::time::timeout;
 
 use crate::Spec;
 use crate::guard_alarm::GuardAlarm;
+use crate::lifecycle::agent_watch::AgentWatch;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::logs::Logs;
 use crate::lifecycle::machine::Machine;
@@ -50,13 +52,14 @@ impl Running {
         guarding: Guarding,
         links: LinkWatch,
         alarm: GuardAlarm,
+        agent_key: Option<Key>,
     ) -> Self {
         let Paused {
             machine,
             process,
             qmp,
             machine_events,
-            control_port,
+            ports,
         } = paused;
         let Guarding { guard, watch, .. } = guarding;
         let control = Control::new(qmp, watch);
@@ -66,7 +69,11 @@ impl Running {
             process: Arc::clone(&process),
             control: control.clone(),
             machine_events,
-            control_port,
+            control_port: ports.control,
+            agent: ports
+                .agent
+                .zip(machine.spec.agent)
+                .map(|(port, timing)| AgentWatch::new(port, timing, agent_key)),
             events: sender,
             links,
             alarm,

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use omerta_agent::heartbeat::Finding;
+use omerta_agent::message::Key;
 use omerta_dataplane::GuardError;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -12,6 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::error::report;
 use crate::guard_alarm::GuardAlarm;
 use crate::lifecycle::Control;
+use crate::lifecycle::agent_watch::AgentWatch;
 use crate::lifecycle::logs::Logs;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
@@ -26,6 +29,15 @@ pub enum GuestEvent {
     PublicKeyReported(WgPublicKey),
     /// The guest says that it has seen a handshake with its consumer.
     HandshakeReported,
+    /// Its agent has come. Once a boot.
+    AgentArrived {
+        /// What it proves its answers with.
+        key: Key,
+        /// SHA-256 of its program, by its own word.
+        program: [u8; 32],
+    },
+    /// Something else is known of its agent.
+    AgentFound(Finding),
     /// The guest has turned its power off, as QEMU tells it; QEMU is about to end.
     Shutdown,
     /// The guest was reset, and its guard has been verified since.
@@ -59,6 +71,7 @@ pub(super) struct Watcher {
     pub(super) control: Control,
     pub(super) machine_events: mpsc::Receiver<MachineEvent>,
     pub(super) control_port: UnixStream,
+    pub(super) agent: Option<AgentWatch>,
     pub(super) events: mpsc::Sender<GuestEvent>,
     pub(super) links: LinkWatch,
     pub(super) alarm: GuardAlarm,
@@ -87,6 +100,7 @@ impl Watcher {
         let mut qmp_open = true;
         let mut counted = 0;
         let mut guarded = true;
+        let events = self.events.clone();
         let mut look = interval(LOOK_INTERVAL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -121,18 +135,32 @@ impl Watcher {
                 event = self.machine_events.recv(), if qmp_open => match event {
                     Some(MachineEvent::Reset) => {
                         parser.guest_was_reset();
+                        self.agent.iter_mut().for_each(AgentWatch::guest_was_reset);
                         let looked = self.look();
                         guarded = self.stands_or_stops(looked).await;
                         if guarded {
                             tell(&self.events, GuestEvent::Reset);
                         }
                     }
-                    Some(MachineEvent::Stopped) => self.stopped().await,
-                    Some(MachineEvent::Resumed) => tell(&self.events, GuestEvent::Resumed),
+                    Some(MachineEvent::Stopped) => {
+                        self.agent.iter_mut().for_each(AgentWatch::stand_still);
+                        self.stopped().await;
+                    }
+                    Some(MachineEvent::Resumed) => {
+                        self.agent.iter_mut().for_each(AgentWatch::go_on);
+                        tell(&self.events, GuestEvent::Resumed);
+                    }
                     Some(MachineEvent::Shutdown) => tell(&self.events, GuestEvent::Shutdown),
                     Some(MachineEvent::Panicked) => tell(&self.events, GuestEvent::Panicked),
                     None => qmp_open = false,
                 },
+                () = turn(&mut self.agent) => {}
+                // What is found waits for a reader who is slow.
+                Ok(permit) = events.reserve(), if has_found(self.agent.as_ref()) => {
+                    if let Some(event) = self.agent.as_mut().and_then(AgentWatch::take) {
+                        permit.send(event);
+                    }
+                }
                 read = self.control_port.read(&mut buffer), if port_open => match read {
                     Ok(0) | Err(_) => port_open = false,
                     Ok(length) => {
@@ -215,6 +243,18 @@ impl Watcher {
         // The guest stands still: this may wait for a slow reader, and must not be lost.
         let _ = self.events.send(GuestEvent::GuardLost { why }).await;
         false
+    }
+}
+
+fn has_found(agent: Option<&AgentWatch>) -> bool {
+    agent.is_some_and(AgentWatch::has_found)
+}
+
+/// One turn of the agent that there is; where there is none, or what it found is still to be told, it does not end.
+async fn turn(agent: &mut Option<AgentWatch>) {
+    match agent {
+        Some(agent) if !agent.has_found() => agent.turn().await,
+        _ => std::future::pending().await,
     }
 }
 

@@ -161,6 +161,7 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
         guard_owner: None,
         guard_lease: None,
         outlives_launcher: false,
+        agent: None,
     }
 }
 

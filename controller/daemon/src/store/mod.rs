@@ -225,6 +225,7 @@ mod tests {
             process: Some((42, 4242)),
             tap: Some(3),
             guard: Some([1, 2]),
+            agent: None,
         }
     }
 

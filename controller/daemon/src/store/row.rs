@@ -259,6 +259,7 @@ fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
             process,
             tap: row.get("tap")?,
             guard,
+            agent: None,
         },
         seen: Seen {
             stands: Stands::of(&stands).ok_or(StoreError::Nonsense("a state"))?,
