@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
 use omerta_images::{
-    ImageName, ImportError, Imported, Manifest, ManifestError, Opened, Recipe, RecipeError, Seed,
-    Sources, Store, StoreError, Trust, TrustError, TrustedKeys,
+    Digest, ImageName, ImportError, Imported, Manifest, ManifestError, Opened, Recipe, RecipeError,
+    RevokeError, Revoked, Seed, Sources, Store, StoreError, Trust, TrustError, TrustedKeys,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -45,6 +45,25 @@ pub fn run(command: ImageCommand, out: &mut Output) -> Result<(), ImageError> {
                 &json!({"removed": name}),
                 &format!("removed {name}; `omerta image gc` frees what it took"),
             )
+        }
+        ImageCommand::Revoke {
+            what,
+            why,
+            place,
+            shown,
+        } => {
+            // A digest is a name, too: one that no image should have.
+            let digest = match what.as_str().parse::<Digest>() {
+                Ok(digest) => digest,
+                Err(_) => Store::at(place.store).digest(&what)?,
+            };
+            let is_new = Revoked::add(&place.trusted_keys, digest, &why)?;
+            let told = match is_new {
+                true => format!("revoked {what} ({digest}); guests that run it go on"),
+                false => format!("{what} ({digest}) was revoked already"),
+            };
+            let value = json!({"revoked": digest, "new": is_new});
+            say(out, shown.format, &value, &told)
         }
         ImageCommand::Gc { place, shown } => {
             let gone = Store::at(place.store).collect()?;
@@ -405,6 +424,9 @@ pub enum ImageError {
     /// The keys.
     #[error(transparent)]
     Trust(#[from] TrustError),
+    /// Revoking.
+    #[error(transparent)]
+    Revoke(#[from] RevokeError),
     /// Signing.
     #[error(transparent)]
     Sign(#[from] SignError),
@@ -461,6 +483,8 @@ impl ImageError {
             | Self::NoName
             | Self::HasManifest(_) => Exit::Usage,
             Self::Sign(error) => error.exit(),
+            Self::Revoke(RevokeError::Trust(_)) => Exit::Refused,
+            Self::Revoke(RevokeError::Why) => Exit::Usage,
             _ => Exit::Failed,
         }
     }

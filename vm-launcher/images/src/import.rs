@@ -184,6 +184,10 @@ impl Store {
         let parsed = Manifest::parse(manifest)?;
         let signer = trust
             .judge(parsed.name.as_str(), manifest, signature)
+            .and_then(|signer| {
+                trust.refuse_revoked(parsed.name.as_str(), manifest, Some(&parsed))?;
+                Ok(signer)
+            })
             .map_err(StoreError::from)?;
         let mut imported = Imported {
             digest: Digest::of(manifest),

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use minisign_verify::{PublicKey, Signature};
 
+use crate::{Digest, Manifest, Revoked};
+
 /// The longest key or signature file.
 const MAX_BYTES: u64 = 4 << 10;
 
@@ -13,6 +15,8 @@ const MAX_BYTES: u64 = 4 << 10;
 #[derive(Debug, Default)]
 pub struct TrustedKeys {
     keys: Vec<(String, PublicKey)>,
+    /// What they sign in vain.
+    revoked: Revoked,
 }
 
 /// The trusted key that signed, by its file's name.
@@ -46,6 +50,21 @@ pub enum TrustError {
     /// Anybody could put a key there.
     #[error("{} may be written by others than root: `chown root` and `chmod go-w` it", .0.display())]
     NotPrivate(PathBuf),
+    /// A line of the list of what is revoked means nothing.
+    #[error("{}: line {line} is not a digest and a reason; mend it, for until then it is not known what is revoked", .0.display(), line = .1)]
+    NotRevoked(PathBuf, usize),
+    /// It is not run any more.
+    #[error("image `{name}` is revoked (its {what}, {digest}): {why}")]
+    Revoked {
+        /// The image.
+        name: String,
+        /// What of it.
+        what: &'static str,
+        /// Which that is.
+        digest: Digest,
+        /// Why.
+        why: String,
+    },
     /// There is no signature.
     #[error("image `{0}` is not signed: import it with --sign-with KEY, or with its signature")]
     Unsigned(String),
@@ -91,7 +110,8 @@ impl TrustedKeys {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             keys.push((name.into_owned(), key));
         }
-        Ok(Self { keys })
+        let revoked = Revoked::read(directory)?;
+        Ok(Self { keys, revoked })
     }
 
     /// One key, by its text.
@@ -99,6 +119,7 @@ impl TrustedKeys {
         let key = PublicKey::decode(text).ok()?;
         Some(Self {
             keys: vec![(file.to_owned(), key)],
+            revoked: Revoked::default(),
         })
     }
 
@@ -123,6 +144,17 @@ impl TrustedKeys {
 }
 
 impl Trust {
+    /// Fails where an image, or something that it is made of, is revoked.
+    pub(crate) fn refuse_revoked(
+        &self,
+        name: &str,
+        bytes: &[u8],
+        manifest: Option<&Manifest>,
+    ) -> Result<(), TrustError> {
+        let digest = Digest::of(bytes);
+        self.keys.revoked.refuse(name, digest, manifest)
+    }
+
     /// Whether an image is to be taken: who signed it, or `None` where that need not be known.
     ///
     /// # Errors
@@ -133,6 +165,8 @@ impl Trust {
         manifest: &[u8],
         signature: Option<&str>,
     ) -> Result<Option<Signer>, TrustError> {
+        // Before all else, and also where no signature is needed.
+        self.refuse_revoked(name, manifest, None)?;
         let signed = match signature {
             Some(signature) => self.keys.signer(name, manifest, signature),
             None => Err(TrustError::Unsigned(name.to_owned())),

@@ -256,6 +256,7 @@ impl Store {
             let (found, signed) = (name.clone(), manifest.name);
             return Err(StoreError::Misplaced { found, signed });
         }
+        trust.refuse_revoked(name.as_str(), &bytes, Some(&manifest))?;
         let image = Opened {
             digest: Digest::of(&bytes),
             manifest,
@@ -274,6 +275,14 @@ impl Store {
             return Err(StoreError::Altered { name, what, why });
         }
         Ok(image)
+    }
+
+    /// Which image exactly has a name, whether or not it is trusted, or whole.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn digest(&self, name: &ImageName) -> Result<Digest, StoreError> {
+        Ok(Digest::of(&self.lease(name)?.0))
     }
 
     /// Every image, by name.

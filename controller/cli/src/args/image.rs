@@ -54,6 +54,24 @@ pub enum ImageCommand {
         shown: Shown,
     },
 
+    /// Have omertad run an image no more, whoever has signed it: by name, one of the store; by digest, also what
+    /// images are made of. Guests that run it go on
+    Revoke {
+        /// The image's name, or the SHA-256 digest of its manifest or of a kernel, initramfs or disk
+        #[arg(value_name = "NAME|DIGEST")]
+        what: ImageName,
+
+        /// Why, for whoever wants to run it
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        why: String,
+
+        #[command(flatten)]
+        place: Place,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+
     /// Remove what belongs to no image, and what imports that were killed have left
     Gc {
         #[command(flatten)]

@@ -55,6 +55,43 @@ impl Stage {
 }
 
 #[test]
+fn a_revoked_image_is_listed_as_such_and_neither_verified_nor_imported_again() {
+    let stage = Stage::new();
+    let import = ["import", "DIR", "--name", "small", "--sign-with", "KEY"];
+    stage.image(&import).done();
+    let told = stage
+        .image(&["revoke", "small", "--why", "it leaks"])
+        .done();
+    assert!(told.stdout.contains("revoked small"), "{}", told.stdout);
+    assert!(
+        stage
+            .image(&["revoke", "small"])
+            .done()
+            .stdout
+            .contains("already")
+    );
+    let verified = stage.image(&["verify"]);
+    assert_eq!(verified.code, 4, "{verified:?}");
+    assert!(verified.stderr.contains("it leaks"), "{verified:?}");
+    let [image] = &stage.listed()[..] else {
+        panic!("one image");
+    };
+    assert!(image.to_string().contains("it leaks"), "{image}");
+    stage.image(&["remove", "small"]).done();
+    stage.image(&import).failed(4, &["it leaks"]);
+    stage.image(&["revoke", "absent"]).failed(3, &["absent"]);
+
+    // A part alone revokes every image that has it.
+    let stage = Stage::new();
+    stage.image(&import).done();
+    let kernel = omerta_images::Digest::of(b"kernel").to_string();
+    stage.image(&["revoke", &kernel]).done();
+    let verified = stage.image(&["verify"]);
+    assert_eq!(verified.code, 4, "{verified:?}");
+    assert!(verified.stderr.contains(&kernel), "{verified:?}");
+}
+
+#[test]
 fn an_image_is_imported_with_ones_own_key_and_removed() {
     let stage = Stage::new();
     let import = ["import", "DIR", "--name", "small", "--sign-with", "KEY"];

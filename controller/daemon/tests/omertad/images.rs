@@ -130,6 +130,27 @@ fn the_disk_of_a_guest_that_cannot_be_taken_over_is_scrubbed_and_that_is_recorde
 }
 
 #[test]
+fn an_image_that_is_revoked_is_refused_at_the_next_start_with_why_and_guests_that_run_it_go_on() {
+    let (daemon, store) = start();
+    run_with_disk(&daemon);
+    let digest = store.digest(&"disked".parse().unwrap()).unwrap();
+    let keys = daemon.path().join("keys");
+    omerta_images::Revoked::add(&keys, digest, "its kernel lets guests out").unwrap();
+    let refused = daemon.post("/v1/guests", &request("beta", "disked"));
+    let message = refused.refusal(409, "refused");
+    assert!(message.contains("its kernel lets guests out"), "{message}");
+    let daemon = start_again(daemon);
+    let alpha = daemon.get("/v1/guests/alpha").json();
+    assert_eq!(alpha["state"], "running", "{alpha}");
+    // A list that cannot be understood revokes nothing in particular, so nothing is run.
+    fs::write(keys.join("revoked"), "disked\n").unwrap();
+    let message = daemon
+        .post("/v1/guests", &request("beta", "disked"))
+        .refusal(409, "refused");
+    assert!(message.contains("line 1"), "{message}");
+}
+
+#[test]
 fn images_and_disks_that_may_not_be_are_refused_with_their_cause() {
     let (daemon, _store) = start();
     let unsigned = daemon.post("/v1/guests", &request("alpha", "unsigned"));
