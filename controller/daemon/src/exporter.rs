@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::connections::{self, Door};
 use crate::failure::report;
 use crate::fleet::Fleet;
-use crate::metrics;
+use crate::metrics::Scraper;
 
 /// Why metrics cannot be served.
 #[derive(Debug, Error)]
@@ -47,17 +47,18 @@ pub(crate) async fn serve(
 ) {
     let router = Router::new()
         .route("/metrics", get(answer))
-        .with_state(fleet);
+        .with_state(Arc::new(Scraper::of(fleet)));
     let door = Door::new(CONNECTIONS, 0);
     connections::serve(listener, router, move |_| Arc::clone(&door), stopped).await;
 }
 
-async fn answer(State(fleet): State<Arc<Fleet>>) -> Response {
-    let scraped = Arc::clone(&fleet);
+async fn answer(State(scraper): State<Arc<Scraper>>) -> Response {
+    let scraped = Arc::clone(&scraper);
     // One at a time: whoever can reach the port must not be able to keep every thread busy.
-    let look = fleet
+    let look = scraper
+        .fleet()
         .lookups()
-        .look("metrics", move || metrics::scrape(&scraped));
+        .look("metrics", move || scraped.scrape());
     match look.await {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Ok(Err(error)) => unavailable(&error),

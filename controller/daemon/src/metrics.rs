@@ -1,33 +1,71 @@
 //! Metrics, read from the guards whenever they are asked for.
 
-use omerta_dataplane::{Count, Counters, DirectionCounters, Guard};
-use omerta_engine::GuestState;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use omerta_dataplane::{Count, CounterReader, Counters, DirectionCounters, Guard, GuardError};
+use omerta_engine::{GuestId, GuestState};
 use omerta_verdict::{Direction, Reason};
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::fleet::{Fleet, Measure};
 
-/// The text that is answered to a scrape. Blocks for some microseconds a guest.
-pub(crate) fn scrape(fleet: &Fleet) -> Result<String, prometheus::Error> {
-    let mut measures = fleet.measures();
-    for measure in &mut measures {
-        // A guard that is gone, or not there yet, leaves what was read last.
-        if let Some(counters) = read_guard(measure) {
-            fleet.note_counters(measure.id, counters.clone());
-            measure.counters = Some(counters);
-        }
-    }
-    render(&measures, fleet.journal().lost())
+/// Answers scrapes. It keeps guards' counters open from one to the next.
+pub(crate) struct Scraper {
+    fleet: Arc<Fleet>,
+    readers: Mutex<HashMap<GuestId, CounterReader>>,
 }
 
-fn read_guard(measure: &Measure) -> Option<Counters> {
-    use GuestState::{Ended, Ending, Launching, Paused};
-    if matches!(measure.state, Launching | Paused | Ending | Ended) {
-        return None;
+impl Scraper {
+    pub(crate) fn of(fleet: Arc<Fleet>) -> Self {
+        Self {
+            fleet,
+            readers: Mutex::default(),
+        }
     }
-    Guard::open(&measure.interface)
-        .and_then(|guard| guard.counters())
-        .ok()
+
+    pub(crate) fn fleet(&self) -> &Fleet {
+        &self.fleet
+    }
+
+    /// The text that is answered to a scrape. Blocks for some microseconds a guest.
+    pub(crate) fn scrape(&self) -> Result<String, prometheus::Error> {
+        let mut measures = self.fleet.measures();
+        let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        let judged: HashSet<_> = measures
+            .iter()
+            .filter(|measure| is_judged(measure))
+            .map(|measure| measure.id)
+            .collect();
+        readers.retain(|id, reader| judged.contains(id) && reader.is_current());
+        for measure in measures.iter_mut().filter(|m| judged.contains(&m.id)) {
+            // A guard that is gone, or not there yet, leaves what was read last.
+            if let Ok(counters) = read(&mut readers, measure) {
+                self.fleet.note_counters(measure.id, counters.clone());
+                measure.counters = Some(counters);
+            }
+        }
+        drop(readers);
+        render(&measures, self.fleet.journal().lost())
+    }
+}
+
+fn read(
+    readers: &mut HashMap<GuestId, CounterReader>,
+    measure: &Measure,
+) -> Result<Counters, GuardError> {
+    let reader = match readers.entry(measure.id) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => entry.insert(Guard::open(&measure.interface)?.counter_reader()?),
+    };
+    reader.read()
+}
+
+/// Whether a guest has a guard whose counters may change.
+fn is_judged(measure: &Measure) -> bool {
+    use GuestState::{Ended, Ending, Launching, Paused};
+    !matches!(measure.state, Launching | Paused | Ending | Ended)
 }
 
 /// Renders metrics of these guests. The families are made anew each time, so that no series

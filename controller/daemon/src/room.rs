@@ -6,7 +6,7 @@ use crate::config::Settings;
 use crate::host_memory::HostMemory;
 use crate::{exporter, lookups, server};
 
-/// The most descriptors that a guest takes: twelve while it runs, twenty-three at most were seen while
+/// The most descriptors that a guest takes: fourteen while it runs, twenty-three at most were seen while
 /// it starts, and all may start at once.
 const PER_GUEST: usize = 24;
 /// What omertad itself has open: log, locks, event loops, listeners, and some to spare.

@@ -1,14 +1,27 @@
 //! What came, and what became of it, summed over CPUs.
 
-use std::borrow::Borrow;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
-use aya::maps::{MapData, PerCpuArray};
+use aya::maps::MapData;
+use aya::util::nr_cpus;
 use omerta_verdict::{
     DIRECTION_COUNTERS, Direction, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason,
 };
 
 use crate::GuardError;
+use crate::bpf::lookup_batch;
+use crate::pins::Pins;
 use crate::store::map_error;
+
+const COUNTERS: &str = "COUNTERS";
+const LOST: &str = "LOST";
+const DIRECTIONS: usize = Direction::ALL.len();
+/// Why an event may be lost: elements of the map `LOST`.
+const CAUSES: usize = 2;
 
 /// Frames and their bytes (whole frames, with Ethernet headers).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,15 +114,24 @@ pub struct Counters {
 /// One direction's counters on one CPU, as the programs keep them.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(crate) struct Row([Count; DIRECTION_COUNTERS]);
-
-// SAFETY: an array of `Count`, which is `Pod`.
-unsafe impl aya::Pod for Row {}
+struct Row([Count; DIRECTION_COUNTERS]);
 
 impl Row {
+    const NOTHING: Self = Self(
+        [Count {
+            packets: 0,
+            bytes: 0,
+        }; DIRECTION_COUNTERS],
+    );
+
     /// Whether no program was between counting a frame's entry and its outcome when it was read.
     fn is_settled(&self) -> bool {
-        DirectionCounters::of(self).outcomes() == self.0[RX_COUNTER]
+        let mut sum = Count::default();
+        // What follows are no outcomes.
+        for count in &self.0[..RX_COUNTER] {
+            sum += *count;
+        }
+        sum == self.0[RX_COUNTER]
     }
 
     fn add(&mut self, other: &Self) {
@@ -123,20 +145,82 @@ impl Row {
 /// never is, is shown as it is.
 const READS: usize = 100;
 
-pub(crate) fn read<M: Borrow<MapData>>(
-    interface: &str,
-    counters: &PerCpuArray<M, Row>,
-    lost: &PerCpuArray<M, Count>,
-) -> Result<Counters, GuardError> {
-    let direction = |direction: Direction| {
-        let mut settled: Vec<Option<Row>> = Vec::new();
-        let mut last = Vec::new();
+/// Reads the counters of one guard, by two system calls.
+#[derive(Debug)]
+pub struct CounterReader {
+    interface: String,
+    counters: MapData,
+    lost: MapData,
+    cpus: usize,
+    pin: PathBuf,
+    inode: u64,
+}
+
+impl CounterReader {
+    pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
+        let system = |action| {
+            move |source| GuardError::System {
+                action,
+                interface: interface.to_owned(),
+                source,
+            }
+        };
+        let open = |name: &'static str, value: usize, elements: usize| {
+            let failed = |source| map_error(interface, "open", name, source);
+            let map = MapData::from_pin(pins.path(name)).map_err(failed)?;
+            let info = map.info().map_err(failed)?;
+            if (info.value_size() as usize, info.max_entries() as usize) == (value, elements) {
+                return Ok(map);
+            }
+            let other = io::Error::other("they are of another version");
+            Err(system("read the counters")(other))
+        };
+        let pin = pins.path(COUNTERS);
+        // Looked at first: where it is exchanged meanwhile, that shows.
+        let look = fs::symlink_metadata(&pin).map_err(system("look at the pinned counters"))?;
+        Ok(Self {
+            interface: interface.to_owned(),
+            counters: open(COUNTERS, size_of::<Row>(), DIRECTIONS)?,
+            lost: open(LOST, size_of::<Count>(), CAUSES)?,
+            cpus: nr_cpus().map_err(|(_, source)| system("ask for the number of CPUs")(source))?,
+            inode: look.ino(),
+            pin,
+        })
+    }
+
+    /// Whether these are still the counters that are pinned in this place.
+    pub fn is_current(&self) -> bool {
+        fs::symlink_metadata(&self.pin).is_ok_and(|pin| pin.ino() == self.inode)
+    }
+
+    /// The counters since the guard was attached.
+    pub fn read(&self) -> Result<Counters, GuardError> {
+        let mut lost = vec![Count::default(); CAUSES * self.cpus];
+        // SAFETY: the map's values are counts, one of each CPU.
+        unsafe { self.look_up::<_, CAUSES>(&self.lost, &mut lost) }?;
+        let [events_lost, events_limited] = [0, 1].map(|cause| {
+            let mut total = Count::default();
+            for count in &lost[cause * self.cpus..][..self.cpus] {
+                total += *count;
+            }
+            total
+        });
+        let mut sum = Counters {
+            events_lost,
+            events_limited,
+            ..self.rows()?
+        };
+        sum.events_lost += events_limited;
+        Ok(sum)
+    }
+
+    /// What the programs count of frames.
+    fn rows(&self) -> Result<Counters, GuardError> {
+        let mut last = vec![Row::NOTHING; DIRECTIONS * self.cpus];
+        let mut settled = vec![None; last.len()];
         for _ in 0..READS {
-            let values = counters
-                .get(&(direction as u32), 0)
-                .map_err(|source| map_error(interface, "read", "COUNTERS", source))?;
-            last = values.iter().copied().collect::<Vec<Row>>();
-            settled.resize(last.len(), None);
+            // SAFETY: the map's values are rows, one of each CPU.
+            unsafe { self.look_up::<_, DIRECTIONS>(&self.counters, &mut last) }?;
             for (kept, row) in settled.iter_mut().zip(&last) {
                 if kept.is_none() && row.is_settled() {
                     *kept = Some(*row);
@@ -146,29 +230,46 @@ pub(crate) fn read<M: Borrow<MapData>>(
                 break;
             }
         }
-        let mut sum = Row([Count::default(); DIRECTION_COUNTERS]);
-        for (kept, row) in settled.iter().zip(&last) {
-            sum.add(kept.as_ref().unwrap_or(row));
-        }
-        Ok(DirectionCounters::of(&sum))
-    };
-    let lost = |cause: u32| {
-        let values = lost
-            .get(&cause, 0)
-            .map_err(|source| map_error(interface, "read", "LOST", source))?;
-        let mut total = Count::default();
-        for value in values.iter() {
-            total += *value;
-        }
-        Ok(total)
-    };
-    let (ring_full, events_limited) = (lost(0)?, lost(1)?);
-    let mut events_lost = ring_full;
-    events_lost += events_limited;
-    Ok(Counters {
-        egress: direction(Direction::Egress)?,
-        ingress: direction(Direction::Ingress)?,
-        events_lost,
-        events_limited,
-    })
+        let direction = |direction: Direction| {
+            let mut sum = Row::NOTHING;
+            let first = direction as usize * self.cpus;
+            for (kept, row) in settled.iter().zip(&last).skip(first).take(self.cpus) {
+                sum.add(kept.as_ref().unwrap_or(row));
+            }
+            DirectionCounters::of(&sum)
+        };
+        Ok(Counters {
+            egress: direction(Direction::Egress),
+            ingress: direction(Direction::Ingress),
+            ..Counters::default()
+        })
+    }
+
+    /// Reads the `ELEMENTS` values of an array that each CPU has for itself: those of the first element,
+    /// by CPU, then those of the next.
+    ///
+    /// # Safety
+    /// Each CPU's value is a `V`, a multiple of eight bytes long; `values` has room for one of each CPU
+    /// and element.
+    unsafe fn look_up<V, const ELEMENTS: usize>(
+        &self,
+        map: &MapData,
+        values: &mut [V],
+    ) -> Result<(), GuardError> {
+        debug_assert_eq!(values.len(), ELEMENTS * self.cpus);
+        let mut keys = [0_u32; ELEMENTS];
+        // SAFETY: keys of arrays are words; the rest by the caller's promise.
+        let found = unsafe { lookup_batch(map.fd().as_fd(), None, &mut keys, values) };
+        let cause = match found {
+            // An array's elements come in order.
+            Ok(found) if found.count == ELEMENTS => return Ok(()),
+            Ok(_) => io::Error::other("it has fewer elements"),
+            Err(error) => error,
+        };
+        Err(GuardError::System {
+            action: "read the counters",
+            interface: self.interface.clone(),
+            source: cause,
+        })
+    }
 }

@@ -1,12 +1,12 @@
 //! The table of flows, as userspace looks at it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 use aya::maps::{HashMap, MapData, MapError};
 use omerta_verdict::Flow;
 
-use crate::bpf::bpf;
+use crate::bpf::lookup_batch;
 use crate::store::Value;
 
 /// Flows that one guest may have open in conntrack mode; a power of two.
@@ -15,21 +15,6 @@ pub const FLOWS: u32 = 4096;
 /// When the guest last sent on each flow, in nanoseconds.
 pub type FlowMap<M> = HashMap<M, Value<Flow>, u64>;
 
-const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
-
-/// `union bpf_attr` of the commands on many elements (include/uapi/linux/bpf.h).
-#[repr(C)]
-struct Batch {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    elem_flags: u64,
-    flags: u64,
-}
-
 /// Every flow that is in the table from the call's beginning to its end, and some of the others. (Asked
 /// key by key, the kernel begins again whenever the guest has a key replaced.)
 pub fn all(map: &MapData) -> io::Result<Vec<Flow>> {
@@ -37,35 +22,16 @@ pub fn all(map: &MapData) -> io::Result<Vec<Flow>> {
         vec![Flow::from_words([0; 5]); FLOWS as usize],
         vec![0_u64; FLOWS as usize],
     );
-    let (mut flows, mut position) = (Vec::new(), None::<u32>);
+    let (mut flows, mut position) = (Vec::new(), None);
     loop {
-        let mut next = 0_u32;
-        let mut request = Batch {
-            in_batch: position
-                .as_ref()
-                .map_or(0, |at| std::ptr::from_ref(at) as u64),
-            out_batch: &raw mut next as u64,
-            keys: keys.as_mut_ptr() as u64,
-            values: values.as_mut_ptr() as u64,
-            count: FLOWS,
-            map_fd: map.fd().as_fd().as_raw_fd() as u32,
-            elem_flags: 0,
-            flags: 0,
-        };
-        // SAFETY: the buffers hold `count` keys and values of the map's sizes and outlive the call, as
-        // the two positions do.
-        let result = unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut request) };
-        let ended = match result {
-            Ok(_) => false,
-            // The last of them, perhaps none.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Err(error) => return Err(error),
-        };
-        flows.extend(keys.iter().take(request.count as usize).copied());
-        if ended {
+        let map = map.fd().as_fd();
+        // SAFETY: the map's keys are flows, its values words.
+        let found = unsafe { lookup_batch(map, position, &mut keys, &mut values) }?;
+        flows.extend(keys.iter().take(found.count).copied());
+        position = found.position;
+        if position.is_none() {
             return Ok(flows);
         }
-        position = Some(next);
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use aya::maps::MapData;
 use omerta_verdict::{Direction, Endpoint, Mac, Mode};
 
-use crate::counters::Counters;
+use crate::counters::{CounterReader, Counters};
 use crate::diagnostics::DiagnosticStream;
 use crate::events::EventStream;
 use crate::lock::Lock;
@@ -13,7 +13,7 @@ use crate::object::has_room_for_flows;
 use crate::pinned::{find, recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
 use crate::standing::look;
-use crate::status::{DirectionLimits, GuardStatus, read_counters};
+use crate::status::{DirectionLimits, GuardStatus};
 use crate::store::PolicyStore;
 use crate::{GuardError, Owner, Standing, interface, lease};
 
@@ -303,7 +303,12 @@ impl Guard {
 
     /// The counters since the guard was attached.
     pub fn counters(&self) -> Result<Counters, GuardError> {
-        read_counters(&self.interface, &self.pins)
+        self.counter_reader()?.read()
+    }
+
+    /// What reads the counters again and again.
+    pub fn counter_reader(&self) -> Result<CounterReader, GuardError> {
+        CounterReader::open(&self.interface, &self.pins)
     }
 
     /// The guard's events. Two streams of one guard would each see a part: keep one.

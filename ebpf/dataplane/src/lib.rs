@@ -44,7 +44,7 @@ mod store;
 mod watch;
 
 pub use config::{GuardConfig, Limits};
-pub use counters::{Count, Counters, DirectionCounters};
+pub use counters::{Count, CounterReader, Counters, DirectionCounters};
 pub use diagnostics::DiagnosticStream;
 pub use error::{ErrorKind, GuardError};
 pub use events::{EventStream, FrameEvent};

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use aya::maps::{Map, MapData, PerCpuArray};
 use omerta_verdict::{Address, Direction, Mode, Policy};
 use serde::{Serialize, Serializer};
 
-use crate::counters::{self, Counters, DirectionCounters};
+use crate::counters::{CounterReader, Counters, DirectionCounters};
 use crate::lease::{self, Lease};
 use crate::pins::Pins;
-use crate::store::{PolicyStore, map_error};
+use crate::store::PolicyStore;
 use crate::{GuardError, Limits, RedirectStatus, Standing, redirect};
 
 /// One direction's frames.
@@ -124,7 +123,7 @@ impl GuardStatus {
     ) -> Result<(Self, Counters), GuardError> {
         let store = PolicyStore::open(interface, pins)?;
         let (policy, allow) = (store.policy()?, store.endpoints()?);
-        let counters = read_counters(interface, pins)?;
+        let counters = CounterReader::open(interface, pins)?.read()?;
         let present = |addresses: &[Address]| {
             let present = addresses.iter().filter(|address| !address.is_unspecified());
             present.map(ToString::to_string).collect()
@@ -152,23 +151,4 @@ impl GuardStatus {
         };
         Ok((status, counters))
     }
-}
-
-/// The counters since the guard of `pins` was attached.
-pub fn read_counters(interface: &str, pins: &Pins) -> Result<Counters, GuardError> {
-    counters::read(
-        interface,
-        &per_cpu(interface, pins, "COUNTERS")?,
-        &per_cpu(interface, pins, "LOST")?,
-    )
-}
-
-fn per_cpu<T: aya::Pod>(
-    interface: &str,
-    pins: &Pins,
-    name: &'static str,
-) -> Result<PerCpuArray<MapData, T>, GuardError> {
-    MapData::from_pin(pins.path(name))
-        .and_then(|data| Map::PerCpuArray(data).try_into())
-        .map_err(|source| map_error(interface, "open", name, source))
 }

@@ -167,6 +167,22 @@ fn the_allowlist_changes_all_or_nothing() {
 }
 
 #[test]
+fn a_reader_of_counters_tells_that_its_guard_was_exchanged() {
+    with_tap(|_, _tap| {
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        let reader = guard.counter_reader().unwrap();
+        assert!(reader.is_current());
+        assert_eq!(reader.read().unwrap(), guard.counters().unwrap());
+        guard.detach().unwrap();
+        assert!(!reader.is_current());
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        assert!(!reader.is_current());
+        assert!(guard.counter_reader().unwrap().is_current());
+        guard.detach().unwrap();
+    });
+}
+
+#[test]
 fn a_re_created_tap_does_not_inherit_a_guard() {
     with_tap(|namespace, tap| {
         let old = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
