@@ -5,15 +5,14 @@
 //! tests hold the two together. Here are besides: room made by moving rules, so that a table may have as
 //! many buckets as rules; rules counted; and several cache lines asked for at once.
 
-use std::array;
-use std::hint::black_box;
-use std::slice;
+use std::{array, ptr, slice};
 
 use omerta_verdict::{BUCKET_RULES, Bucket, Endpoint, MAX_PROBES};
 
 /// How far from its place a rule's room may be found; moving other rules brings it near.
 const REACH: usize = 32;
-/// Rules whose buckets are asked for together, so that memory is waited for once and not for each.
+/// Rules whose buckets are asked for before those that were asked for are used, so that memory is not
+/// waited for by each.
 const TOGETHER: usize = 16;
 const PROBES: usize = MAX_PROBES as usize;
 
@@ -111,28 +110,36 @@ impl<'a> Filling<'a> {
     /// Adds `endpoints`. Returns how many the table holds, each once; `None` where one found no place:
     /// the table is then of no use.
     pub fn hold(mut self, endpoints: impl Iterator<Item = Endpoint>) -> Option<usize> {
-        let mut endpoints = endpoints.map(|endpoint| Rule::of(&endpoint));
+        let mut rules = endpoints.map(|endpoint| Rule::of(&endpoint));
+        let mut asked = self.ask(&mut rules);
         loop {
-            let rules: [_; TOGETHER] = array::from_fn(|_| endpoints.next());
-            for rule in rules.iter().flatten() {
-                black_box(self.lines[self.at(rule.home(self.seed))].overflowed);
-            }
-            for rule in rules {
+            let next = self.ask(&mut rules);
+            for rule in asked {
                 match rule {
-                    Some(rule) if self.insert(rule) => {}
+                    Some((rule, home)) if self.insert(rule, home) => {}
                     Some(_) => return None,
                     None => return Some(self.held),
                 }
             }
+            asked = next;
         }
+    }
+
+    /// The next rules and where they belong, whose buckets are on their way to the caches.
+    fn ask(&self, rules: &mut impl Iterator<Item = Rule>) -> [Option<(Rule, usize)>; TOGETHER] {
+        array::from_fn(|_| {
+            let rule = rules.next()?;
+            let home = rule.home(self.seed);
+            fetch(&self.lines[self.at(home)]);
+            Some((rule, home))
+        })
     }
 
     fn at(&self, number: usize) -> usize {
         number & (self.lines.len() - 1)
     }
 
-    fn insert(&mut self, rule: Rule) -> bool {
-        let home = rule.home(self.seed);
+    fn insert(&mut self, rule: Rule, home: usize) -> bool {
         for probe in 0..PROBES {
             let at = self.at(home.wrapping_add(probe));
             let line = &mut self.lines[at];
@@ -241,6 +248,19 @@ fn position(lines: &[Line], seed: u64, rule: Rule) -> Option<usize> {
         }
     }
     None
+}
+
+/// Lets the processor fetch a line that is needed soon, where it can be told so.
+#[inline(always)]
+fn fetch(line: &Line) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: it reads nothing, and has no effect but on caches.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 fn lines(buckets: &[Bucket]) -> &[Line] {
