@@ -26,6 +26,8 @@ pub enum Filter {
     GuardRedirect,
     /// An XDP program that drops everything: the least that a drop can cost.
     XdpFloor,
+    /// A TCX program that drops everything: the least that a drop can cost where the guard stands.
+    TcxFloor,
     /// nftables at the tap's netdev hook.
     NftNetdev,
     /// nftables in the forward chain.
@@ -93,7 +95,7 @@ impl Lane {
         for step in ["link set uplink up", "addr add 203.0.113.1/24 dev uplink"] {
             namespace.ip(step)?;
         }
-        let mut links = vec![sinks.enter(swallow)??];
+        let mut links = vec![sinks.enter(|| drop_all("sink"))??];
         links.extend(namespace.enter(|| attach(filter, way))??);
         for step in [
             "link set guest up",
@@ -198,12 +200,12 @@ impl Drop for Lane {
     }
 }
 
-/// What swallows all that the uplink sends.
-fn swallow() -> Result<OwnedFd> {
+/// A program of two instructions that drops all that `interface` receives.
+fn drop_all(interface: &str) -> Result<OwnedFd> {
     /// `TC_ACT_SHOT`.
     const SHOT: i32 = 2;
-    let swallow = kernel::constant(Kind::Classifier, SHOT)?;
-    kernel::attach(&swallow, index_of("sink")?, Hook::TcxIngress)
+    let program = kernel::constant(Kind::Classifier, SHOT)?;
+    kernel::attach(&program, index_of(interface)?, Hook::TcxIngress)
 }
 
 /// The filter's program where it is one.
@@ -226,6 +228,7 @@ fn attach(filter: Filter, way: Way) -> Result<Option<OwnedFd>> {
                 Hook::Xdp,
             )?));
         }
+        Filter::TcxFloor => return Ok(Some(drop_all("guest")?)),
         _ => {}
     }
     Ok(None)
@@ -250,7 +253,11 @@ fn rules(filter: Filter) -> Vec<(&'static str, Vec<String>)> {
         vec![("nft", vec![script])]
     };
     match filter {
-        Filter::None | Filter::Guard | Filter::GuardRedirect | Filter::XdpFloor => Vec::new(),
+        Filter::None
+        | Filter::Guard
+        | Filter::GuardRedirect
+        | Filter::XdpFloor
+        | Filter::TcxFloor => Vec::new(),
         Filter::NftNetdev => nft("netdev", "ingress device guest", ""),
         Filter::NftForward => nft("ip", "forward", ""),
         Filter::NftForwardConntrack => nft("ip", "forward", "ct state established,related accept"),

@@ -66,8 +66,9 @@ const LOCAL: [Plan; 3] = [
     ("local64-guard", "local64-none", Filter::Guard),
     ("local64-redirect", "local64-none", Filter::GuardRedirect),
 ];
-const DROPPED: [Plan; 4] = [
+const DROPPED: [Plan; 5] = [
     ("drop64-xdp-floor", "drop64-xdp-floor", Filter::XdpFloor),
+    ("drop64-tcx-floor", "drop64-xdp-floor", Filter::TcxFloor),
     ("drop64-guard", "drop64-xdp-floor", Filter::Guard),
     ("drop64-nft-netdev", "drop64-xdp-floor", Filter::NftNetdev),
     (
