@@ -106,7 +106,7 @@ pack
 total=$(($(stat -c %s "$work/vmlinuz") + $(stat -c %s "$work/initrd.img")))
 [ "$total" -le $((limit_mib << 20)) ] || die "the image has $total bytes, more than $limit_mib MiB"
 rm -f "$out/inputs"
-# For who builds another image with it.
+# For who builds another image with it; and it tells that this one has it.
 cp "$agent" "$work/omerta-agent"
 mv "$work/omerta-agent" "$out/omerta-agent"
 mv "$work/vmlinuz" "$work/initrd.img" "$out/"

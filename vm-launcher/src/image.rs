@@ -22,6 +22,8 @@ pub struct Image {
     pub initrd: PathBuf,
     /// What it must be, where that is known.
     pub stored: Option<Stored>,
+    /// Whether its guests run the agent.
+    pub has_agent: bool,
 }
 
 /// What the store knows of an image.
@@ -133,6 +135,7 @@ impl Image {
             kernel: PathBuf::new(),
             initrd: PathBuf::new(),
             stored: None,
+            has_agent: false,
         }
     }
 
@@ -148,6 +151,8 @@ impl Image {
             kernel: directory.join("vmlinuz"),
             initrd: directory.join("initrd.img"),
             stored: None,
+            // Left there by the recipe, which put it into the image.
+            has_agent: directory.join("omerta-agent").exists(),
         };
         for path in [&image.kernel, &image.initrd] {
             open(path)?;
@@ -161,6 +166,7 @@ impl Image {
         Self {
             kernel: opened.path(manifest.kernel),
             initrd: opened.path(manifest.initrd),
+            has_agent: manifest.agent,
             stored: Some(Stored {
                 kernel: manifest.kernel.sha256,
                 initrd: manifest.initrd.sha256,

@@ -334,6 +334,7 @@ pub(crate) mod tests {
                 kernel: "/img/vmlinuz".into(),
                 initrd: "/img/initrd.img".into(),
                 stored: None,
+                has_agent: false,
             },
             layer: None,
             ssh_key: None,

@@ -47,6 +47,7 @@ fn with_disk(mut spec: Spec, format: DiskFormat, content: &[u8]) -> Spec {
             format,
             root: RootDevice::DISK,
         }),
+        agent: false,
     };
     spec.image = imported(&directory.join("store"), &sources, Seed::Nocloud);
     spec.layer = Some(LayerSpec {

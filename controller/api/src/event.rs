@@ -64,6 +64,14 @@ pub enum Occurrence {
     },
     /// The guest reported a handshake with its consumer.
     Handshake {},
+    /// Something new is known of the agent in the guest.
+    Agent {
+        /// `arrived`, `sound`, `changed`, `missed`, `forged`, `replaced` or `garbled`.
+        report: String,
+        /// What has changed, or the digest of the program that has arrived.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        what: Option<String>,
+    },
     /// The guest sent a frame that its guard dropped.
     Rogue {
         /// The drop reason.

@@ -74,6 +74,9 @@ pub struct RunRequest {
     /// Whether the console gives a shell rather than only a log.
     #[serde(default)]
     pub console_shell: bool,
+    /// Whether the agent in the guest is asked; where the image has one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<bool>,
     /// Seconds (1 or more) after which the guest is killed, counted from its start; none when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_seconds: Option<u32>,
@@ -132,6 +135,9 @@ pub struct Guest {
     pub public_key: Option<String>,
     /// Whether the guest reported a WireGuard handshake with its consumer.
     pub handshake: bool,
+    /// What is known of the agent in it: `awaited`, `arrived`, `sound`, `changed`, `missed`, `forged`, `replaced`
+    /// or `garbled`; null where none is asked.
+    pub agent: Option<String>,
     /// The consumer: `PUBLIC_KEY@ADDRESS:PORT`.
     pub consumer: String,
     /// What rogue traffic does to the guest.

@@ -50,6 +50,7 @@ fn run_request() -> RunRequest {
         on_violation: Some(OnViolation::Terminate),
         limits: Some(GuestLimits::default()),
         console_shell: false,
+        agent: Some(true),
         timeout_seconds: Some(60),
         labels: [("plan".to_owned(), "small".to_owned())].into(),
     }
@@ -79,6 +80,7 @@ fn guest() -> Guest {
         mac: "52:54:00:4d:00:02".into(),
         public_key: None,
         handshake: false,
+        agent: Some("sound".into()),
         consumer: "KEY@192.0.2.10:51820".into(),
         on_violation: OnViolation::Terminate,
         mode: "filtered".into(),
@@ -109,6 +111,10 @@ fn occurrences() -> Vec<Occurrence> {
         Occurrence::Adopted { pid: 1 },
         Occurrence::PublicKey { public_key: text() },
         Occurrence::Handshake {},
+        Occurrence::Agent {
+            report: text(),
+            what: Some(text()),
+        },
         Occurrence::Rogue {
             reason: text(),
             direction: text(),
@@ -146,6 +152,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Adopted { .. }
             | Occurrence::PublicKey { .. }
             | Occurrence::Handshake {}
+            | Occurrence::Agent { .. }
             | Occurrence::Rogue { .. }
             | Occurrence::Paused { .. }
             | Occurrence::PauseFailed { .. }

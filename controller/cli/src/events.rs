@@ -82,6 +82,18 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
         Occurrence::Adopted { pid } => (Style::Good, "adopted", format!("pid {pid}")),
         Occurrence::PublicKey { public_key } => (Style::Plain, "public_key", public_key.clone()),
         Occurrence::Handshake {} => (Style::Good, "handshake", String::new()),
+        Occurrence::Agent { report, what } => {
+            let style = match report.as_str() {
+                "arrived" | "sound" => Style::Good,
+                _ => Style::Bad,
+            };
+            let what = what.as_ref().map(|what| format!(": {what}"));
+            (
+                style,
+                "agent",
+                format!("{report}{}", what.unwrap_or_default()),
+            )
+        }
         Occurrence::Rogue {
             reason,
             direction,

@@ -283,6 +283,14 @@ fn details(guest: &Guest) -> Table {
         Cell::new(guest.public_key.as_deref().unwrap_or("not reported yet")),
     );
     table.pair("handshake", handshake(guest));
+    if let Some(agent) = &guest.agent {
+        let style = match agent.as_str() {
+            "awaited" | "arrived" => Style::Changing,
+            "sound" => Style::Good,
+            _ => Style::Bad,
+        };
+        table.pair("agent", Cell::styled(style, agent));
+    }
     table.pair("mode", Cell::new(&guest.mode));
     for (index, limit) in limit::shown_of_guest(guest.limits).iter().enumerate() {
         table.pair(if index == 0 { "limit" } else { "" }, Cell::new(limit));

@@ -8,12 +8,17 @@ use omerta_api::GuestLimits;
 use omerta_dataplane::{LeaseTime, LeaseTimeError};
 use omerta_engine::OnViolation;
 use omerta_images::Store;
-use omerta_vm_launcher::{Accel, Jail, MachineType, MachineTypeError, PartError, UidRangeError};
+use omerta_vm_launcher::{
+    Accel, AgentTiming, Jail, MachineType, MachineTypeError, PartError, UidRangeError,
+};
 use serde::Deserialize;
 use thiserror::Error;
 
 use crate::images::Images;
 use crate::pool::{GuestPool, PoolError};
+
+/// A week: more is no deadline.
+const MOST_AGENT_SECONDS: u32 = 604_800;
 
 /// The configuration file's content. A key that is not one of these is an error.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -35,6 +40,7 @@ pub(crate) struct Config {
     pub(crate) jail: Option<JailConfig>,
     pub(crate) images: Option<ImagesConfig>,
     pub(crate) recovery: Option<RecoveryConfig>,
+    pub(crate) agent: Option<AgentConfig>,
 }
 
 /// Shorter, and a host that is busy would cut off guests whose omertad is there.
@@ -46,6 +52,26 @@ const SHORTEST_LEASE: Duration = Duration::from_secs(10);
 pub(crate) struct RecoveryConfig {
     on_stop: Option<OnStop>,
     lease: Option<String>,
+}
+
+/// What may be said of the agents in guests.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AgentConfig {
+    ask: Option<bool>,
+    arrival_seconds: Option<u32>,
+    interval_seconds: Option<u32>,
+    deadline_seconds: Option<u32>,
+    silence_seconds: Option<u32>,
+    enforce: Option<bool>,
+}
+
+/// When agents are asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AgentSettings {
+    /// Whether those of guests that do not say are.
+    pub(crate) is_asked: bool,
+    pub(crate) timing: AgentTiming,
 }
 
 /// What becomes of guests when omertad is told to stop.
@@ -112,6 +138,8 @@ pub(crate) struct Settings {
     pub(crate) limits: GuestLimits,
     /// What holds each guest's QEMU.
     pub(crate) jail: Jail,
+    /// When the agents in guests are asked.
+    pub(crate) agent: AgentSettings,
     /// What becomes of guests when omertad is told to stop.
     pub(crate) on_stop: OnStop,
     /// How long guests' guards let anything pass when omertad is not there; `None` is for ever.
@@ -151,6 +179,12 @@ pub(crate) enum ConfigError {
         "[recovery] lease is {} s: give {} s or more, for guards are looked at and their leases renewed each second, and a busy host may be late", .0.as_secs(), SHORTEST_LEASE.as_secs()
     )]
     LeaseShort(Duration),
+    #[error("[agent] {what} is {given}: give {least} to {MOST_AGENT_SECONDS}")]
+    AgentSeconds {
+        what: &'static str,
+        given: u32,
+        least: u32,
+    },
     #[error("max_guests is {given}: give 1 to {pool}, as many as the guest pool has room for")]
     MaxGuests { given: usize, pool: usize },
     #[error("{what} {} cannot be made an absolute path", path.display())]
@@ -247,6 +281,7 @@ impl Config {
             limits: self.limits.unwrap_or_default(),
             jail: self.jail.unwrap_or_default().validate()?,
             lease: recovery.checked_lease()?,
+            agent: self.agent.unwrap_or_default().validate()?,
             on_stop: recovery.on_stop.unwrap_or_default(),
         })
     }
@@ -264,6 +299,33 @@ impl RecoveryConfig {
             Some(short) if short < SHORTEST_LEASE => Err(ConfigError::LeaseShort(short)),
             lease => Ok(lease),
         }
+    }
+}
+
+impl AgentConfig {
+    fn validate(self) -> Result<AgentSettings, ConfigError> {
+        let seconds = |what, given: Option<u32>, default, least| {
+            let given = given.unwrap_or(default);
+            if (least..=MOST_AGENT_SECONDS).contains(&given) {
+                Ok(given)
+            } else {
+                Err(ConfigError::AgentSeconds { what, given, least })
+            }
+        };
+        let time = |what, given, default| {
+            seconds(what, given, default, 1).map(|seconds| Duration::from_secs(seconds.into()))
+        };
+        let timing = AgentTiming {
+            arrival: time("arrival_seconds", self.arrival_seconds, 300)?,
+            interval: time("interval_seconds", self.interval_seconds, 5)?,
+            deadline: time("deadline_seconds", self.deadline_seconds, 30)?,
+            silence_seconds: seconds("silence_seconds", self.silence_seconds, 3600, 0)?,
+            enforce: self.enforce.unwrap_or(true),
+        };
+        Ok(AgentSettings {
+            is_asked: self.ask.unwrap_or(true),
+            timing,
+        })
     }
 }
 

@@ -10,10 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_api::{ApiError, ErrorKind};
-use omerta_engine::{Action, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame};
+use omerta_engine::{
+    Action, AgentReport, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame,
+};
 use omerta_vm_launcher::{
-    ExitStatus, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Prepared, Running, Spec,
-    Traces,
+    AgentFinding, ExitStatus, Guarded, GuestEvent as LauncherEvent, LaunchError, Paused, Prepared,
+    Running, Spec, Traces,
 };
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
@@ -519,6 +521,10 @@ impl GuestTask {
                 },
                 event = running.next_event() => {
                     self.powered_down |= event == LauncherEvent::Shutdown;
+                    if let LauncherEvent::AgentArrived { key, .. } = &event {
+                        // The next omertad asks the same agent.
+                        drop(self.fleet.store().begin(Change::Agent(self.id, *key.bytes())));
+                    }
                     match translate(event, self.powered_down) {
                         Some(event) => return event,
                         None => continue,
@@ -583,10 +589,26 @@ fn translate(event: LauncherEvent, powered_down: bool) -> Option<GuestEvent> {
             message: unless_powered_down(status, powered_down),
         }),
         // The exit follows; pauses and resumptions are this task's own doing.
-        LauncherEvent::AgentArrived { .. }
-        | LauncherEvent::AgentFound(_)
-        | LauncherEvent::Shutdown
-        | LauncherEvent::Paused
-        | LauncherEvent::Resumed => None,
+        LauncherEvent::AgentArrived { program, .. } => {
+            let program = program.iter().map(|byte| format!("{byte:02x}")).collect();
+            Some(GuestEvent::AgentReported(AgentReport::Arrived { program }))
+        }
+        LauncherEvent::AgentFound(finding) => agent_report(finding).map(GuestEvent::AgentReported),
+        LauncherEvent::Shutdown | LauncherEvent::Paused | LauncherEvent::Resumed => None,
     }
+}
+
+/// `None` for its arrival, which comes with more.
+fn agent_report(finding: AgentFinding) -> Option<AgentReport> {
+    Some(match finding {
+        AgentFinding::Arrived { .. } => return None,
+        AgentFinding::Sound => AgentReport::Sound,
+        AgentFinding::Changed(changes) => AgentReport::Changed {
+            what: changes.names().collect::<Vec<_>>().join(", "),
+        },
+        AgentFinding::Missed => AgentReport::Missed,
+        AgentFinding::Forged => AgentReport::Forged,
+        AgentFinding::Replaced => AgentReport::Replaced,
+        AgentFinding::Garbled => AgentReport::Garbled,
+    })
 }

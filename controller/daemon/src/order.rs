@@ -14,7 +14,8 @@ use omerta_engine::OnViolation;
 use omerta_images::qcow2::Layer;
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{
-    Consumer, GuestName, Image, Jail, LayerSpec, PathError, Spec, SshPublicKey, Tunnel, WgPublicKey,
+    AgentTiming, Consumer, GuestName, Image, Jail, LayerSpec, PathError, Spec, SshPublicKey,
+    Tunnel, WgPublicKey,
 };
 
 use crate::acceleration::Platform;
@@ -53,6 +54,8 @@ pub(crate) struct Order {
     cpus: u8,
     memory_mib: u32,
     console_shell: bool,
+    agent: bool,
+    agent_timing: AgentTiming,
     timeout_seconds: Option<NonZero<u32>>,
     labels: BTreeMap<String, String>,
     memory: Option<HostMemory>,
@@ -73,8 +76,16 @@ impl Order {
                 consumer.endpoint.ip()
             )));
         }
+        let asked = request.agent;
         let checked = Self::of(request, settings)?;
         let image = settings.images.open(&checked.image_name)?;
+        if asked == Some(true) && !image.has_agent {
+            return Err(usage(format!(
+                "agent is true and image `{}` has none: leave it out, or import the image with --agent",
+                checked.image_name
+            )));
+        }
+        let agent = asked.unwrap_or(settings.agent.is_asked) && image.has_agent;
         let layer = checked_layer(&image, checked.disk_mib, &settings.disk_dir)?;
         let disk_mib = layer
             .as_ref()
@@ -84,6 +95,7 @@ impl Order {
             layer,
             disk_mib,
             ssh_key: checked_ssh_key(checked.ssh_key_text.as_deref())?,
+            agent,
             ..checked
         })
     }
@@ -110,6 +122,7 @@ impl Order {
             on_violation: Some(self.on_violation),
             limits: Some(guest_limits(self.limits)),
             console_shell: self.console_shell,
+            agent: Some(self.agent),
             disk_mib: self.disk_mib,
             ssh_key: self.ssh_key_text.clone(),
             timeout_seconds: self.timeout_seconds(),
@@ -149,6 +162,9 @@ impl Order {
             cpus: request.cpus.unwrap_or(DEFAULT_CPUS),
             memory_mib: request.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
             console_shell: request.console_shell,
+            // A guest that runs has a port for it or has not.
+            agent: request.agent.unwrap_or(false),
+            agent_timing: settings.agent.timing,
             timeout_seconds: checked_timeout(request.timeout_seconds)?,
             labels: checked_labels(request.labels)?,
             memory: HostMemory::now(),
@@ -232,7 +248,15 @@ impl Order {
             ),
             guard_lease: self.guard_lease,
             outlives_launcher: true,
-            agent: None,
+            agent: self.agent.then_some(AgentTiming {
+                // Under a policy that lets a guest run on, its agent does too.
+                enforce: self.agent_timing.enforce
+                    && matches!(
+                        self.on_violation,
+                        OnViolation::Pause | OnViolation::Terminate
+                    ),
+                ..self.agent_timing
+            }),
         };
         spec.validate().map_err(|error| usage(format!("{error}")))?;
         Ok(spec)
@@ -419,6 +443,7 @@ pub(crate) mod tests {
             on_violation: None,
             limits: None,
             console_shell: false,
+            agent: None,
             timeout_seconds: None,
             labels: BTreeMap::new(),
         }

@@ -20,6 +20,10 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
         Record::Adopted => Occurrence::Adopted { pid },
         Record::PublicKey(public_key) => Occurrence::PublicKey { public_key },
         Record::Handshake => Occurrence::Handshake {},
+        Record::Agent(report) => Occurrence::Agent {
+            report: report.word().to_owned(),
+            what: report.what().map(str::to_owned),
+        },
         Record::Rogue {
             frame,
             action,

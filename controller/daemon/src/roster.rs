@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use omerta_api::{ApiError, Guest};
 use omerta_dataplane::Counters;
-use omerta_engine::{Action, Engine, Event as EngineEvent, Found, GuestId, GuestState};
+use omerta_engine::{
+    Action, AgentReport, Engine, Event as EngineEvent, Found, GuestId, GuestState,
+};
 use omerta_vm_launcher::Spec;
 use tokio::sync::{mpsc, watch};
 
@@ -266,6 +268,10 @@ impl Roster {
             mac: spec.mac.to_string(),
             public_key: guest.public_key().map(str::to_owned),
             handshake: guest.handshake(),
+            agent: spec.agent.map(|_| {
+                let report = guest.agent().map_or("awaited", AgentReport::word);
+                report.to_owned()
+            }),
             consumer: consumer_text(&spec.consumer),
             on_violation: guest.on_violation(),
             mode: spec.mode.to_string(),

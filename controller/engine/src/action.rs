@@ -2,7 +2,9 @@
 
 use thiserror::Error;
 
-use crate::{Cause, GuestId, GuestState, Incident, Monotonic, OnViolation, RogueFrame};
+use crate::{
+    AgentReport, Cause, GuestId, GuestState, Incident, Monotonic, OnViolation, RogueFrame,
+};
 
 /// Something to do, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +82,8 @@ pub enum Record {
     PublicKey(String),
     /// It reported a handshake.
     Handshake,
+    /// Something new is known of the agent in it.
+    Agent(AgentReport),
     /// It sent a rogue frame.
     Rogue {
         /// The frame.

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 pub enum Cause {
     /// It sent rogue traffic.
     Rogue,
+    /// Its agent was missed, or told of a change.
+    Agent,
     /// It was asked to stop and powered down.
     Stopped,
     /// It was asked to stop and did not power down in time.
@@ -36,8 +38,9 @@ pub enum Cause {
 
 impl Cause {
     /// Every cause.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Rogue,
+        Self::Agent,
         Self::Stopped,
         Self::StopDeadline,
         Self::Timeout,
@@ -55,6 +58,7 @@ impl Cause {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Rogue => "rogue",
+            Self::Agent => "agent",
             Self::Stopped => "stopped",
             Self::StopDeadline => "stop_deadline",
             Self::Timeout => "timeout",

@@ -1,6 +1,6 @@
 //! What the engine is told, in the past tense.
 
-use crate::{Cause, Ending, GuestState, Monotonic, OnViolation, RogueFrame};
+use crate::{AgentReport, Cause, Ending, GuestState, Monotonic, OnViolation, RogueFrame};
 
 /// One guest in one life. A name that is used again gets a new id, so that what is late about the
 /// old guest never touches the new one.
@@ -76,6 +76,8 @@ pub enum GuestEvent {
     PublicKeyReported(String),
     /// It reported a handshake with its consumer.
     HandshakeSeen,
+    /// Something new is known of the agent in it.
+    AgentReported(AgentReport),
     /// Its guard dropped a frame.
     RogueFrameSeen(RogueFrame),
     /// It stands still.

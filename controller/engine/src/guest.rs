@@ -4,8 +4,8 @@ use omerta_verdict::Reason;
 
 use crate::tally::{Limiter, Tally};
 use crate::{
-    Action, Cause, Ending, Fate, Found, GuestId, GuestState, Incident, Monotonic, OnViolation,
-    Record,
+    Action, AgentReport, Cause, Ending, Fate, Found, GuestId, GuestState, Incident, Monotonic,
+    OnViolation, Record,
 };
 
 /// What the engine knows of one guest.
@@ -21,6 +21,8 @@ pub struct Guest {
     pub(crate) resume_ordered_at: Option<Monotonic>,
     pub(crate) public_key: Option<String>,
     pub(crate) handshake: bool,
+    /// What was told last of the agent in it.
+    pub(crate) agent: Option<AgentReport>,
     pub(crate) key_limiter: Limiter,
     pub(crate) reset_limiter: Limiter,
     pub(crate) tally: Tally,
@@ -89,6 +91,7 @@ impl Guest {
             resume_ordered_at: None,
             public_key: None,
             handshake: false,
+            agent: None,
             key_limiter: Limiter::default(),
             reset_limiter: Limiter::default(),
             tally: Tally::default(),
@@ -137,6 +140,11 @@ impl Guest {
     /// Whether it reported a handshake with that key.
     pub const fn handshake(&self) -> bool {
         self.handshake
+    }
+
+    /// What was told last of the agent in it.
+    pub const fn agent(&self) -> Option<&AgentReport> {
+        self.agent.as_ref()
     }
 
     /// Its rogue frames that the engine was told of, by reason.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod action;
+mod agent;
 mod cause;
 mod engine;
 mod event;
@@ -17,6 +18,7 @@ mod tally;
 mod transition;
 
 pub use action::{Action, Ending, Record, Refusal};
+pub use agent::AgentReport;
 pub use cause::Cause;
 pub use engine::{ENDED_KEPT, Engine};
 pub use event::{Event, Fate, Found, GuestEvent, GuestId};

@@ -1,8 +1,8 @@
 //! Every transition of a guest from one state to another.
 
 use crate::{
-    Action, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Monotonic, OnViolation, Record,
-    RogueFrame,
+    Action, AgentReport, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Monotonic,
+    OnViolation, Record, RogueFrame,
 };
 
 impl Guest {
@@ -17,6 +17,7 @@ impl Guest {
             }
             GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
             GuestEvent::HandshakeSeen => self.handshake_seen(now, out),
+            GuestEvent::AgentReported(report) => self.agent_reported(now, report, out),
             GuestEvent::RogueFrameSeen(frame) => self.rogue_frame_seen(now, frame, out),
             GuestEvent::Paused { at } => self.paused(now, at, out),
             GuestEvent::PauseFailed { message } => self.pause_failed(now, message, out),
@@ -156,6 +157,34 @@ impl Guest {
         }
     }
 
+    /// What the agent is held to account for is the guest's violation, though there is no frame to show.
+    fn agent_reported(&mut self, now: Monotonic, report: AgentReport, out: &mut Vec<Action>) {
+        use GuestState::{Held, Running, Stopping};
+        if !matches!(self.state, Running | Held | Stopping) {
+            return;
+        }
+        self.agent = Some(report.clone());
+        let is_violation = report.is_violation();
+        let message = match report.what() {
+            Some(what) => format!("its agent: {}: {what}", report.word()),
+            None => format!("its agent: {}", report.word()),
+        };
+        self.publish(now, Record::Agent(report), out);
+        // Who is powering down takes its agent along.
+        if !is_violation || self.state == Stopping {
+            return;
+        }
+        match self.on_violation {
+            OnViolation::Drop | OnViolation::Alert => {}
+            OnViolation::Pause => {
+                self.enter(now, GuestState::Condemned);
+                self.hold_wanted = false;
+                out.push(Action::Pause(self.id));
+            }
+            OnViolation::Terminate => self.kill(now, Cause::Agent, Some(message), out),
+        }
+    }
+
     fn rogue_frame_seen(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
         let sent_since_resumed = self
             .resume_ordered_at
@@ -229,7 +258,11 @@ impl Guest {
                 },
                 out,
             );
-            self.kill(now, Cause::Rogue, Some(message), out);
+            let cause = match self.incident {
+                Some(_) => Cause::Rogue,
+                None => Cause::Agent,
+            };
+            self.kill(now, cause, Some(message), out);
         } else if std::mem::take(&mut self.hold_wanted) {
             self.publish(now, Record::PauseFailed { message }, out);
         }
@@ -242,6 +275,7 @@ impl Guest {
         // The key lives in the guest's memory: the next boot makes another.
         self.public_key = None;
         self.handshake = false;
+        self.agent = None;
         if self.reset_limiter.pass(now).is_some() {
             self.publish(now, Record::Reset, out);
         }

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use omerta_engine::{
-    Action, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic, OnViolation, Record,
-    RogueFrame,
+    Action, AgentReport, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic,
+    OnViolation, Record, RogueFrame,
 };
 use omerta_verdict::{Direction, Reason};
 use proptest::prelude::*;
@@ -39,6 +39,8 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         1 => Just(GuestEvent::LaunchFailed { message: "no".into(), leftovers: Vec::new() }),
         1 => Just(GuestEvent::PublicKeyReported("key".into())),
         1 => Just(GuestEvent::HandshakeSeen),
+        1 => Just(GuestEvent::AgentReported(AgentReport::Sound)),
+        1 => Just(GuestEvent::AgentReported(AgentReport::Missed)),
         6 => frames().prop_map(GuestEvent::RogueFrameSeen),
         2 => at().prop_map(|at| GuestEvent::Paused { at }),
         1 => Just(GuestEvent::PauseFailed { message: "no".into() }),

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use omerta_engine::{
-    Action, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic, OnViolation, Record,
-    RogueFrame,
+    Action, AgentReport, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic,
+    OnViolation, Record, RogueFrame,
 };
 use omerta_verdict::{Direction, Reason};
 
@@ -28,6 +28,10 @@ fn tell(engine: &mut Engine, event: GuestEvent) -> Vec<Action> {
 
 fn rogue() -> GuestEvent {
     GuestEvent::RogueFrameSeen(frame_at(ORDERED + 1))
+}
+
+fn agent(report: AgentReport) -> GuestEvent {
+    GuestEvent::AgentReported(report)
 }
 
 fn stop() -> GuestEvent {
@@ -117,6 +121,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::Started => "started",
                 Record::PublicKey(_) => "public key",
                 Record::Handshake => "handshake",
+                Record::Agent(_) => "agent",
                 Record::Rogue { .. } => "rogue",
                 Record::Paused(_) => "paused",
                 Record::PauseFailed { .. } => "pause failed",
@@ -166,6 +171,20 @@ fn table_of_transitions_under_terminate() {
         (Guarded, rogue(), Condemned, &["pause", "rogue"]),
         (Guarded, kill(), Guarded, &[]),
         (Running, rogue(), Condemned, &["pause", "rogue"]),
+        (Running, agent(AgentReport::Sound), Running, &["agent"]),
+        (
+            Running,
+            agent(AgentReport::Missed),
+            Ending,
+            &["agent", "kill"],
+        ),
+        (Held, agent(AgentReport::Forged), Ending, &["agent", "kill"]),
+        // Who powers down takes its agent along.
+        (Stopping, agent(AgentReport::Missed), Stopping, &["agent"]),
+        (Suspended, agent(AgentReport::Missed), Suspended, &[]),
+        (Condemned, agent(AgentReport::Missed), Condemned, &[]),
+        (Guarded, agent(AgentReport::Missed), Guarded, &[]),
+        (Ending, agent(AgentReport::Missed), Ending, &[]),
         (Running, stop(), Stopping, &["power down", "stopping"]),
         (Running, kill(), Ending, &["kill"]),
         (

@@ -55,6 +55,8 @@ impl Guest {
             "--on-violation",
             on_violation,
             "--console-shell",
+            // What the guard stops is shown by a guest whose own witness is silent.
+            "--no-agent",
         ])?;
         let address = |field| -> Result<Ipv4Addr> {
             text(&shown, field)?

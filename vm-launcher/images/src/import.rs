@@ -38,6 +38,8 @@ pub struct Sources {
     pub initrd: PathBuf,
     /// The disk, if there is one.
     pub disk: Option<Source>,
+    /// Whether its guests run the agent.
+    pub agent: bool,
 }
 
 /// Why an image was not imported.
@@ -105,6 +107,8 @@ impl Sources {
             kernel: directory.join("vmlinuz"),
             initrd: directory.join("initrd.img"),
             disk: disk.into_iter().find(|disk| disk.path.exists()),
+            // Left there by the recipes, which put it into the image.
+            agent: directory.join("omerta-agent").exists(),
         }
     }
 
@@ -154,6 +158,7 @@ impl Sources {
             initrd,
             disk,
             seed,
+            agent: self.agent,
         };
         manifest.check()?;
         Ok(manifest)

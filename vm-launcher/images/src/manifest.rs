@@ -25,6 +25,14 @@ pub struct Manifest {
     pub disk: Option<Disk>,
     /// How the guest is told what it is.
     pub seed: Seed,
+    /// Whether its guests run the agent, which the host then asks. Said where they do.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub agent: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// A file by its content.

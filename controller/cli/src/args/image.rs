@@ -224,6 +224,10 @@ pub struct ImportArgs {
     #[arg(long, value_enum, default_value = "facts")]
     pub seed: SeedWord,
 
+    /// Its guests run omerta-agent, which the host is to ask (said already by a DIRECTORY that holds omerta-agent)
+    #[arg(long)]
+    pub agent: bool,
+
     #[command(flatten)]
     pub signing: Signing,
 
@@ -269,6 +273,7 @@ impl ImportArgs {
             if let Some(disk) = &mut sources.disk {
                 disk.root = self.root;
             }
+            sources.agent |= self.agent;
             return Some(sources);
         }
         let format = match self.disk_format {
@@ -283,6 +288,7 @@ impl ImportArgs {
                 format,
                 root: self.root,
             }),
+            agent: self.agent,
         })
     }
 }

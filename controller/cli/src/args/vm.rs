@@ -198,6 +198,10 @@ pub struct RunArgs {
     #[arg(long)]
     console_shell: bool,
 
+    /// Do not ask the agent in the guest, where its image has one
+    #[arg(long)]
+    no_agent: bool,
+
     /// Kill the guest when it has run so long
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     timeout: Option<u32>,
@@ -259,6 +263,7 @@ impl RunArgs {
             "on_violation": self.on_violation,
             "limits": limits,
             "console_shell": self.console_shell.then_some(true),
+            "agent": self.no_agent.then_some(false),
             "timeout_seconds": self.timeout,
             "labels": (!labels.is_empty()).then_some(labels),
         });

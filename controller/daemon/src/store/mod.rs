@@ -248,6 +248,7 @@ mod tests {
             Change::Stand(id, Stands::Stopping, Some(11)),
             Change::Key(id, Some("key".to_owned())),
             Change::Handshake(id),
+            Change::Agent(id, [3; 32]),
             Change::Remove(GuestId(2)),
             Change::Remove(GuestId(2)),
         ] {
@@ -266,7 +267,10 @@ mod tests {
         let kept = Kept {
             grant: grant(1, "alpha", 5),
             step: Step::Running,
-            traces: traces(),
+            traces: Traces {
+                agent: Some([3; 32]),
+                ..traces()
+            },
             seen,
         };
         assert_eq!(contents.guests, [kept]);

@@ -105,6 +105,8 @@ pub(crate) enum Change {
     Key(GuestId, Option<String>),
     /// It has told of a handshake.
     Handshake(GuestId),
+    /// Its agent has come, and proves its answers with this.
+    Agent(GuestId, [u8; 32]),
     /// It is to be gone.
     End(GuestId),
     /// Nothing is left of it.
@@ -112,7 +114,7 @@ pub(crate) enum Change {
 }
 
 const COLUMNS: &str = "id, name, request, slot, accel, machine, run_dir, boot, step, uid, pid, \
-     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake";
+     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake, agent_key";
 
 /// Makes one change, in one transaction.
 pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), StoreError> {
@@ -173,6 +175,10 @@ pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), Store
         Change::Handshake(id) => connection.execute(
             "UPDATE guests SET handshake = 1 WHERE id = ?1",
             params![number(id.0)?],
+        )?,
+        Change::Agent(id, key) => connection.execute(
+            "UPDATE guests SET agent_key = ?2 WHERE id = ?1",
+            params![number(id.0)?, key],
         )?,
         Change::End(id) => connection.execute(
             "UPDATE guests SET step = 'ending' WHERE id = ?1",
@@ -259,7 +265,7 @@ fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
             process,
             tap: row.get("tap")?,
             guard,
-            agent: None,
+            agent: row.get("agent_key")?,
         },
         seen: Seen {
             stands: Stands::of(&stands).ok_or(StoreError::Nonsense("a state"))?,

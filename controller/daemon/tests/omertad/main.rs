@@ -2,6 +2,7 @@
 // Helpers outside of test functions may fail the test, too.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod agents;
 mod api;
 mod connections;
 mod daemon;
