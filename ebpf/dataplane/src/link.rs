@@ -131,12 +131,21 @@ fn object_info<T: ObjectInfo>(object: &OwnedFd) -> io::Result<T> {
 
 /// Whether a program is on the TCX hook of `direction`, where the kernel has TCX.
 pub fn has_any(ifindex: u32, direction: Direction) -> io::Result<bool> {
-    Ok(has_tcx()? && first_on(ifindex, direction)?.is_some())
+    Ok(has_tcx()? && first_on(ifindex, direction)?.program_id.is_some())
 }
 
-/// The id of the first program on the hook of `direction` on the interface of that index in this
-/// thread's network namespace; `None` where there is none.
-pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<Option<u32>> {
+/// A TCX hook, as it stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HookState {
+    /// The id of the first program; `None` where there is none.
+    pub program_id: Option<u32>,
+    /// Counts every change of what is on the hook: programs that come, go, move or are exchanged in their
+    /// links (`bpf_mprog_commit` in include/linux/bpf_mprog.h).
+    pub revision: u64,
+}
+
+/// The hook of `direction` on the interface of that index in this thread's network namespace.
+pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<HookState> {
     let mut first = 0u32;
     let mut request = QueryRequest {
         target_ifindex: ifindex,
@@ -157,11 +166,17 @@ pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<Option<u32>> {
     // SAFETY: the kernel reads and writes `request`, and writes at most `count` ids to `first`;
     // both outlive the call.
     match unsafe { bpf(BPF_PROG_QUERY, &mut request) } {
-        Ok(_) => Ok(Some(first).filter(|id| *id != 0)),
-        // There are more programs than were asked for: the first is written all the same
+        // Where there are more programs than were asked for, all is written all the same
         // (`bpf_mprog_query` in kernel/bpf/mprog.c).
-        Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Ok(Some(first)),
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-        Err(error) => Err(error),
+        Err(error) if error.raw_os_error() != Some(libc::ENOSPC) => {
+            if error.raw_os_error() == Some(libc::ENOENT) {
+                return Ok(HookState::default());
+            }
+            Err(error)
+        }
+        _ => Ok(HookState {
+            program_id: Some(first).filter(|id| *id != 0),
+            revision: request.revision,
+        }),
     }
 }

@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
+use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use nix::poll::{PollFd, PollFlags, poll};
@@ -21,7 +22,7 @@ use omerta_test_support::{Namespace, Tap, ip};
 use omerta_verdict::{Direction, Mode};
 
 /// A guarded tap, watched; what `change` does must be told in these words.
-fn told(change: impl FnOnce(Tap, Guard) -> Box<dyn Any> + Send, words: &str) {
+fn told(change: impl FnOnce(Tap, Guard) -> Box<dyn Any> + Send, words: &str, at_a_glance: bool) {
     let namespace = Namespace::new("watch").unwrap();
     namespace
         .enter(|| {
@@ -29,9 +30,13 @@ fn told(change: impl FnOnce(Tap, Guard) -> Box<dyn Any> + Send, words: &str) {
             let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
             let watch = GuardWatch::begin(&guard).unwrap();
             watch.check().unwrap();
+            watch.glance().unwrap();
             let kept = change(tap, guard);
             let error = watch.check().unwrap_err();
             assert!(error.to_string().contains(words), "{words}: {error}");
+            // What the occasions tell is not asked for.
+            let seen = watch.glance().err().map(|error| error.to_string());
+            assert_eq!(seen, at_a_glance.then(|| error.to_string()));
             drop((watch, kept));
             // Whatever name it has now.
             for left in Guard::pinned().unwrap() {
@@ -57,6 +62,7 @@ fn removed_guard_is_told_and_judges_on_while_it_is_watched() {
             Box::new(tap)
         },
         "its pins were removed",
+        false,
     );
 }
 
@@ -69,6 +75,7 @@ fn guard_in_its_place_is_told() {
             Box::new(tap)
         },
         "another one by now",
+        true,
     );
 }
 
@@ -82,6 +89,7 @@ fn changed_allowlist_is_told() {
             Box::new(tap)
         },
         "its policy was changed",
+        true,
     );
 }
 
@@ -93,6 +101,7 @@ fn renamed_interface_is_told() {
             Box::new(tap)
         },
         "no interface guest",
+        false,
     );
 }
 
@@ -104,6 +113,7 @@ fn removed_interface_is_told() {
             Box::new(())
         },
         "no interface guest",
+        true,
     );
 }
 
@@ -115,6 +125,7 @@ fn interface_in_its_place_is_told() {
             Box::new(Tap::create("guest").unwrap())
         },
         "re-created",
+        true,
     );
 }
 
@@ -132,7 +143,51 @@ fn program_before_it_is_told() {
             Box::new((tap, foreign))
         },
         "another program stands before it",
+        true,
     );
+}
+
+/// Whoever has an open link may put another program into it: neither its pin nor its place changes.
+#[test]
+fn another_program_in_its_link_is_seen_at_a_glance() {
+    told(
+        |tap, guard| {
+            let mut foreign = Programs::load("foreign", Mode::Filtered).unwrap();
+            let namespace = std::fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+            let pin = format!("/sys/fs/bpf/omerta/{namespace}/guest/link_ingress");
+            let link = FdLink::from(PinnedLink::from_pin(pin).unwrap());
+            // Exchanges the program for as long as the link lives.
+            let program = foreign.program(Direction::Ingress).unwrap();
+            program.attach_to_link(link.try_into().unwrap()).unwrap();
+            Box::new((tap, guard, foreign))
+        },
+        "its program was replaced",
+        true,
+    );
+}
+
+#[test]
+fn after_a_change_that_leaves_the_guard_in_order_a_glance_finds_it_in_order() {
+    let namespace = Namespace::new("watch").unwrap();
+    namespace
+        .enter(|| {
+            let _tap = Tap::create("guest").unwrap();
+            let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+            let watch = GuardWatch::begin(&guard).unwrap();
+            let mut foreign = Programs::load("foreign", Mode::Filtered).unwrap();
+            let last = TcAttachOptions::TcxOrder(LinkOrder::last());
+            foreign
+                .program(Direction::Ingress)
+                .unwrap()
+                .attach_with_options("guest", TcAttachType::Egress, last)
+                .unwrap();
+            watch.glance().unwrap();
+            drop(foreign);
+            watch.glance().unwrap();
+            drop(watch);
+            guard.detach().unwrap();
+        })
+        .unwrap();
 }
 
 /// Each change that this crate makes, and each removal of a pin by anybody, is an occasion to look.
@@ -191,6 +246,7 @@ fn looking_is_cheap() {
                 println!("measured: {what} {each:?}");
             };
             time("a look at a watched guard", &|| watch.check());
+            time("a glance at a watched guard", &|| watch.glance());
             time("a proof of a guard", &|| guard.verify());
             drop(watch);
             guard.detach().unwrap();

@@ -80,6 +80,11 @@ impl Control {
         self.guard.renew(lease)
     }
 
+    /// Fails where the guard is no longer what was proven, as far as nothing tells of that.
+    pub(super) fn glance_at_guard(&self) -> Result<(), GuardError> {
+        self.guard.glance()
+    }
+
     /// Fails where the guard is no longer what was proven before the guest ran.
     pub(super) fn verify_guard(&self) -> Result<(), GuardError> {
         self.guard.check()

@@ -18,7 +18,11 @@ pub(super) struct Logs {
     qemu: PathBuf,
     /// The disk may keep it waiting, and nothing else of the guest.
     holding: Option<JoinHandle<()>>,
+    looks: u32,
 }
+
+/// How many looks there are to one at QEMU's own log.
+const SELDOM: u32 = 64;
 
 impl Logs {
     pub(super) fn of(files: &RunFiles) -> Self {
@@ -26,11 +30,13 @@ impl Logs {
             console: ConsoleLog::at(&files.console_log),
             qemu: files.qemu_log.clone(),
             holding: None,
+            looks: 0,
         }
     }
 
-    /// Begins to shorten what is long.
+    /// Begins to shorten what is long. QEMU itself says little, so its log is looked at seldom.
     pub(super) fn hold(&mut self) {
+        self.looks = self.looks.wrapping_add(1);
         let is_busy = |task: &JoinHandle<()>| !task.is_finished();
         if self.holding.as_ref().is_some_and(is_busy) || !self.any_is_long() {
             return;
@@ -49,8 +55,11 @@ impl Logs {
     }
 
     fn any_is_long(&self) -> bool {
-        let qemu = self.qemu.symlink_metadata();
-        self.console.is_long() || qemu.is_ok_and(|log| log.len() > MAX_LOG_BYTES)
+        let qemu_is_long = || {
+            let log = self.qemu.symlink_metadata();
+            log.is_ok_and(|log| log.len() > MAX_LOG_BYTES)
+        };
+        self.console.is_long() || (self.looks.is_multiple_of(SELDOM) && qemu_is_long())
     }
 }
 
