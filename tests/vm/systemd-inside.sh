@@ -59,6 +59,16 @@ check "QEMU is limited in the unit's cgroup" sh -c "[ $(dirname "$cgroup") = $un
 check "omertad is beside it" sh -c "[ \$(cat $unit/omertad/cgroup.procs) = $(systemctl show -p MainPID --value omertad) ]"
 check "its log is read" sh -c 'sleep 2; omerta vm logs alpha | grep -q AAAA'
 
+systemctl kill --kill-whom=main -s KILL omertad
+sleep 2
+check "the unit starts after omertad was killed" systemctl start omertad
+for _ in $(seq 120); do
+    omerta vm show alpha -o json 2> /dev/null | jq -e '.state == "running"' > /dev/null && break
+    sleep 1
+done
+check "its guest was taken over" sh -c "omerta vm show alpha -o json | jq -e '.state == \"running\" and .pid == $qemu'"
+check "what took it over is in the same place" sh -c "[ \$(cat $unit/omertad/cgroup.procs) = \$(systemctl show -p MainPID --value omertad) ]"
+
 ip tuntap add dev tap9 mode tap
 check "another tap is guarded beside it" omerta guard attach tap9 --mac 52:54:00:12:34:56 --ip 10.0.0.5 \
     --gateway 10.0.0.1 --allow udp:192.0.2.10:51820

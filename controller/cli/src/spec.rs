@@ -54,8 +54,12 @@ pub enum SpecError {
 /// When the file cannot be read, is neither TOML nor JSON, or does not describe a guest: unknown
 /// fields are refused.
 pub fn read(path: &Path, flags: Map<String, Value>) -> Result<RunRequest, SpecError> {
-    let text = text_of(path)?;
-    let mut fields = fields_of(path, &text)?;
+    parse(path, &text_of(path)?, flags)
+}
+
+/// The same, of a text that `path` holds.
+pub fn parse(path: &Path, text: &str, flags: Map<String, Value>) -> Result<RunRequest, SpecError> {
+    let mut fields = fields_of(path, text)?;
     fields.extend(flags);
     serde_json::from_value(Value::Object(fields)).map_err(|error| SpecError::Unfit {
         path: path.to_owned(),

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use omerta_images::qcow2::{HEAD_BYTES, Header, MAX_VIRTUAL_BYTES, SECTOR};
-use omerta_images::{Manifest, TrustedKeys};
+use omerta_images::{Manifest, Revoked, TrustedKeys};
 
 /// A public key whose secret half is not kept.
 const KEY: &str = "untrusted comment: minisign public key: 3B589D9012B1D712\n\
@@ -46,5 +46,23 @@ pub fn image_signature(bytes: &[u8]) {
     let keys = KEYS.get_or_init(|| TrustedKeys::one("fuzz.pub", KEY).unwrap());
     if let Ok(signature) = str::from_utf8(bytes) {
         assert!(keys.signer("fuzz", b"never signed", signature).is_err());
+    }
+}
+
+/// The list of what is revoked: what it takes for a line that means something is on it.
+pub fn revoked_list(bytes: &[u8]) {
+    let Ok(text) = str::from_utf8(bytes) else {
+        return;
+    };
+    match Revoked::parse(text) {
+        Ok(revoked) => {
+            for line in text.lines().map(str::trim) {
+                if !line.is_empty() && !line.starts_with('#') {
+                    let digest = line.split_whitespace().next().unwrap().parse().unwrap();
+                    assert!(revoked.has(digest));
+                }
+            }
+        }
+        Err(line) => assert!((1..=text.lines().count()).contains(&line)),
     }
 }

@@ -37,6 +37,7 @@ borrowed!(
     exit = "../../../controller/cli/src/exit.rs",
     guest_text = "../../../controller/cli/src/guest_text.rs",
     qmp_lines = "../../../vm-launcher/src/qmp_lines.rs",
+    spec = "../../../controller/cli/src/spec.rs",
 );
 use omerta_tunnel::PublicKey as WgPublicKey;
 
@@ -59,6 +60,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("qcow2_header", images::qcow2_header),
     ("image_manifest", images::image_manifest),
     ("image_signature", images::image_signature),
+    ("revoked_list", images::revoked_list),
+    ("guest_spec", parsers::guest_spec),
     ("agent_messages", agent::messages),
     ("agent_heartbeat", agent::heartbeat),
     ("wireguard_conf", parsers::wireguard_conf),

@@ -3,14 +3,16 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use omerta_api::RunRequest;
 use omerta_macos_shim::{
     CAddress, CEndpoint, CPolicy, omerta_decide, omerta_guard_free, omerta_guard_new,
     omerta_outcome_word,
 };
 use omerta_tunnel::Conf;
 use omerta_verdict::{ANSWER_CAPACITY, Endpoint, EventRecord, Mac, Mode, Reason};
+use serde_json::Map;
 
-use crate::allowlist;
+use crate::{allowlist, spec};
 
 /// What the kernel's ring buffer may hold.
 pub fn event_record(bytes: &[u8]) {
@@ -54,6 +56,23 @@ pub fn allowlist_file(bytes: &[u8]) {
             assert!(endpoints.len() <= bytes.split(|b| *b == b'\n').count());
         }
         Err(error) => assert!(error.to_string().len() < 1000),
+    }
+}
+
+/// A file that says what guest to run, and the body of a request, which is the same in JSON.
+pub fn guest_spec(bytes: &[u8]) {
+    let Ok(text) = str::from_utf8(bytes) else {
+        return;
+    };
+    let parse = |text: &str| spec::parse(Path::new("spec"), text, Map::new());
+    match parse(text) {
+        Ok(request) => {
+            // What the store keeps of it means the same to the next omertad.
+            let json = serde_json::to_string(&request).unwrap();
+            assert_eq!(parse(&json).unwrap(), request);
+            assert_eq!(serde_json::from_str::<RunRequest>(&json).unwrap(), request);
+        }
+        Err(error) => assert!(!error.to_string().contains('\n')),
     }
 }
 

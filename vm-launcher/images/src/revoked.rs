@@ -59,6 +59,14 @@ impl Revoked {
             Err(source) => return Err(TrustError::Read { path, source }),
         };
         require_private(&path)?;
+        Self::parse(&text).map_err(|line| TrustError::NotRevoked(path, line))
+    }
+
+    /// The list that a text is.
+    ///
+    /// # Errors
+    /// The number of the line that means nothing.
+    pub fn parse(text: &str) -> Result<Self, usize> {
         let mut all = BTreeMap::new();
         for (index, line) in text.lines().enumerate() {
             let line = line.trim();
@@ -66,12 +74,15 @@ impl Revoked {
                 continue;
             }
             let (digest, why) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
-            let digest = digest
-                .parse()
-                .map_err(|_| TrustError::NotRevoked(path.clone(), index + 1))?;
+            let digest = digest.parse().map_err(|_| index + 1)?;
             all.insert(digest, why.trim().to_owned());
         }
         Ok(Self(all))
+    }
+
+    /// Whether a digest is on it.
+    pub fn has(&self, digest: Digest) -> bool {
+        self.0.contains_key(&digest)
     }
 
     /// Adds a digest to the list in `directory`, which is made where it is not there, and tells whether it
