@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::net::if_::if_nametoindex;
 use omerta_agent::message::Key;
 use omerta_dataplane::{Guard, GuardError, GuardStatus, GuardWatch, Owner};
 
@@ -219,6 +220,13 @@ pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces)
         && !held.remove(TAP_DEADLINE)
     {
         left.push(format!("interface {tap}: still held open"));
+    }
+    if traces.tap.is_none() && traces.uid.is_some() {
+        // Its index was not known yet, and it may have a guard: it goes with its QEMU, a moment later.
+        let until = Instant::now() + TAP_DEADLINE;
+        while if_nametoindex(tap).is_ok() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
     if let Err(error) = Guard::remove_stale(tap, owner) {
         left.push(format!("guard of {tap}: {error}"));

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use crate::clock::monotonic_ns;
 use crate::disk::Disks;
 use crate::jail::Cell;
+use crate::lifecycle::attaching::Attaching;
 use crate::lifecycle::{Ended, Traces};
 use crate::process::QemuProcess;
 use crate::run_dir::RunDir;
@@ -30,6 +31,8 @@ pub(super) struct Machine {
     pub(super) run_dir: Option<RunDir>,
     pub(super) tap: Option<Tap>,
     pub(super) process: Option<Arc<QemuProcess>>,
+    /// The guard, while it is made.
+    pub(super) attaching: Option<Attaching>,
     pub(super) guard: Option<Guard>,
     /// What proves, again and again, that the guard is what was attached.
     pub(super) guard_watch: Option<Arc<GuardWatch>>,
@@ -44,6 +47,7 @@ impl Machine {
             run_dir: None,
             tap: None,
             process: None,
+            attaching: None,
             guard: None,
             guard_watch: None,
         }
@@ -120,6 +124,12 @@ impl Machine {
         }
         let process_is_gone = leftovers.is_empty();
         let ended_at_ns = process_is_gone.then(monotonic_ns);
+        // What is being made is ours to undo, and nobody else knows of it.
+        let attached = self.attaching.take().map(Attaching::end).transpose();
+        let is_doubtful = attached.is_err();
+        if let Ok(Some(guard)) = attached {
+            self.guard = Some(guard);
+        }
         // It holds the guard's links, which the detaching is to cut.
         self.guard_watch = None;
         let guard = self.guard.take();
@@ -149,7 +159,7 @@ impl Machine {
                 leftovers.push(format!("interface {name}: still held open"));
             }
             // A tap that was renamed keeps its guard until it is gone itself.
-            if detached.is_err()
+            if (detached.is_err() || is_doubtful)
                 && let Err(error) = Guard::remove_stale(name, self.spec.guard_owner.as_ref())
             {
                 leftovers.push(format!("guard of {name}: {error}"));

@@ -2,6 +2,7 @@
 
 mod adopted;
 mod agent_watch;
+mod attaching;
 mod control;
 mod ended;
 mod guarded;

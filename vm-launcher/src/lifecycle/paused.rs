@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use omerta_dataplane::{Guard, GuardConfig, GuardError, GuardWatch};
+use omerta_dataplane::{Guard, GuardError, GuardWatch};
 use tokio::net::UnixStream;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::mpsc;
@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::disk::{DiskError, Disks, Handles};
 use crate::jail::Root;
+use crate::lifecycle::attaching::Attaching;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::{Ended, Guarded, Prepared, Traces};
@@ -27,8 +28,8 @@ use crate::{ExitStatus, LaunchError, ProcessError, QmpError, Spec, canary, comma
 /// How long a QEMU that has hung up may take to be gone, before it is said that it only hung up.
 const DYING: Duration = Duration::from_secs(2);
 
-/// QEMU is there in `prelaunch`, its tap is down and unguarded, no instruction of the guest has
-/// run. Can only be guarded, or dropped, which undoes everything.
+/// QEMU is there in `prelaunch`, its tap is down and its guard at most being attached, no instruction of
+/// the guest has run. Can only be guarded, or dropped, which undoes everything.
 #[derive(Debug)]
 pub struct Paused {
     pub(super) machine: Machine,
@@ -101,6 +102,8 @@ impl Paused {
 
         let tap = Tap::create(&spec.tap, spec.gateway_mac()).await?;
         let tap = machine.tap.insert(tap).handle()?;
+        // Meanwhile: it is proven before the tap is up, and before QEMU is told to go.
+        machine.attaching = Some(Attaching::begin(spec)?);
         let disks = machine.disks.as_ref().map(Disks::handles).transpose();
         let disks = disks.map_err(DiskError::Handles)?;
         let open = command::Descriptors {
@@ -148,7 +151,7 @@ impl Paused {
         self.machine.traces()
     }
 
-    /// Attaches the guard, verifies it, brings the tap up, and proves the guard with a canary.
+    /// Waits until the guard is attached, verifies it, brings the tap up, and proves the guard with a canary.
     ///
     /// # Errors
     /// Whatever fails; the guest is gone then.
@@ -163,36 +166,18 @@ impl Paused {
         let Machine {
             spec,
             tap,
+            attaching,
             guard: slot,
             guard_watch,
             ..
         } = &mut self.machine;
-        // A machine in this state always has its tap; the pattern is the proof of it.
-        let Some(tap) = tap else {
+        // A machine in this state always has both; the pattern is the proof of it.
+        let (Some(tap), Some(attaching)) = (tap, attaching.take()) else {
             return Err(LaunchError::Guard(GuardError::NotGuarded {
                 interface: spec.tap.clone(),
             }));
         };
-        let config = GuardConfig {
-            mac: spec.mac,
-            addresses: vec![spec.address.into()],
-            gateways: vec![spec.gateway.into()],
-            gateway_mac: Some(spec.gateway_mac()),
-            mode: spec.mode,
-            allow: vec![spec.consumer.allowed_endpoint()],
-            egress: spec.limits.egress,
-            ingress: spec.limits.ingress,
-            lease: spec.guard_lease,
-            owner: spec.guard_owner.clone(),
-        };
-        // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.
-        if Guard::remove_stale(&spec.tap, spec.guard_owner.as_ref())? {
-            tracing::info!(
-                tap = spec.tap,
-                "removed the pins of a guard whose tap is gone"
-            );
-        }
-        let guard = slot.insert(without_stalling(|| Guard::attach(&spec.tap, &config))?);
+        let guard = slot.insert(without_stalling(|| attaching.end())?);
         let watch = guard_watch.insert(Arc::new(GuardWatch::begin(guard)?));
         tap.bring_up(spec.gateway, spec.address, spec.mac).await?;
         canary::prove(tap, guard, spec.mac, spec.gateway_mac()).await?;
@@ -247,9 +232,9 @@ fn ended_early<T>(status: ExitStatus, log: &Path) -> Result<T, LaunchError> {
     Err(ProcessError::EndedEarly { status, said }.into())
 }
 
-/// Runs `work`, which keeps the processor for some tenths of a second (the kernel verifies the
-/// guard's programs), without holding up the tasks queued behind this one. On this very thread: it
-/// is in the right network namespace, and nobody can cancel between the making and the knowing.
+/// Runs `work`, which may wait for some tenths of a second (the kernel verifies the guard's programs),
+/// without holding up the tasks queued behind this one. On this very thread: nobody can cancel between
+/// the waiting and the having.
 fn without_stalling<T>(work: impl FnOnce() -> T) -> T {
     match Handle::current().runtime_flavor() {
         RuntimeFlavor::MultiThread => block_in_place(work),
