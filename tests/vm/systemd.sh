@@ -1,6 +1,6 @@
 #!/bin/bash
 # Boots a Debian with systemd under TCG and runs omertad there as deploy/systemd/omertad.service has it: the unit's
-# restrictions must leave it able to do its work. As root, with mmdebstrap, qemu-system-x86 and apt's archive in reach.
+# restrictions must leave it able to do its work. As root, with apt's archive in reach.
 #
 # tests/vm/systemd.sh [OMERTAD OMERTA]        default: target/debug/omertad target/debug/omerta
 set -euo pipefail
@@ -14,6 +14,13 @@ mkdir -p "$work"
 
 for program in "$omertad" "$omerta"; do
     [ -x "$program" ] || { echo "systemd.sh: no $program: build it with cargo build" >&2; exit 1; }
+done
+
+for program in mmdebstrap mke2fs depmod modprobe busybox cpio xz qemu-system-x86_64; do
+    command -v "$program" > /dev/null || {
+        echo "systemd.sh: no $program: apt-get install mmdebstrap e2fsprogs kmod busybox-static cpio xz-utils qemu-system-x86" >&2
+        exit 1
+    }
 done
 
 if [ ! -d "$work/base" ]; then
