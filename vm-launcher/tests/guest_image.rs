@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use omerta_verdict::Reason;
-use omerta_vm_launcher::{ExitStatus, GuestEvent, Image, Paused};
+use omerta_vm_launcher::{Consumer, ExitStatus, GuestEvent, Image, Paused};
 use stage::{IDLE, Stage, event};
 
 /// Where the image is: `OMERTA_IMAGE_DIR`, or `target/image`. `None`, said aloud, if it is not
@@ -78,6 +78,62 @@ fn the_guest_reports_a_key_sends_only_to_its_consumer_and_obeys_its_power_button
             stopping.elapsed().as_millis()
         );
         assert_eq!(ended.status, Some(ExitStatus::Code(0)), "{log}");
+        assert_eq!(ended.leftovers, [""; 0]);
+    });
+    stage.assert_nothing_is_left();
+}
+
+#[test]
+fn the_guest_follows_its_consumer_and_sends_nothing_where_it_was() {
+    let Some(image) = image() else { return };
+    let stage = Stage::new(IDLE);
+    stage.run(|mut spec| async move {
+        spec.image = image;
+        spec.memory_mib = 256;
+        let first = spec.consumer;
+        let running = Paused::launch(spec).await.unwrap().guard().await.unwrap();
+        let mut running = running.resume().await.unwrap();
+        let reports = |e: &GuestEvent| matches!(e, GuestEvent::PublicKeyReported(_));
+        event(&mut running, reports).await;
+
+        let second = Consumer {
+            endpoint: "198.51.100.7:4500".parse().unwrap(),
+            ..first
+        };
+        running.control().allow(&second).unwrap();
+        running.control().tell(&second);
+        let log = running.console_log().to_owned();
+        let follows = || {
+            fs::read_to_string(&log)
+                .unwrap()
+                .contains("the consumer is at 198.51.100.7:4500 now")
+        };
+        let end = Instant::now() + Duration::from_secs(60);
+        while !follows() {
+            assert!(
+                Instant::now() < end,
+                "{}",
+                fs::read_to_string(&log).unwrap()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        // Nothing of what it sends from here on is for where the consumer was, and it does send.
+        let counters = || running.guard().counters().unwrap();
+        let (before, end) = (counters(), Instant::now() + Duration::from_secs(60));
+        while counters().egress.allowed.packets == before.egress.allowed.packets {
+            assert!(Instant::now() < end, "it does not try its consumer");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let dropped = |counters: &omerta_dataplane::Counters| {
+            let count = counters
+                .egress
+                .dropped
+                .iter()
+                .find(|(reason, _)| *reason == Reason::Endpoint);
+            count.map(|(_, count)| count.packets)
+        };
+        assert_eq!(dropped(&counters()), dropped(&before));
+        let ended = running.kill().await;
         assert_eq!(ended.leftovers, [""; 0]);
     });
     stage.assert_nothing_is_left();

@@ -72,6 +72,13 @@ pub enum Occurrence {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         what: Option<String>,
     },
+    /// The guest's consumer has moved. The guest may reach it where it is now, and no longer where it was.
+    ConsumerMoved {
+        /// Where it was: `ADDRESS:PORT`.
+        from: String,
+        /// Where it is.
+        to: String,
+    },
     /// The guest sent a frame that its guard dropped.
     Rogue {
         /// The drop reason.

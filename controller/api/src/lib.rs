@@ -8,6 +8,7 @@
 mod error;
 mod event;
 mod guest;
+mod peer;
 pub mod route;
 mod version;
 
@@ -17,4 +18,5 @@ pub use guest::{
     Ended, Guest, GuestLimits, GuestList, GuestsQuery, Limits, RunRequest, StopRequest,
 };
 pub use omerta_engine::{Cause, GuestState, OnViolation};
+pub use peer::{Peer, PeerList, PeerRequest};
 pub use version::Version;

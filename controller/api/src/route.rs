@@ -16,13 +16,17 @@ pub const GUEST_RESUME: &str = "/v1/guests/{name}/resume";
 pub const GUEST_RESET: &str = "/v1/guests/{name}/reset";
 /// `GET` reads a guest's console log as plain text.
 pub const GUEST_LOG: &str = "/v1/guests/{name}/log";
+/// `PUT` says where a guest's consumer is now.
+pub const GUEST_PEER: &str = "/v1/guests/{name}/peer";
+/// `GET` lists the consumers of guests.
+pub const PEERS: &str = "/v1/peers";
 /// `GET` reads events, one JSON object a line.
 pub const EVENTS: &str = "/v1/events";
 /// `GET` tells which omertad answers.
 pub const VERSION: &str = "/v1/version";
 
 /// Every path with the methods it answers.
-pub const ALL: [(&str, &[&str]); 10] = [
+pub const ALL: [(&str, &[&str]); 12] = [
     (GUESTS, &["get", "post"]),
     (GUEST, &["get"]),
     (GUEST_STOP, &["post"]),
@@ -31,6 +35,8 @@ pub const ALL: [(&str, &[&str]); 10] = [
     (GUEST_RESUME, &["post"]),
     (GUEST_RESET, &["post"]),
     (GUEST_LOG, &["get"]),
+    (GUEST_PEER, &["put"]),
+    (PEERS, &["get"]),
     (EVENTS, &["get"]),
     (VERSION, &["get"]),
 ];

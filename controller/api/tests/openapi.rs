@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 
 use omerta_api::{
     ApiError, Cause, Ended, ErrorKind, Event, Guest, GuestLimits, GuestList, GuestState,
-    Occurrence, OnViolation, RunRequest, StopRequest, Version, route,
+    Occurrence, OnViolation, Peer, PeerList, PeerRequest, RunRequest, StopRequest, Version, route,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -115,6 +115,10 @@ fn occurrences() -> Vec<Occurrence> {
             report: text(),
             what: Some(text()),
         },
+        Occurrence::ConsumerMoved {
+            from: text(),
+            to: text(),
+        },
         Occurrence::Rogue {
             reason: text(),
             direction: text(),
@@ -153,6 +157,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::PublicKey { .. }
             | Occurrence::Handshake {}
             | Occurrence::Agent { .. }
+            | Occurrence::ConsumerMoved { .. }
             | Occurrence::Rogue { .. }
             | Occurrence::Paused { .. }
             | Occurrence::PauseFailed { .. }
@@ -225,7 +230,27 @@ fn every_type_has_the_described_fields() {
     let list = GuestList {
         guests: vec![guest()],
     };
+    let peer = Peer {
+        guest: "alpha".into(),
+        state: GuestState::Running,
+        public_key: "KEY".into(),
+        endpoint: "192.0.2.10:51820".into(),
+        former_endpoints: Vec::new(),
+        guest_public_key: None,
+        handshake: false,
+        sent_bytes: None,
+        received_bytes: None,
+    };
+    let peers = PeerList {
+        peers: vec![peer.clone()],
+    };
+    let peer_request = PeerRequest {
+        endpoint: "192.0.2.10:51820".into(),
+    };
     for (name, full) in [
+        ("Peer", serde_json::to_value(peer).unwrap()),
+        ("PeerList", serde_json::to_value(peers).unwrap()),
+        ("PeerRequest", serde_json::to_value(peer_request).unwrap()),
         ("ApiError", serde_json::to_value(error).unwrap()),
         ("Version", serde_json::to_value(version).unwrap()),
         ("RunRequest", serde_json::to_value(run_request()).unwrap()),

@@ -6,6 +6,7 @@
 pub mod guard;
 pub mod image;
 pub mod limit;
+pub mod peer;
 pub mod vm;
 
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ pub const DEFAULT_SOCKET: &str = "/run/omerta/omertad.sock";
 /// Rents out virtual machines that can reach nothing but their consumer.
 ///
 /// `guard` puts a kernel packet filter on one interface and works on its own, as `image` does on the store of
-/// images. `vm` and `events` speak to omertad, which runs guests behind such guards.
+/// images. `vm`, `peer` and `events` speak to omertad, which runs guests behind such guards.
 #[derive(Debug, Parser)]
 #[command(
     name = "omerta",
@@ -54,6 +55,10 @@ pub enum Command {
     /// Run guests, each behind its guard
     #[command(subcommand, arg_required_else_help = true)]
     Vm(vm::VmCommand),
+
+    /// Say where guests' consumers are, and list them
+    #[command(subcommand, arg_required_else_help = true)]
+    Peer(peer::PeerCommand),
 
     /// Build, import and look after the images that guests boot
     #[command(subcommand, arg_required_else_help = true)]

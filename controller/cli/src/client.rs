@@ -63,6 +63,22 @@ impl Client {
         self.decode(&body)
     }
 
+    /// Puts `body` to `path`.
+    ///
+    /// # Errors
+    /// Where omertad cannot be reached, refuses, or answers something else than a `T`.
+    pub async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|source| ClientError::Encode { source })?;
+        let body = self
+            .in_time(self.body(Method::PUT, path, body.into()))
+            .await?;
+        self.decode(&body)
+    }
+
     /// Reads the bytes at `path`.
     ///
     /// # Errors

@@ -94,6 +94,9 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
                 format!("{report}{}", what.unwrap_or_default()),
             )
         }
+        Occurrence::ConsumerMoved { from, to } => {
+            (Style::Changing, "consumer_moved", format!("{from} → {to}"))
+        }
         Occurrence::Rogue {
             reason,
             direction,

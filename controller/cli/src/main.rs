@@ -17,6 +17,7 @@ mod guest_text;
 mod image;
 mod manual;
 mod output;
+mod peer;
 mod spec;
 mod translation;
 mod version;
@@ -57,6 +58,7 @@ fn carry_out(line: CommandLine) -> Result<(), Failure> {
         Command::Guard(command) => guard::run(command, &mut out)?,
         Command::Image(command) => image::run(command, &mut out)?,
         Command::Vm(command) => wait_for(vm::run(&client, command, &mut out))??,
+        Command::Peer(command) => wait_for(peer::run(&client, command, &mut out))??,
         Command::Events(args) => wait_for(events::run(&client, &args, &mut out))??,
         Command::Doctor(shown) => wait_for(doctor::run(&client, shown.format, &mut out))??,
         Command::Version(shown) => wait_for(version::run(&client, shown.format, &mut out))??,
@@ -129,6 +131,9 @@ enum Failure {
     /// `omerta vm`.
     #[error(transparent)]
     Vm(#[from] vm::VmError),
+    /// `omerta peer`.
+    #[error(transparent)]
+    Peer(#[from] peer::PeerError),
     /// `omerta events`.
     #[error(transparent)]
     Events(#[from] events::EventsError),
@@ -156,6 +161,7 @@ impl Failure {
             Self::Guard(error) => error.exit(),
             Self::Image(error) => error.exit(),
             Self::Vm(error) => error.exit(),
+            Self::Peer(error) => error.exit(),
             Self::Events(error) => error.exit(),
             Self::Doctor(_) | Self::Version(_) | Self::Manual(_) | Self::Runtime { .. } => {
                 Exit::Failed
@@ -169,6 +175,7 @@ impl Failure {
             Self::Guard(guard::GuardCommandError::Output(error))
             | Self::Image(image::ImageError::Output(error))
             | Self::Vm(vm::VmError::Output(error))
+            | Self::Peer(peer::PeerError::Output(error))
             | Self::Events(events::EventsError::Output(error))
             | Self::Doctor(doctor::DoctorError::Output(error))
             | Self::Version(version::VersionError::Output(error))

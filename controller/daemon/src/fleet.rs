@@ -9,6 +9,7 @@ use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic, Record,
 };
+use omerta_tunnel::Roaming;
 use omerta_vm_launcher::{Scrubbed, Spec};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -270,6 +271,11 @@ impl Fleet {
             let taken = roster.take_in(found, order, Arc::clone(&spec), slot);
             if let Some(facts) = roster.facts.get_mut(&id) {
                 facts.pid = Some(adopted.running.pid());
+                let at = spec.consumer.endpoint.into();
+                facts.roaming = Roaming::at(at).after(adopted.endpoints.iter().copied());
+                if !facts.roaming.former().is_empty() {
+                    adopted.running.control().tell(&spec.consumer);
+                }
             }
             taken
         };

@@ -5,14 +5,16 @@
 //! this task, so no guest waits for another.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_engine::{
     Action, AgentReport, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame,
 };
+use omerta_verdict::Reason;
 use omerta_vm_launcher::{
-    AgentFinding, ExitStatus, Guarded, GuestEvent as LauncherEvent, Paused, Running, Spec,
+    AgentFinding, Control, ExitStatus, Guarded, GuestEvent as LauncherEvent, Paused, Running, Spec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -40,6 +42,8 @@ pub(crate) enum Command {
     Hold(oneshot::Sender<()>),
     /// That it runs on. Answered once it does, or cannot.
     Release(oneshot::Sender<()>),
+    /// A handle to command it with.
+    Control(oneshot::Sender<Control>),
     /// That it starts again.
     Reset(oneshot::Sender<Result<(), String>>),
 }
@@ -85,6 +89,8 @@ pub(crate) struct Adopted {
     pub(crate) left: Option<Duration>,
     /// What befell it while no omertad was there.
     pub(crate) event: Option<GuestEvent>,
+    /// Where its consumer may have been.
+    pub(crate) endpoints: Vec<SocketAddr>,
 }
 
 impl GuestTask {
@@ -251,6 +257,12 @@ impl GuestTask {
                 self.asked.push(done);
                 Some(GuestEvent::ReleaseRequested)
             }
+            Command::Control(done) => {
+                if let Stage::Running(running, _) = &self.stage {
+                    let _ = done.send(running.control());
+                }
+                None
+            }
             Command::Reset(done) => {
                 let reset = match &self.stage {
                     Stage::Running(running, _) => running
@@ -334,6 +346,9 @@ impl GuestTask {
             };
             let command = tokio::select! {
                 frame = watch.next() => match frame {
+                    // Its guard has dropped it. The guest may not know yet that its consumer has moved.
+                    Ok(frame) if frame.reason == Reason::Endpoint
+                        && frame.udp_destination().is_some_and(|to| self.fleet.consumer_was_at(self.id, to)) => continue,
                     Ok(frame) => return GuestEvent::RogueFrameSeen(rogue(&frame)),
                     Err(error) => return lost(&error),
                 },
@@ -342,6 +357,12 @@ impl GuestTask {
                     if let LauncherEvent::AgentArrived { key, .. } = &event {
                         // The next omertad asks the same agent.
                         drop(self.fleet.store().begin(Change::Agent(self.id, *key.bytes())));
+                    }
+                    // It has booted, and was told then where its consumer was when it was launched.
+                    if matches!(event, LauncherEvent::PublicKeyReported(_))
+                        && let Some(consumer) = self.fleet.moved_consumer(self.id)
+                    {
+                        running.control().tell(&consumer);
                     }
                     match translate(event, self.powered_down) {
                         Some(event) => return event,

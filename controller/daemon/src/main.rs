@@ -21,6 +21,7 @@ mod made_directories;
 mod metrics;
 mod order;
 mod order_words;
+mod peers;
 mod pool;
 mod pool_claim;
 mod preflight;

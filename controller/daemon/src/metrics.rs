@@ -68,6 +68,12 @@ fn is_judged(measure: &Measure) -> bool {
     !matches!(measure.state, Launching | Paused | Ending | Ended)
 }
 
+/// The counters of a guest's guard, where it has one.
+pub(crate) fn read_guard(measure: &Measure) -> Option<Counters> {
+    let read = || Guard::open(&measure.interface)?.counters();
+    is_judged(measure).then(read)?.ok()
+}
+
 /// Renders metrics of these guests. The families are made anew each time, so that no series
 /// outlives its guest.
 fn render(measures: &[Measure], lost_by_readers: u64) -> Result<String, prometheus::Error> {

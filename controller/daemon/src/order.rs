@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
+use std::net::Ipv4Addr;
 use std::num::NonZero;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -68,12 +69,7 @@ impl Order {
         // The name first: an image is looked for only for what can be a guest.
         parse_name(&request.name)?;
         let consumer = parse_consumer(&request.consumer)?;
-        if settings.guest_pool.contains(*consumer.endpoint.ip()) {
-            return Err(usage(format!(
-                "consumer address {} lies in the guests' own network: give the consumer's real address",
-                consumer.endpoint.ip()
-            )));
-        }
+        refuse_forbidden(*consumer.endpoint.ip(), settings)?;
         let asked = request.agent;
         let checked = Self::of(request, settings)?;
         let image = settings.images.open(&checked.image_name)?;
@@ -289,6 +285,21 @@ fn checked_layer(
         directory: directory.to_owned(),
         layer,
     }))
+}
+
+/// Refuses an address where no consumer can be.
+pub(crate) fn refuse_forbidden(address: Ipv4Addr, settings: &Settings) -> Result<(), ApiError> {
+    if settings.guest_pool.contains(address) {
+        return Err(usage(format!(
+            "consumer address {address} lies in the guests' own network: give the consumer's real address"
+        )));
+    }
+    if address.is_loopback() || address.is_link_local() {
+        return Err(usage(format!(
+            "consumer address {address} means another host to each that uses it: give the consumer's real address"
+        )));
+    }
+    Ok(())
 }
 
 /// Whether an error is about what was asked for and not about this host.

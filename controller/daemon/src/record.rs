@@ -43,6 +43,10 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             frame: Some(incident.frame.description),
         },
         Record::PauseFailed { message } => Occurrence::PauseFailed { message },
+        Record::ConsumerMoved { from, to } => Occurrence::ConsumerMoved {
+            from: from.to_string(),
+            to: to.to_string(),
+        },
         Record::Held => Occurrence::Held {},
         Record::Released => Occurrence::Released {},
         Record::ReleaseFailed { message } => Occurrence::ReleaseFailed { message },

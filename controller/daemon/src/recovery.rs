@@ -21,6 +21,7 @@ use crate::failure::report;
 use crate::fleet::Fleet;
 use crate::guest_task::Adopted;
 use crate::order::Order;
+use crate::peers::endpoint_in_force;
 use crate::pool::Slot;
 use crate::store::{Change, Grant, Kept, Stands, Step};
 use crate::sweep::OWNER;
@@ -97,7 +98,14 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
         }));
     }
     let known = understand(kept.clone(), fleet.settings()).map_err(Lost::because)?;
-    let Known { kept, order, spec } = known;
+    let Known {
+        kept,
+        order,
+        mut spec,
+    } = known;
+    if let Some(endpoint) = endpoint_in_force(&spec, &kept.seen.endpoints) {
+        spec.consumer.endpoint = endpoint;
+    }
     let name = spec.name.clone();
     let (running, found) = Running::adopt(spec, &kept.traces)
         .await
@@ -135,6 +143,7 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
                 slot: Slot(kept.grant.slot),
                 left: left.map(Duration::from_nanos),
                 event,
+                endpoints: kept.seen.endpoints,
             };
             tracing::info!(guest = %name, "took over a guest that an omertad before had left");
             fleet.adopt(guest, &order, adopted);

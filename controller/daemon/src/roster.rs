@@ -8,6 +8,7 @@ use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, AgentReport, Engine, Event as EngineEvent, Found, GuestId, GuestState,
 };
+use omerta_tunnel::Roaming;
 use omerta_vm_launcher::Spec;
 use tokio::sync::{mpsc, watch};
 
@@ -36,6 +37,10 @@ pub(crate) struct Roster {
 #[derive(Debug)]
 pub(crate) struct Facts {
     pub(crate) spec: Arc<Spec>,
+    /// Where its consumer is and was.
+    pub(crate) roaming: Roaming,
+    /// Its consumer is being moved.
+    pub(crate) consumer_moves: bool,
     pub(crate) image_name: String,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) timeout_seconds: Option<u32>,
@@ -201,6 +206,8 @@ impl Roster {
         let (commands, receiver) = mpsc::unbounded_channel();
         let (state, watcher) = watch::channel(GuestState::Launching);
         let facts = Facts {
+            roaming: Roaming::at(spec.consumer.endpoint.into()),
+            consumer_moves: false,
             spec,
             image_name: order.image_name.clone(),
             labels: order.labels().clone(),

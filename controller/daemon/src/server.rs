@@ -8,11 +8,12 @@ use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use futures_util::stream;
 use omerta_api::{
-    EventsQuery, Guest, GuestList, GuestsQuery, RunRequest, StopRequest, Version, route,
+    EventsQuery, Guest, GuestList, GuestsQuery, PeerList, PeerRequest, RunRequest, StopRequest,
+    Version, route,
 };
 use omerta_engine::Cause;
 use omerta_vm_launcher::ConsoleLog;
@@ -66,6 +67,8 @@ fn router(fleet: Arc<Fleet>) -> Router {
         .route(route::GUEST_RESUME, post(resume))
         .route(route::GUEST_RESET, post(reset))
         .route(route::GUEST_LOG, get(log))
+        .route(route::GUEST_PEER, put(set_peer))
+        .route(route::PEERS, get(peers))
         .route(route::EVENTS, get(events))
         .route(route::VERSION, get(version))
         .fallback(no_route)
@@ -182,6 +185,19 @@ async fn log(
 fn read_end(path: &std::path::Path) -> std::io::Result<String> {
     let end = ConsoleLog::at(path).end(MAX_LOG_BYTES)?;
     Ok(String::from_utf8_lossy(&end).into_owned())
+}
+
+async fn set_peer(
+    State(fleet): State<Arc<Fleet>>,
+    name: Result<Path<String>, PathRejection>,
+    body: Bytes,
+) -> Answer<Json<Guest>> {
+    let request: PeerRequest = parse_body(&body)?;
+    Ok(Json(fleet.move_consumer(parse_name(name)?, request).await?))
+}
+
+async fn peers(State(fleet): State<Arc<Fleet>>) -> Answer<Json<PeerList>> {
+    Ok(Json(fleet.peers().await?))
 }
 
 async fn events(

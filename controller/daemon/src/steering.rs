@@ -41,7 +41,7 @@ impl Fleet {
     }
 
     /// Hands a wish to the guest's task, if the guest is in one of `states`.
-    fn ask<T>(
+    pub(crate) fn ask<T>(
         &self,
         name: &str,
         verb: &str,

@@ -100,6 +100,13 @@ pub enum Record {
         /// What went wrong.
         message: String,
     },
+    /// Its consumer has moved, and its guard with it.
+    ConsumerMoved {
+        /// Where it was.
+        from: std::net::SocketAddr,
+        /// Where it is.
+        to: std::net::SocketAddr,
+    },
     /// It stands still by request.
     Held,
     /// It runs on.

@@ -103,7 +103,7 @@ pub enum Problem {
     #[error("another [Peer] has {0} among its AllowedIPs")]
     SameAllowedIp(AllowedIp),
     /// The value is not one of the key's.
-    #[error("{key} is {expected}")]
+    #[error("{key} must be {expected}")]
     Value {
         /// The key.
         key: &'static str,

@@ -1,7 +1,7 @@
 //! WireGuard devices: keys and `.conf` files, which peers are wanted, and the smallest change from what a device has to
 //! that.
 //!
-//! [`Peers`] and [`plan`] do no I/O. Secrets ([`Secret`]) are wiped when they are dropped, and nothing here prints one.
+//! [`Peers`], [`plan`] and [`Roaming`] do no I/O. Secrets ([`Secret`]) are wiped when they are dropped, and nothing here prints one.
 
 mod allowed_ip;
 mod conf;
@@ -9,6 +9,7 @@ mod endpoint;
 mod peer;
 mod plan;
 mod public_key;
+mod roaming;
 mod secret;
 
 pub use allowed_ip::{AllowedIp, AllowedIpError};
@@ -17,4 +18,5 @@ pub use endpoint::{PeerEndpoint, PeerEndpointError};
 pub use peer::{Conflict, Peer, Peers};
 pub use plan::{Addresses, Change, Update, plan};
 pub use public_key::{PublicKey, PublicKeyError};
+pub use roaming::{Roaming, TooOften};
 pub use secret::{Secret, SecretError};

@@ -41,6 +41,20 @@ impl FrameEvent {
         })
     }
 
+    /// Where a UDP datagram was to go, as far as its head tells.
+    pub fn udp_destination(&self) -> Option<std::net::SocketAddr> {
+        let packet = LaxSlicedPacket::from_ethernet(&self.head).ok()?;
+        let address = match &packet.net {
+            Some(LaxNetSlice::Ipv4(v4)) => v4.header().destination_addr().into(),
+            Some(LaxNetSlice::Ipv6(v6)) => std::net::IpAddr::from(v6.header().destination_addr()),
+            _ => return None,
+        };
+        match &packet.transport {
+            Some(TransportSlice::Udp(udp)) => Some((address, udp.destination_port()).into()),
+            _ => None,
+        }
+    }
+
     /// The frame in one line of plain text, as far as its head tells.
     pub fn describe(&self) -> String {
         describe(&self.head)

@@ -7,13 +7,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::socket::{MsgFlags, recv};
-use omerta_verdict::Direction;
+use omerta_verdict::{Direction, Endpoint};
 
 use crate::bpffs::namespace_directory;
 use crate::link::{self, LinkInfo};
@@ -88,7 +89,8 @@ pub struct GuardWatch {
     ifindex: u32,
     held: [Held; 2],
     state: StateMap,
-    expected: u64,
+    /// The generation that the owner knows of. Whoever changes the policy in the owner's name holds it meanwhile.
+    expected: Mutex<u64>,
 }
 
 impl fmt::Debug for GuardWatch {
@@ -143,7 +145,7 @@ impl GuardWatch {
             interface: interface.to_owned(),
             ifindex: guard.ifindex(),
             held: [hold(Direction::Egress)?, hold(Direction::Ingress)?],
-            expected: state.generation(),
+            expected: Mutex::new(state.generation()),
             state,
         };
         // What is held now must be what the handle knows: it was not replaced in between.
@@ -182,10 +184,37 @@ impl GuardWatch {
                 return Err(self.not_in_force(why));
             }
         }
-        if self.state.generation() != self.expected {
-            return Err(self.not_in_force("its policy was changed by another"));
+        match self.expected.try_lock() {
+            Ok(expected) => self.same_policy(*expected),
+            Err(TryLockError::Poisoned(poisoned)) => self.same_policy(*poisoned.into_inner()),
+            // The owner is changing it, and may wait for another's lock, which a check must not. What another has changed
+            // meanwhile is found by the next.
+            Err(TryLockError::WouldBlock) => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Puts `endpoints` in place of the guard's whole allowlist, in one commit, and takes that policy for its owner's from
+    /// then on. Returns the epoch in force.
+    ///
+    /// # Errors
+    /// Where another has changed the policy, or it cannot be changed; nothing has changed then.
+    pub fn replace(&self, guard: &Guard, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
+        let mut expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
+        self.same_policy(*expected)?;
+        let epoch = guard.replace(endpoints)?;
+        // One more, or the same where nothing had to change. Anything else is another's doing, and is found by the next check.
+        if self.state.generation() == expected.wrapping_add(1) {
+            *expected = expected.wrapping_add(1);
+        }
+        Ok(epoch)
+    }
+
+    fn same_policy(&self, expected: u64) -> Result<(), GuardError> {
+        if self.state.generation() == expected {
+            Ok(())
+        } else {
+            Err(self.not_in_force("its policy was changed by another"))
+        }
     }
 
     /// Has the guard drop everything when `lease` has passed from now on; `None` is for ever. For the
@@ -208,7 +237,10 @@ impl GuardWatch {
     /// What has changed.
     pub fn glance(&self) -> Result<(), GuardError> {
         let untouched = |held: &Held| held.is_untouched(self.ifindex);
-        if self.state.generation() == self.expected && self.held.iter().all(untouched) {
+        let expected = self.expected.try_lock().map(|expected| *expected);
+        if expected.is_ok_and(|expected| self.state.generation() == expected)
+            && self.held.iter().all(untouched)
+        {
             return Ok(());
         }
         self.check()

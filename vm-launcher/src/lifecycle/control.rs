@@ -3,23 +3,56 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use omerta_dataplane::{GuardError, GuardWatch};
+use omerta_dataplane::{Guard, GuardError, GuardWatch};
+use tokio::sync::mpsc;
 
-use crate::LaunchError;
 use crate::clock::monotonic_ns;
 use crate::qmp::Qmp;
+use crate::{Consumer, LaunchError};
 
 /// A handle that commands one guest. Cheap to clone; of no effect once the guest is gone, which it
 /// should not outlive for long: it holds the links of the guard.
 #[derive(Clone, Debug)]
 pub struct Control {
     qmp: Arc<Qmp>,
-    guard: Arc<GuardWatch>,
+    watch: Arc<GuardWatch>,
+    guard: Arc<Guard>,
+    /// What the guest is to be told.
+    words: mpsc::Sender<String>,
 }
 
 impl Control {
-    pub(super) fn new(qmp: Arc<Qmp>, guard: Arc<GuardWatch>) -> Self {
-        Self { qmp, guard }
+    pub(super) fn new(
+        qmp: Arc<Qmp>,
+        watch: Arc<GuardWatch>,
+        guard: Arc<Guard>,
+        words: mpsc::Sender<String>,
+    ) -> Self {
+        Self {
+            qmp,
+            watch,
+            guard,
+            words,
+        }
+    }
+
+    /// Lets the guest reach where its consumer is now, and nothing else any more: one commit of the guard. Returns the
+    /// epoch in force. Blocks for as long as another holds the guard's lock.
+    ///
+    /// # Errors
+    /// When the guard is not what was proven, or does not take it; it judges as before then.
+    pub fn allow(&self, consumer: &Consumer) -> Result<u64, LaunchError> {
+        Ok(self
+            .watch
+            .replace(&self.guard, &[consumer.allowed_endpoint()])?)
+    }
+
+    /// Tells the guest where its consumer is, by its control port. It may not listen, which is its own affair.
+    pub fn tell(&self, consumer: &Consumer) {
+        let endpoint = consumer.endpoint;
+        let word = format!("consumer {} {}\n", endpoint.ip(), endpoint.port());
+        // One that hears nothing is told no more than a few.
+        let _ = self.words.try_send(word);
     }
 
     /// Stops the guest. When this returns, none of its instructions runs until it is resumed. Gives
@@ -77,16 +110,16 @@ impl Control {
 
     /// Begins the guard's lease anew.
     pub(super) fn renew_lease(&self, lease: Option<Duration>) -> Result<(), GuardError> {
-        self.guard.renew(lease)
+        self.watch.renew(lease)
     }
 
     /// Fails where the guard is no longer what was proven, as far as nothing tells of that.
     pub(super) fn glance_at_guard(&self) -> Result<(), GuardError> {
-        self.guard.glance()
+        self.watch.glance()
     }
 
     /// Fails where the guard is no longer what was proven before the guest ran.
     pub(super) fn verify_guard(&self) -> Result<(), GuardError> {
-        self.guard.check()
+        self.watch.check()
     }
 }

@@ -24,12 +24,14 @@ use crate::run_dir::RunFiles;
 
 /// How many events wait for a slow reader.
 const EVENT_BACKLOG: usize = 256;
+/// How many words wait for a guest.
+const WORD_BACKLOG: usize = 4;
 
 /// A guest that was guarded and now runs. Dropping it ends it and undoes everything.
 #[derive(Debug)]
 pub struct Running {
     machine: Machine,
-    guard: Guard,
+    guard: Arc<Guard>,
     process: Arc<QemuProcess>,
     control: Control,
     events: mpsc::Receiver<GuestEvent>,
@@ -62,7 +64,9 @@ impl Running {
             ports,
         } = paused;
         let Guarding { guard, watch, .. } = guarding;
-        let control = Control::new(qmp, watch);
+        let guard = Arc::new(guard);
+        let (words, to_guest) = mpsc::channel(WORD_BACKLOG);
+        let control = Control::new(qmp, watch, Arc::clone(&guard), words);
         let (sender, events) = mpsc::channel(EVENT_BACKLOG);
         let files = RunFiles::within(&machine.spec.run_dir);
         let watcher = Watcher {
@@ -74,6 +78,7 @@ impl Running {
                 .agent
                 .zip(machine.spec.agent)
                 .map(|(port, timing)| AgentWatch::new(port, timing, agent_key)),
+            to_guest,
             events: sender,
             links,
             alarm,

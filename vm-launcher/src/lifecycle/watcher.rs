@@ -73,6 +73,8 @@ pub(super) struct Watcher {
     pub(super) machine_events: mpsc::Receiver<MachineEvent>,
     pub(super) control_port: UnixStream,
     pub(super) agent: Option<AgentWatch>,
+    /// What the guest is to be told by its control port.
+    pub(super) to_guest: mpsc::Receiver<String>,
     pub(super) events: mpsc::Sender<GuestEvent>,
     pub(super) links: LinkWatch,
     pub(super) alarm: GuardAlarm,
@@ -164,6 +166,13 @@ impl Watcher {
                 Ok(permit) = events.reserve(), if has_found(self.agent.as_ref()) => {
                     if let Some(event) = self.agent.as_mut().and_then(AgentWatch::take) {
                         permit.send(event);
+                    }
+                }
+                Some(word) = self.to_guest.recv(), if port_open => {
+                    // A guest that does not read must keep nothing waiting. QEMU takes a few lines at any time.
+                    match self.control_port.try_write(word.as_bytes()) {
+                        Ok(length) if length == word.len() => {}
+                        _ => tracing::warn!("the guest does not read its control port: it is not told of its consumer's move"),
                     }
                 }
                 read = self.control_port.read(&mut buffer), if port_open => match read {

@@ -14,5 +14,6 @@ mod guard_refusals;
 mod image;
 mod manual;
 mod omertad;
+mod peer;
 mod run;
 mod usage;

@@ -249,6 +249,7 @@ mod tests {
             Change::Key(id, Some("key".to_owned())),
             Change::Handshake(id),
             Change::Agent(id, [3; 32]),
+            Change::Endpoints(id, vec![([192, 0, 2, 7], 1).into()]),
             Change::Remove(GuestId(2)),
             Change::Remove(GuestId(2)),
         ] {
@@ -263,6 +264,7 @@ mod tests {
             stop_by: Some(11),
             public_key: Some("key".to_owned()),
             handshake: true,
+            endpoints: vec![([192, 0, 2, 7], 1).into()],
         };
         let kept = Kept {
             grant: grant(1, "alpha", 5),

@@ -1,5 +1,6 @@
 //! What is kept of one guest.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use omerta_engine::GuestId;
@@ -75,6 +76,8 @@ pub(crate) struct Seen {
     pub(crate) stop_by: Option<u64>,
     pub(crate) public_key: Option<String>,
     pub(crate) handshake: bool,
+    /// Where its consumer is, was, or is about to be, latest first, where it has moved.
+    pub(crate) endpoints: Vec<SocketAddr>,
 }
 
 /// All that is kept of a guest.
@@ -107,6 +110,8 @@ pub(crate) enum Change {
     Handshake(GuestId),
     /// Its agent has come, and proves its answers with this.
     Agent(GuestId, [u8; 32]),
+    /// Its consumer is about to be at the first of these, and was at the others.
+    Endpoints(GuestId, Vec<SocketAddr>),
     /// It is to be gone.
     End(GuestId),
     /// Nothing is left of it.
@@ -114,7 +119,7 @@ pub(crate) enum Change {
 }
 
 const COLUMNS: &str = "id, name, request, slot, accel, machine, run_dir, boot, step, uid, pid, \
-     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake, agent_key";
+     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake, agent_key, endpoints";
 
 /// Makes one change, in one transaction.
 pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), StoreError> {
@@ -179,6 +184,14 @@ pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), Store
         Change::Agent(id, key) => connection.execute(
             "UPDATE guests SET agent_key = ?2 WHERE id = ?1",
             params![number(id.0)?, key],
+        )?,
+        Change::Endpoints(id, endpoints) => connection.execute(
+            "UPDATE guests SET endpoints = ?2 WHERE id = ?1",
+            params![
+                number(id.0)?,
+                serde_json::to_string(&endpoints)
+                    .map_err(|_| StoreError::Nonsense("a list of endpoints"))?
+            ],
         )?,
         Change::End(id) => connection.execute(
             "UPDATE guests SET step = 'ending' WHERE id = ?1",
@@ -274,6 +287,11 @@ fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
             stop_by: moment("stop_by")?,
             public_key: row.get("public_key")?,
             handshake: row.get("handshake")?,
+            endpoints: match row.get::<_, Option<String>>("endpoints")? {
+                Some(text) => serde_json::from_str(&text)
+                    .map_err(|_| StoreError::Nonsense("a list of endpoints"))?,
+                None => Vec::new(),
+            },
         },
     })
 }

@@ -10,6 +10,7 @@ mod faults;
 mod guests;
 mod images;
 mod metrics;
+mod peers;
 mod recovery;
 mod start;
 mod steering;

@@ -1,0 +1,43 @@
+//! Consumers' WireGuards, as guests know them.
+
+use omerta_engine::GuestState;
+use serde::{Deserialize, Serialize};
+
+/// Body of `PUT /v1/guests/{name}/peer`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerRequest {
+    /// Where the consumer's WireGuard is now: `ADDRESS:PORT`, IPv4.
+    pub endpoint: String,
+}
+
+/// Answer of `GET /v1/peers`, in order of the guests' names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerList {
+    /// The consumer of each guest that lives.
+    pub peers: Vec<Peer>,
+}
+
+/// The consumer of one guest. WireGuard runs in the guest: what passes there is known by the guard, the handshake by the
+/// guest's word alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The guest.
+    pub guest: String,
+    /// Where the guest stands in its life.
+    pub state: GuestState,
+    /// The consumer's public key.
+    pub public_key: String,
+    /// Where its WireGuard is: the one endpoint that the guest may reach.
+    pub endpoint: String,
+    /// Where it was before, latest first.
+    pub former_endpoints: Vec<String>,
+    /// The guest's own public key; null until it has reported one.
+    pub guest_public_key: Option<String>,
+    /// Whether the guest has reported a handshake.
+    pub handshake: bool,
+    /// Bytes that the guard let pass to the consumer since the guest was guarded; null before, and where it cannot be read.
+    pub sent_bytes: Option<u64>,
+    /// Bytes that the guard let pass from the consumer.
+    pub received_bytes: Option<u64>,
+}

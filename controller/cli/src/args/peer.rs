@@ -1,0 +1,48 @@
+//! Arguments of `omerta peer`.
+
+use std::net::SocketAddrV4;
+use std::path::PathBuf;
+
+use clap::Subcommand;
+
+use super::Shown;
+use super::vm::GuestName;
+
+/// The verbs of `omerta peer`.
+#[derive(Debug, Subcommand)]
+pub enum PeerCommand {
+    /// List the consumers of guests: where each one is, and what has passed
+    List {
+        #[command(flatten)]
+        shown: Shown,
+    },
+
+    /// Say where a guest's consumer is now
+    ///
+    /// The guest may reach it there and nowhere else from then on, in one switch. The guest is told; what it still sends to
+    /// where the consumer was is dropped and not held against it.
+    Set {
+        /// The guest
+        guest: GuestName,
+
+        /// Where its consumer's WireGuard is now
+        #[arg(long, value_name = "ADDR:PORT")]
+        endpoint: SocketAddrV4,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+
+    /// Read a consumer's .conf of wg or wg-quick, and print what `omerta vm run --spec` takes of it
+    ///
+    /// Needs no omertad. The file is the one that a client of the consumer's WireGuard would use. Keys that are none of
+    /// WireGuard's are refused with their line. Commands in it are never run, and no key of it but the consumer's public one
+    /// is printed.
+    Import {
+        /// The file (`-`: standard input)
+        file: PathBuf,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+}

@@ -1,0 +1,68 @@
+//! `omerta peer`: consumers that move, and their .conf files.
+
+use serde_json::{Value, json};
+
+use crate::omertad::{Omertad, guest};
+use crate::run::{command, fed, omerta};
+
+const KEY: &str = "QkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkI=";
+const PRIVATE: &str = "QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=";
+
+#[test]
+fn a_move_is_put_to_the_guest_and_a_bad_endpoint_never_leaves() {
+    let omertad = Omertad::always(200, guest("alpha", "running"));
+    let ran = omertad
+        .omerta("peer set alpha --endpoint 198.51.100.7:4500")
+        .done();
+    assert!(ran.stdout.starts_with("alpha "), "{}", ran.stdout);
+    let asked = omertad.asked();
+    assert_eq!(
+        (asked[0].method.as_str(), asked[0].path.as_str()),
+        ("PUT", "/v1/guests/alpha/peer")
+    );
+    omerta("peer set alpha --endpoint vpn.example.org:1").failed(2, &["vpn.example.org:1"]);
+}
+
+#[test]
+fn consumers_are_listed_with_what_has_passed() {
+    let peer = |guest: &str, bytes: Value| {
+        json!({"guest": guest, "state": "running", "public_key": KEY, "endpoint": "192.0.2.10:51820",
+            "former_endpoints": [], "guest_public_key": null, "handshake": true, "sent_bytes": bytes, "received_bytes": bytes})
+    };
+    let peers = json!({"peers": [peer("alpha", json!(1250)), peer("beta", json!(null))]});
+    let omertad = Omertad::always(200, peers);
+    let text = omertad.omerta("peer list").done().stdout;
+    let lines: Vec<Vec<&str>> = text
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        lines[1][..4],
+        ["alpha", "running", "192.0.2.10:51820", "yes"]
+    );
+    assert_eq!(lines[1][4..8], ["1.2", "kB", "1.2", "kB"]);
+    assert_eq!(lines[2][4..6], ["-", "-"]);
+    let shown = omertad.omerta("peer list -o json").done().stdout;
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(shown[0]["sent_bytes"], 1250);
+}
+
+#[test]
+fn a_conf_becomes_a_spec_without_its_private_key_and_its_commands() {
+    let conf = format!(
+        "[Interface]\nPrivateKey = {PRIVATE}\nAddress = 10.9.0.7/24\nPostUp = touch /tmp/omerta-was-here\n[Peer]\nPublicKey = {KEY}\nEndpoint = 192.0.2.10:51820\n"
+    );
+    let ran = fed(command("peer import -"), conf.as_bytes());
+    assert_eq!(ran.code, 0, "{ran:?}");
+    assert_eq!(
+        ran.stdout,
+        format!(
+            "consumer = \"{KEY}@192.0.2.10:51820\"\ntunnel_address = \"10.9.0.7/24\"\ntunnel_peer = \"10.9.0.1\"\n"
+        )
+    );
+    assert!(ran.stderr.contains("line 4: PostUp is not used"), "{ran:?}");
+    assert!(!format!("{ran:?}").contains(PRIVATE), "{ran:?}");
+    let typo = conf.replace("PostUp", "PostUpp");
+    fed(command("peer import -"), typo.as_bytes()).failed(2, &["line 4", "`PostUpp`"]);
+    omerta("peer import /nonexistent.conf").failed(3, &["/nonexistent.conf"]);
+}

@@ -1,0 +1,262 @@
+//! Guests' consumers: where each one is, and what follows when it moves.
+//!
+//! A move is kept first, then committed to the guard, in one commit, then told: to the roster, in an event, to the guest.
+//! Killed anywhere between, the next omertad finds by the guard where the consumer is.
+
+use std::net::{SocketAddr, SocketAddrV4};
+use std::sync::Arc;
+use std::time::Duration;
+
+use omerta_api::{ApiError, Guest, Peer, PeerList, PeerRequest};
+use omerta_dataplane::Guard;
+use omerta_engine::{GuestId, GuestState, Record};
+use omerta_tunnel::Roaming;
+use omerta_vm_launcher::{Consumer, Control, Spec};
+use tokio::task::spawn_blocking;
+
+use crate::clock;
+use crate::config::Settings;
+use crate::failure::{failed, refused, report, usage};
+use crate::fleet::Fleet;
+use crate::guest_task::Command;
+use crate::metrics::read_guard;
+use crate::order::{kind_of, refuse_forbidden};
+use crate::roster::unknown;
+use crate::store::Change;
+
+/// One move at a time of one guest's consumer, for as long as this is held.
+struct Turn {
+    fleet: Arc<Fleet>,
+    id: GuestId,
+    from: Consumer,
+    /// Where it is and was, latest first.
+    known: Vec<SocketAddr>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if let Some(facts) = self.fleet.lock().facts.get_mut(&self.id) {
+            facts.consumer_moves = false;
+        }
+    }
+}
+
+impl Fleet {
+    /// Has a guest's allowlist follow its consumer to another endpoint; returns once it has.
+    pub(crate) async fn move_consumer(
+        self: &Arc<Self>,
+        name: String,
+        request: PeerRequest,
+    ) -> Result<Guest, ApiError> {
+        let to = checked(&request.endpoint, self.settings())?;
+        let fleet = Arc::clone(self);
+        // It goes on where whoever asked for it goes away.
+        let moving = tokio::spawn(async move { fleet.carry_over(&name, to).await });
+        moving.await.map_err(|error| failed(&error))?
+    }
+
+    async fn carry_over(self: &Arc<Self>, name: &str, to: SocketAddrV4) -> Result<Guest, ApiError> {
+        use GuestState::{Held, Running};
+        let moving = "move the consumer of";
+        let (id, control) = self.ask(name, moving, &[Running, Held], Command::Control)?;
+        let control = control.await.map_err(|_| {
+            refused(format!(
+                "guest `{name}` is ending: see `omerta vm show {name}`"
+            ))
+        })?;
+        let Some(turn) = self.begin_move(id, name, to)? else {
+            return self.view(id, name);
+        };
+        let endpoints = [SocketAddr::V4(to)]
+            .into_iter()
+            .chain(turn.known.iter().copied());
+        let kept = Change::Endpoints(id, endpoints.take(Roaming::KEPT).collect());
+        self.store()
+            .change(kept)
+            .await
+            .map_err(|error| failed(&error))?;
+        let consumer = Consumer {
+            endpoint: to,
+            ..turn.from
+        };
+        commit(control.clone(), consumer, name).await?;
+        self.note_move(id, consumer);
+        let record = Record::ConsumerMoved {
+            from: turn.from.endpoint.into(),
+            to: to.into(),
+        };
+        self.publish(id, clock::now(), record);
+        control.tell(&consumer);
+        drop(turn);
+        self.view(id, name)
+    }
+
+    /// Takes the turn of a move, if the consumer is not there already.
+    fn begin_move(
+        self: &Arc<Self>,
+        id: GuestId,
+        name: &str,
+        to: SocketAddrV4,
+    ) -> Result<Option<Turn>, ApiError> {
+        let mut roster = self.lock();
+        let facts = roster.facts.get_mut(&id).ok_or_else(|| unknown(name))?;
+        let from = facts.spec.consumer;
+        if facts.consumer_moves {
+            return Err(refused(format!(
+                "the consumer of guest `{name}` is being moved: try again when that is done"
+            )));
+        }
+        if from.endpoint == to {
+            return Ok(None);
+        }
+        if facts.spec.agent.is_some() {
+            // It would take the guest's own obedience for tampering.
+            return Err(refused(format!(
+                "the agent of guest `{name}` has sealed where its consumer is: end it and run it again with its consumer there"
+            )));
+        }
+        let spec = Spec {
+            consumer: Consumer {
+                endpoint: to,
+                ..from
+            },
+            ..(*facts.spec).clone()
+        };
+        spec.validate().map_err(|error| usage(error.to_string()))?;
+        facts
+            .roaming
+            .may_move(now())
+            .map_err(|error| refused(format!("the consumer of guest `{name}`: {error}")))?;
+        let former = facts.roaming.former().iter().copied();
+        let known = [SocketAddr::V4(from.endpoint)]
+            .into_iter()
+            .chain(former)
+            .collect();
+        facts.consumer_moves = true;
+        Ok(Some(Turn {
+            fleet: Arc::clone(self),
+            id,
+            from,
+            known,
+        }))
+    }
+
+    fn note_move(&self, id: GuestId, consumer: Consumer) {
+        if let Some(facts) = self.lock().facts.get_mut(&id) {
+            facts.roaming.moved(now(), consumer.endpoint.into());
+            facts.spec = Arc::new(Spec {
+                consumer,
+                ..(*facts.spec).clone()
+            });
+        }
+    }
+
+    /// Whether a guest's consumer was there, and is not any more.
+    pub(crate) fn consumer_was_at(&self, id: GuestId, endpoint: SocketAddr) -> bool {
+        let roster = self.lock();
+        let facts = roster.facts.get(&id);
+        facts.is_some_and(|facts| facts.roaming.was_at(endpoint))
+    }
+
+    /// The consumer of a guest, if it is elsewhere than the guest was told at its start.
+    pub(crate) fn moved_consumer(&self, id: GuestId) -> Option<Consumer> {
+        let roster = self.lock();
+        let facts = roster.facts.get(&id)?;
+        (!facts.roaming.former().is_empty()).then_some(facts.spec.consumer)
+    }
+
+    /// The consumers of the guests that live.
+    pub(crate) async fn peers(self: &Arc<Self>) -> Result<PeerList, ApiError> {
+        let fleet = Arc::clone(self);
+        let look = move || {
+            let measures = fleet.measures().into_iter();
+            let mut peers: Vec<Peer> = measures
+                .filter(|measure| measure.state != GuestState::Ended)
+                .filter_map(|measure| {
+                    let counters = read_guard(&measure);
+                    let bytes = counters.map(|c| (c.egress.allowed.bytes, c.ingress.allowed.bytes));
+                    fleet.peer(measure.id, bytes)
+                })
+                .collect();
+            peers.sort_by(|a, b| a.guest.cmp(&b.guest));
+            peers
+        };
+        let peers = self.lookups().look("the guards' counters", look).await?;
+        Ok(PeerList { peers })
+    }
+
+    fn peer(&self, id: GuestId, bytes: Option<(u64, u64)>) -> Option<Peer> {
+        let roster = self.lock();
+        let guest = roster.engine.guest(id)?;
+        let facts = roster.facts.get(&id)?;
+        let Consumer {
+            public_key,
+            endpoint,
+        } = facts.spec.consumer;
+        Some(Peer {
+            guest: guest.name().to_owned(),
+            state: guest.state(),
+            public_key: public_key.to_string(),
+            endpoint: endpoint.to_string(),
+            former_endpoints: facts
+                .roaming
+                .former()
+                .iter()
+                .map(SocketAddr::to_string)
+                .collect(),
+            guest_public_key: guest.public_key().map(str::to_owned),
+            handshake: guest.handshake(),
+            sent_bytes: bytes.map(|(sent, _)| sent),
+            received_bytes: bytes.map(|(_, received)| received),
+        })
+    }
+}
+
+/// On a thread that another's lock may keep waiting.
+async fn commit(control: Control, consumer: Consumer, name: &str) -> Result<(), ApiError> {
+    let committed = spawn_blocking(move || control.allow(&consumer)).await;
+    match committed.map_err(|error| failed(&error))? {
+        Ok(_) => Ok(()),
+        Err(error) => Err(ApiError {
+            error: kind_of(&error),
+            message: format!(
+                "the consumer of guest `{name}` stays where it is: {}",
+                report(&error)
+            ),
+        }),
+    }
+}
+
+fn checked(endpoint: &str, settings: &Settings) -> Result<SocketAddrV4, ApiError> {
+    let parsed: SocketAddrV4 = endpoint.parse().map_err(|_| {
+        let shown: String = endpoint
+            .chars()
+            .take(64)
+            .flat_map(char::escape_default)
+            .collect();
+        usage(format!(
+            "endpoint `{shown}` is not one: write an IPv4 ADDRESS:PORT"
+        ))
+    })?;
+    refuse_forbidden(*parsed.ip(), settings)?;
+    Ok(parsed)
+}
+
+/// Of the endpoints that a guest's consumer may be at, the one that its guard allows.
+pub(crate) fn endpoint_in_force(spec: &Spec, known: &[SocketAddr]) -> Option<SocketAddrV4> {
+    let status = Guard::inspect(&spec.tap).ok()?.status;
+    known.iter().find_map(|endpoint| {
+        let SocketAddr::V4(endpoint) = *endpoint else {
+            return None;
+        };
+        let consumer = Consumer {
+            endpoint,
+            ..spec.consumer
+        };
+        (status.allow == [consumer.allowed_endpoint().to_string()]).then_some(endpoint)
+    })
+}
+
+fn now() -> Duration {
+    Duration::from_nanos(clock::now().0)
+}
