@@ -7,6 +7,7 @@ fn main() {
     for (binary, variable) in [
         ("omerta-programs", "OMERTA_PROGRAMS"),
         ("omerta-redirect", "OMERTA_REDIRECT"),
+        ("omerta-uplink", "OMERTA_UPLINK"),
     ] {
         match compile::compile("..", binary, "") {
             Ok(object) => println!("cargo::rustc-env={variable}={}", object.display()),

@@ -30,6 +30,7 @@ pub(crate) struct Config {
     pub(crate) image_dir: Option<PathBuf>,
     pub(crate) metrics: Option<String>,
     pub(crate) guest_pool: Option<String>,
+    pub(crate) uplinks: Option<Vec<String>>,
     pub(crate) on_violation: Option<String>,
     pub(crate) accel: Option<String>,
     pub(crate) machine: Option<String>,
@@ -120,6 +121,8 @@ pub(crate) struct Settings {
     pub(crate) metrics: Option<SocketAddr>,
     /// Where guests' addresses come from.
     pub(crate) guest_pool: GuestPool,
+    /// Interfaces at which is dropped early what is for none of a guest's endpoints.
+    pub(crate) uplinks: Vec<String>,
     /// What rogue traffic does to a guest that does not say.
     pub(crate) on_violation: OnViolation,
     /// How guests execute; probed when absent.
@@ -271,6 +274,7 @@ impl Config {
             },
             metrics,
             guest_pool,
+            uplinks: self.uplinks.unwrap_or_default(),
             on_violation,
             accel,
             machine,

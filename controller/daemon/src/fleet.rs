@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use omerta_api::{ApiError, Ended, ErrorKind, Event, Guest, RunRequest};
-use omerta_dataplane::Counters;
+use omerta_dataplane::{Counters, Uplink};
 use omerta_engine::{
     Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic, Record,
 };
@@ -43,6 +43,7 @@ pub(crate) struct Fleet {
     tasks: Mutex<JoinSet<()>>,
     acceleration: Acceleration,
     store: Store,
+    uplink: Option<Arc<Uplink>>,
 }
 
 /// What metrics tell of one guest.
@@ -73,7 +74,19 @@ impl Fleet {
             journal,
             lookups: Lookups::new(lookups::DEADLINE),
             tasks: Mutex::new(JoinSet::new()),
+            uplink: None,
         }
+    }
+
+    /// The same, of guests for whom is dropped early.
+    pub(crate) fn dropping_at(mut self, uplink: Option<Arc<Uplink>>) -> Self {
+        self.uplink = uplink;
+        self
+    }
+
+    /// Where is dropped early what is for none of guests' endpoints.
+    pub(crate) const fn uplink(&self) -> Option<&Arc<Uplink>> {
+        self.uplink.as_ref()
     }
 
     /// The history of events.

@@ -127,7 +127,11 @@ impl GuestTask {
         match std::mem::replace(&mut self.stage, Stage::Absent) {
             Stage::Guarded(guarded) => {
                 // A guest whose guard cannot be watched does not run.
-                let watch = match Watch::open(self.spec.name.as_str(), guarded.guard()) {
+                let watch = match Watch::open(
+                    self.spec.name.as_str(),
+                    guarded.guard(),
+                    self.fleet.uplink(),
+                ) {
                     Ok(watch) => watch,
                     Err(error) => {
                         let ended = guarded.end().await;

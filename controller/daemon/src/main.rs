@@ -44,6 +44,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use omerta_dataplane::Uplink;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as notice;
@@ -152,7 +153,12 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
     let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
     let journal = Arc::new(Journal::new());
     let first = contents.first_free;
-    let fleet = Arc::new(Fleet::new(settings.clone(), journal, store, first));
+    let uplink = match settings.uplinks.as_slice() {
+        [] => None,
+        uplinks => Some(Uplink::attach(uplinks).context("cannot drop early at the uplinks")?),
+    };
+    let fleet = Fleet::new(settings.clone(), journal, store, first).dropping_at(uplink);
+    let fleet = Arc::new(fleet);
     // From here on nothing fails: what is taken over ends only when it is told to.
     recovery::recover(&fleet, contents.guests).await;
     sweep::sweep(&settings.run_dir, &fleet.taps());

@@ -47,8 +47,33 @@ impl Scraper {
             }
         }
         drop(readers);
-        render(&measures, self.fleet.journal().lost())
+        let at_uplink = self
+            .fleet
+            .uplink()
+            .map_or_else(AtUplink::default, |uplink| {
+                let dropped = |measure: &Measure| {
+                    let count = uplink.dropped_for(&measure.interface).ok().flatten()?;
+                    Some((measure.name.clone(), count))
+                };
+                AtUplink {
+                    interfaces: uplink
+                        .interfaces()
+                        .map(|(name, runs)| (name.to_owned(), runs))
+                        .collect(),
+                    dropped: measures.iter().filter_map(dropped).collect(),
+                }
+            });
+        render(&measures, &at_uplink, self.fleet.journal().lost())
     }
+}
+
+/// What metrics tell of early drops.
+#[derive(Debug, Default)]
+struct AtUplink {
+    /// Each uplink, and whether the program runs there.
+    interfaces: Vec<(String, bool)>,
+    /// By guest's name.
+    dropped: Vec<(String, Count)>,
 }
 
 fn read(
@@ -76,7 +101,11 @@ pub(crate) fn read_guard(measure: &Measure) -> Option<Counters> {
 
 /// Renders metrics of these guests. The families are made anew each time, so that no series
 /// outlives its guest.
-fn render(measures: &[Measure], lost_by_readers: u64) -> Result<String, prometheus::Error> {
+fn render(
+    measures: &[Measure],
+    at_uplink: &AtUplink,
+    lost_by_readers: u64,
+) -> Result<String, prometheus::Error> {
     let registry = Registry::new();
     let gauge = |name: &str, help: &str, labels: &[&str]| {
         let gauge = IntGaugeVec::new(Opts::new(name, help), labels)?;
@@ -122,6 +151,34 @@ fn render(measures: &[Measure], lost_by_readers: u64) -> Result<String, promethe
         "Events that did not arrive: kernel, rogue frames that did not fit the guard's ring; reader, events that a slow reader missed.",
         &["where"],
     )?;
+    let uplinks = gauge(
+        "omerta_uplink_in_force",
+        "1 where early drops are made at the uplink, 0 where its interface has gone since.",
+        &["uplink"],
+    )?;
+    for (uplink, runs) in &at_uplink.interfaces {
+        uplinks
+            .get_metric_with_label_values(&[uplink])?
+            .set(i64::from(*runs));
+    }
+    let early = counter(
+        "omerta_guest_uplink_dropped_packets_total",
+        "Frames for the guest, of none of its endpoints, that were dropped at an uplink. They are not among those that its guard judged.",
+        &["guest"],
+    )?;
+    let early_bytes = counter(
+        "omerta_guest_uplink_dropped_bytes_total",
+        "Bytes of the frames that were dropped at an uplink.",
+        &["guest"],
+    )?;
+    for (guest, count) in &at_uplink.dropped {
+        early
+            .get_metric_with_label_values(&[guest])?
+            .inc_by(count.packets);
+        early_bytes
+            .get_metric_with_label_values(&[guest])?
+            .inc_by(count.bytes);
+    }
     let mut lost_in_kernel = 0;
     for measure in measures {
         for state in GuestState::ALL {
@@ -222,7 +279,11 @@ mod tests {
 
     #[test]
     fn every_count_is_told_exactly() {
-        let text = render(&[measure(Some(counters()))], 5).unwrap();
+        let at_uplink = AtUplink {
+            interfaces: vec![("eth0".into(), true), ("eth1".into(), false)],
+            dropped: vec![("alpha".into(), count(7, 700))],
+        };
+        let text = render(&[measure(Some(counters()))], &at_uplink, 5).unwrap();
         for line in [
             r#"omerta_guest_state{guest="alpha",state="running"} 1"#,
             r#"omerta_guest_state{guest="alpha",state="ended"} 0"#,
@@ -235,6 +296,10 @@ mod tests {
             r#"omerta_guest_packets_total{direction="ingress",guest="alpha",outcome="allowed",reason=""} 9"#,
             r#"omerta_rogue_events_total{guest="alpha",reason="endpoint"} 3"#,
             r#"omerta_rogue_events_total{guest="alpha",reason="fragment"} 0"#,
+            r#"omerta_uplink_in_force{uplink="eth0"} 1"#,
+            r#"omerta_uplink_in_force{uplink="eth1"} 0"#,
+            r#"omerta_guest_uplink_dropped_packets_total{guest="alpha"} 7"#,
+            r#"omerta_guest_uplink_dropped_bytes_total{guest="alpha"} 700"#,
             r#"omerta_events_lost_total{where="kernel"} 4"#,
             r#"omerta_events_lost_total{where="reader"} 5"#,
         ] {
@@ -247,7 +312,7 @@ mod tests {
 
     #[test]
     fn guest_without_a_guard_yet_has_a_state_and_no_counts() {
-        let text = render(&[measure(None)], 0).unwrap();
+        let text = render(&[measure(None)], &AtUplink::default(), 0).unwrap();
         assert!(text.contains(r#"omerta_guest_state{guest="alpha""#));
         assert!(!text.contains("omerta_guest_packets_total{"));
     }

@@ -116,7 +116,7 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
     }
     match settle(&running, found, &kept, &order).await {
         Ok((state, event)) => {
-            let watch = match Watch::open(name.as_str(), running.guard()) {
+            let watch = match Watch::open(name.as_str(), running.guard(), fleet.uplink()) {
                 Ok(watch) => watch,
                 Err(error) => {
                     running.leave();

@@ -2,18 +2,25 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
-use omerta_dataplane::{DiagnosticStream, EventStream, FrameEvent, Guard, GuardError};
+use omerta_dataplane::{
+    AtUplink, DiagnosticStream, EventStream, FrameEvent, Guard, GuardError, Uplink,
+};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::coop::consume_budget;
+
+use crate::failure::report;
 
 /// The events of one guard, as they come.
 pub(crate) struct Watch {
     guest: String,
     events: AsyncFd<EventStream>,
     diagnostics: AsyncFd<DiagnosticStream>,
+    /// Until it is dropped, what is for none of the guest's endpoints ends at the uplink.
+    _at_uplink: Option<AtUplink>,
 }
 
 impl std::fmt::Debug for Watch {
@@ -32,12 +39,30 @@ pub(crate) enum WatchError {
 }
 
 impl Watch {
-    /// Begins to watch the guard of `guest`.
-    pub(crate) fn open(guest: &str, guard: &Guard) -> Result<Self, WatchError> {
+    /// Begins to watch the guard of `guest`, and has what it would drop for its endpoint dropped at
+    /// `uplink` already.
+    pub(crate) fn open(
+        guest: &str,
+        guard: &Guard,
+        uplink: Option<&Arc<Uplink>>,
+    ) -> Result<Self, WatchError> {
+        let at_uplink = uplink.and_then(|uplink| {
+            let entered = uplink.enter(guard);
+            entered
+                .inspect_err(|error| {
+                    let error = report(error);
+                    tracing::warn!(
+                        guest,
+                        "all that is for it comes as far as its guard: {error}"
+                    );
+                })
+                .ok()
+        });
         Ok(Self {
             guest: guest.to_owned(),
             events: awaited(guard.events().map_err(WatchError::Open)?)?,
             diagnostics: awaited(guard.diagnostics().map_err(WatchError::Open)?)?,
+            _at_uplink: at_uplink,
         })
     }
 

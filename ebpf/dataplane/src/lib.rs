@@ -41,6 +41,7 @@ mod standing;
 mod state;
 mod status;
 mod store;
+mod uplink;
 mod watch;
 
 pub use config::{GuardConfig, Limits};
@@ -60,4 +61,5 @@ pub use rules::MAX_ENDPOINTS;
 pub use standing::Standing;
 pub use status::{DirectionLimits, DirectionStatus, GuardStatus};
 pub use store::PolicyStore;
+pub use uplink::{AtUplink, Uplink};
 pub use watch::{GuardWatch, Occasions};

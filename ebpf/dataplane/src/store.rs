@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
 use omerta_verdict::{
-    Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Policy, SENT_FLOWS, SentFlow, Slot,
-    SocketBufferLayout, State, Table,
+    Address, Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Policy, SENT_FLOWS, SentFlow,
+    Slot, SocketBufferLayout, State, Table,
 };
 
 use crate::GuardError;
@@ -49,6 +49,8 @@ unsafe impl aya::Pod for Value<FixedInputs> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<Flow> {}
 
+// SAFETY: as above.
+unsafe impl aya::Pod for Value<Address> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<[SentFlow; SENT_FLOWS]> {}
 

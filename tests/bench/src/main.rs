@@ -19,6 +19,7 @@ mod rounds;
 mod scale;
 mod table;
 mod tap;
+mod to_guest;
 mod verdict;
 
 use std::path::PathBuf;

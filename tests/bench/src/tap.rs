@@ -1,5 +1,5 @@
-//! `tap`: a guest's frame from the tap through the host's stack to an uplink, in nanoseconds of
-//! the sending thread, in which the whole path runs.
+//! `tap`: a guest's frame from the tap through the host's stack to an uplink, and back from there in the
+//! rows `to-guest`, in nanoseconds of the sending thread, in which the whole path runs.
 
 use anyhow::Result;
 use omerta_kernel_tests::{
@@ -9,6 +9,7 @@ use omerta_kernel_tests::{
 use crate::network::{Filter, Lane, OffloadHeader, PLAIN, Way};
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds};
+use crate::to_guest::{Dropper, Road};
 
 /// Frames in one measurement.
 const SMALL: u32 = 20_000;
@@ -77,6 +78,20 @@ const DROPPED: [Plan; 5] = [
         Filter::NftForwardConntrack,
     ),
 ];
+const TO_GUEST: [(&str, &str, Dropper); 4] = [
+    (
+        "to-guest-nft-forward",
+        "to-guest-nft-forward",
+        Dropper::NftForward,
+    ),
+    (
+        "to-guest-nft-forward-ct",
+        "to-guest-nft-forward",
+        Dropper::NftForwardConntrack,
+    ),
+    ("to-guest-guard", "to-guest-nft-forward", Dropper::Guard),
+    ("to-guest-uplink", "to-guest-nft-forward", Dropper::Uplink),
+];
 const LARGE_ROWS: [Plan; 4] = [
     ("gso-none", "gso-none", Filter::None),
     ("gso-guard", "gso-none", Filter::Guard),
@@ -116,7 +131,13 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
     let dropped = lanes(&DROPPED, Way::Uplink);
     let mut gso = lanes(&LARGE_ROWS, Way::Uplink);
     gso.extend(lanes(&LOCAL_LARGE, Way::Local));
-    missing.push("to-guest: the uplink's program is not built yet".to_owned());
+    let mut roads = Vec::new();
+    for plan in TO_GUEST {
+        match Road::new(plan.2) {
+            Ok(road) => roads.push((plan, road)),
+            Err(error) => missing.push(format!("{}: {error:#}", plan.0)),
+        }
+    }
     let (to_consumer, to_stranger, (header, segments)) =
         (small(CONSUMER), small(STRANGER), large());
     let mut cases = Vec::new();
@@ -129,6 +150,9 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
         cases.push(Case::new(name, against, || {
             lane.send(&PLAIN, &to_stranger, SMALL, false)
         }));
+    }
+    for ((name, against, _), road) in &roads {
+        cases.push(Case::new(name, against, || road.send(SMALL)));
     }
     for ((name, against, _), lane) in &gso {
         cases.push(Case::new(name, against, || {

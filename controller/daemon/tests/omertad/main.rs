@@ -15,3 +15,4 @@ mod recovery;
 mod start;
 mod steering;
 mod stuck;
+mod uplink;
