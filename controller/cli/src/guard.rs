@@ -1,5 +1,7 @@
 //! `omerta guard`: guards, without the daemon.
 
+mod upgrade;
+
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 
@@ -64,6 +66,11 @@ pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandEr
         GuardCommand::Show { interface, shown } => show(&interface, shown.format, out),
         GuardCommand::Log { interface, follow } => log(&interface, follow, out),
         GuardCommand::List(shown) => list(shown.format, out),
+        GuardCommand::Upgrade {
+            interfaces,
+            all,
+            shown,
+        } => upgrade::run(&interfaces, all, shown.format, out),
         GuardCommand::Detach { interface } => detach(&interface, out),
         GuardCommand::Reasons { format } => reasons(format, out),
     }
@@ -201,6 +208,7 @@ fn policy(status: &GuardStatus) -> Table {
     if let Some(owner) = &status.owner {
         table.pair("owner", Cell::new(owner));
     }
+    table.pair("programs", programs(status));
     table.pair("mode", Cell::new(status.mode));
     table.pair("epoch", Cell::new(status.epoch));
     let party =
@@ -255,6 +263,14 @@ fn policy(status: &GuardStatus) -> Table {
         table.pair("events lost", Cell::styled(Style::Bad, status.events_lost));
     }
     table
+}
+
+fn programs(status: &GuardStatus) -> Cell {
+    let style = match status.programs {
+        "current" => Style::Plain,
+        _ => Style::Changing,
+    };
+    Cell::styled(style, status.programs)
 }
 
 /// Both directions side by side; of the reasons only those that occurred.
@@ -324,6 +340,13 @@ fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
                 | GuardError::NotInForce { .. }
                 | GuardError::Replaced { .. },
             ) => {}
+            // Of another version; the others are shown all the same.
+            Err(
+                error @ (GuardError::OtherPolicyLayout { .. }
+                | GuardError::OtherAccountsLayout { .. }),
+            ) => {
+                broken.get_or_insert(error);
+            }
             Err(error) => return Err(error.into()),
         }
     }
@@ -347,6 +370,7 @@ fn overview(guards: &[GuardStatus]) -> Table {
     let mut table = Table::headed(&[
         (Side::Left, "INTERFACE"),
         (Side::Left, "STATE"),
+        (Side::Left, "PROGRAMS"),
         (Side::Left, "MODE"),
         (Side::Right, "EPOCH"),
         (Side::Right, "ENDPOINTS"),
@@ -359,6 +383,7 @@ fn overview(guards: &[GuardStatus]) -> Table {
         let mut cells = vec![
             Cell::styled(Style::Heading, &status.interface),
             Cell::new(status.state),
+            programs(status),
             Cell::new(status.mode),
             Cell::new(status.epoch),
             Cell::new(status.allow.len()),

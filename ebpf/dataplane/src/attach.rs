@@ -12,13 +12,16 @@ use omerta_verdict::Direction;
 
 use crate::bpffs::{anchor, failed};
 use crate::clsact::{self, Qdisc};
+use crate::layout::Layout;
 use crate::lock::Lock;
-use crate::object::{Programs, program_name};
+use crate::notes::{self, Filters};
+use crate::object::{ACCOUNTS, JUDGED, Programs, SENT, SENT_PIN, program_name};
 use crate::pinned::{recover, refuse_elsewhere, remove_aside};
-use crate::pins::{Filters, Pins};
+use crate::pins::Pins;
 use crate::rules::refuse_unreachable;
 use crate::standing::look;
 use crate::store::PolicyStore;
+use crate::upgrade::build_note;
 use crate::{Guard, GuardConfig, GuardError, Hook, interface, lease};
 
 impl Guard {
@@ -231,11 +234,17 @@ fn pin(pins: &Pins, programs: &mut Programs, config: &GuardConfig) -> Result<(),
     if let Some(owner) = &config.owner {
         pins.set_owner(owner)?;
     }
+    pins.set_note(notes::LAYOUT, &Layout::of_this_build().to_string())?;
+    pins.set_note(notes::PROGRAMS, &build_note())?;
+    pins.set_note(notes::MARK, &programs.mark().to_string())?;
     for (name, map) in programs.ebpf().maps() {
-        if name.starts_with('.') {
-            continue;
-        }
-        let path = pins.path(name);
+        let pin = match name {
+            SENT => SENT_PIN,
+            name if JUDGED.contains(&name) || ACCOUNTS.contains(&name) => name,
+            // Of these programs alone: others bring their own.
+            _ => continue,
+        };
+        let path = pins.path(pin);
         map.pin(&path)
             .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
     }

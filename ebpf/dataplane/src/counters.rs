@@ -16,6 +16,7 @@ use crate::GuardError;
 use crate::bpf::lookup_batch;
 use crate::pins::Pins;
 use crate::store::map_error;
+use crate::upgrade::require_accounts;
 
 const COUNTERS: &str = "COUNTERS";
 const LOST: &str = "LOST";
@@ -158,6 +159,7 @@ pub struct CounterReader {
 
 impl CounterReader {
     pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
+        require_accounts(interface, pins)?;
         let system = |action| {
             move |source| GuardError::System {
                 action,

@@ -97,6 +97,22 @@ pub enum GuardError {
         /// How the guard stands.
         standing: Standing,
     },
+    /// The guard judges by maps that are laid out in a way that this build does not know.
+    #[error(
+        "the guard of {interface} was made by another version of omerta, whose policy this one cannot read; it stays in force: use that version, or `omerta guard detach {interface}` while the guest is down, and attach anew"
+    )]
+    OtherPolicyLayout {
+        /// The interface's name.
+        interface: String,
+    },
+    /// The guard counts and tells in a way that this build does not know.
+    #[error(
+        "the guard of {interface} was made by another version of omerta, whose counters this one cannot read; it stays in force: `omerta guard upgrade {interface}`, and they begin at 0"
+    )]
+    OtherAccountsLayout {
+        /// The interface's name.
+        interface: String,
+    },
     /// Another process changes the guard and does not end.
     #[error("the guard of {interface} is being changed by another process that does not end: see which (`fuser -v {}`), end it, and try again", path.display())]
     Busy {
@@ -334,6 +350,8 @@ impl GuardError {
             | Self::Elsewhere { .. }
             | Self::Renamed { .. }
             | Self::Replaced { .. }
+            | Self::OtherPolicyLayout { .. }
+            | Self::OtherAccountsLayout { .. }
             | Self::Foreign { .. }
             | Self::HookTaken { .. }
             | Self::Untrusted { .. }

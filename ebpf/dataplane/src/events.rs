@@ -10,6 +10,7 @@ use omerta_verdict::{Direction, EventRecord, Reason};
 use crate::GuardError;
 use crate::pins::Pins;
 use crate::store::map_error;
+use crate::upgrade::require_accounts;
 
 /// A dropped frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +69,7 @@ pub struct EventStream {
 
 impl EventStream {
     pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
+        require_accounts(interface, pins)?;
         MapData::from_pin(pins.path("EVENTS"))
             .and_then(|data| Self::of(Map::RingBuf(data)))
             .map_err(|source| map_error(interface, "open", "EVENTS", source))

@@ -15,7 +15,7 @@ use crate::pins::Pins;
 use crate::standing::look;
 use crate::status::{DirectionLimits, GuardStatus};
 use crate::store::PolicyStore;
-use crate::{GuardError, Owner, Standing, interface, lease};
+use crate::{GuardError, Owner, Standing, interface, lease, upgrade};
 
 const NOT_PINNED: &str = "a link or program is not pinned";
 
@@ -77,6 +77,11 @@ impl Guard {
         match found {
             Some((pins, found)) => {
                 refuse_elsewhere(interface, &found)?;
+                if upgrade::is_interrupted(&pins)? {
+                    let _lock = pins.lock()?;
+                    // Where it cannot be done, the guard judges all the same.
+                    let _ = upgrade::finish(interface, &pins);
+                }
                 Self::of_pins(interface, ifindex, pins)
             }
             None => Err(GuardError::NotGuarded {

@@ -1,6 +1,7 @@
 //! The kernel programs: one instance, with maps of its own, for each guard.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -12,20 +13,36 @@ use omerta_verdict::{
     Direction, FixedInputs, Flow, Mode, SENT_FLOWS, SentFlow, SocketBufferLayout,
 };
 
+use crate::bpffs::failed;
 use crate::btf::Btf;
 use crate::events::EventStream;
 use crate::flows::{self, FLOWS, FlowMap};
 use crate::in_place::read_in_place;
-use crate::pins::Pins;
+use crate::layout::Digest;
+use crate::pins::{Pins, is_pin};
 use crate::random::Random;
 use crate::store::{Value, map_error};
-use crate::{GuardError, Hook, constants, diagnostics};
+use crate::upgrade::Counting;
+use crate::{GuardError, Hook, constants, diagnostics, redirect};
 
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
+/// The maps that are judged by, which programs of the same layout can share.
+pub const JUDGED: [&str; 6] = [
+    "STATE",
+    "RULES",
+    "METERS",
+    "FLOWS",
+    "FLOW_PLACES",
+    "FLOW_HAND",
+];
+/// Those of what is counted and told.
+pub const ACCOUNTS: [&str; 3] = ["COUNTERS", "LOST", "EVENTS"];
 /// The map of what the programs keep without a map's name: flows that the guest sent on.
-const SENT: &str = ".bss";
-type SentFlows = [SentFlow; SENT_FLOWS];
+pub const SENT: &str = ".bss";
+/// The name of its pin. bpffs refuses names with dots.
+pub const SENT_PIN: &str = "SENT";
+pub type SentFlows = [SentFlow; SENT_FLOWS];
 
 /// Bytes of the ring of diagnostics, which tells a few lines in ten seconds; the least there is.
 const DIAGNOSTICS_BYTES: u32 = 4096;
@@ -40,11 +57,14 @@ pub const fn program_name(direction: Direction) -> &'static str {
 
 /// Whether the guard of `pins` was loaded for conntrack mode.
 pub fn has_room_for_flows(interface: &str, pins: &Pins) -> Result<bool, GuardError> {
-    let flows = MapData::from_pin(pins.path("FLOWS")).and_then(|flows| flows.info());
-    Ok(flows
-        .map_err(|source| map_error(interface, "read", "FLOWS", source))?
-        .max_entries()
-        >= FLOWS)
+    Ok(room_for_flows(interface, pins)? >= FLOWS)
+}
+
+fn room_for_flows(interface: &str, pins: &Pins) -> Result<u32, GuardError> {
+    MapData::from_pin(pins.path("FLOWS"))
+        .and_then(|flows| flows.info())
+        .map(|flows| flows.max_entries())
+        .map_err(|source| map_error(interface, "read", "FLOWS", source))
 }
 
 /// Programs that are verified but attached to nothing yet.
@@ -52,6 +72,18 @@ pub struct Programs {
     ebpf: Ebpf,
     interface: String,
     reads_in_place: bool,
+    mark: u32,
+}
+
+/// What programs are loaded with.
+struct Wanted<'a> {
+    interface: &'a str,
+    /// Flows that there is room for.
+    flows: u32,
+    inputs: FixedInputs,
+    mark: u32,
+    /// Pinned maps, by their names, that are not to be made anew.
+    maps: Vec<(&'static str, PathBuf)>,
 }
 
 impl Programs {
@@ -63,19 +95,60 @@ impl Programs {
     /// As [`Programs::load`], with clock and chance as `inputs` fixes them: for tests that compute
     /// the same verdicts again. Never for a guard.
     pub fn load_with(interface: &str, mode: Mode, inputs: FixedInputs) -> Result<Self, GuardError> {
-        Hook::of_this_kernel()?;
-        let failed = |action, source| GuardError::System {
-            action,
+        let mark = random_mark().map_err(|source| GuardError::System {
+            action: "read random numbers",
             interface: interface.to_owned(),
             source,
-        };
-        let mark = random_mark().map_err(|source| failed("read random numbers", source))?;
-        let kernel = Fitted::to_this_kernel().map_err(|source| {
-            let action =
-                "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux";
-            failed(action, source)
         })?;
-        let load = |object| Self::load_object(object, interface, mode, kernel, inputs, mark);
+        let flows = match mode {
+            Mode::Conntrack => FLOWS,
+            _ => 1,
+        };
+        Self::load_as(&Wanted {
+            interface,
+            flows,
+            inputs,
+            mark,
+            maps: Vec::new(),
+        })
+    }
+
+    /// Programs that judge by the maps of the guard of `pins`, and count in them where that is `Continued`.
+    pub(crate) fn load_over(
+        interface: &str,
+        pins: &Pins,
+        counting: Counting,
+    ) -> Result<Self, GuardError> {
+        let counted = match counting {
+            Counting::Continued => &ACCOUNTS[..],
+            Counting::Afresh => &[],
+        };
+        let mut maps = Vec::new();
+        for name in JUDGED.iter().chain(counted) {
+            let path = pins.path(name);
+            if !is_pin(&path)? {
+                let missing = io::ErrorKind::NotFound.into();
+                return Err(failed("open", &path)(missing));
+            }
+            maps.push((*name, path));
+        }
+        Self::load_as(&Wanted {
+            interface,
+            flows: room_for_flows(interface, pins)?,
+            inputs: FixedInputs::NONE,
+            mark: pins.mark()?,
+            maps,
+        })
+    }
+
+    fn load_as(wanted: &Wanted<'_>) -> Result<Self, GuardError> {
+        Hook::of_this_kernel()?;
+        let kernel = Fitted::to_this_kernel().map_err(|source| GuardError::System {
+            action: "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux",
+            interface: wanted.interface.to_owned(),
+            source,
+        })?;
+        let load = |object| Self::load_object(object, kernel, wanted);
         match &kernel.object {
             // A kernel that does not take it (without a just-in-time compiler, for one) says more
             // of the object as it was compiled.
@@ -89,6 +162,22 @@ impl Programs {
         }
     }
 
+    /// A number that is another for another build of the programs.
+    pub(crate) fn build() -> u64 {
+        static BUILD: OnceLock<u64> = OnceLock::new();
+        *BUILD.get_or_init(|| {
+            let mut digest = Digest::new();
+            digest.add(OBJECT);
+            digest.add(redirect::OBJECT);
+            digest.value()
+        })
+    }
+
+    /// By what the guard knows its own answers.
+    pub(crate) fn mark(&self) -> u32 {
+        self.mark
+    }
+
     /// Whether the kernel has taken the programs with their reads of its structures in place of calls.
     pub fn reads_in_place(&self) -> bool {
         self.reads_in_place
@@ -96,26 +185,22 @@ impl Programs {
 
     fn load_object(
         object: &[u8],
-        interface: &str,
-        mode: Mode,
         kernel: &Fitted,
-        inputs: FixedInputs,
-        mark: u32,
+        wanted: &Wanted<'_>,
     ) -> Result<Self, GuardError> {
+        let (interface, flows) = (wanted.interface, wanted.flows);
         let mut object = object.to_vec();
         let layout = Value(kernel.layout);
-        let inputs = Value(inputs);
-        let mut constants = vec![
+        let inputs = Value(wanted.inputs);
+        // A power of two.
+        let mask = flows.saturating_sub(1);
+        let constants = [
             ("SKB", bytes_of(&layout)),
             ("TICK_NS", bytes_of(&kernel.tick_ns)),
             ("FIXED", bytes_of(&inputs)),
-            ("MARK", bytes_of(&mark)),
+            ("MARK", bytes_of(&wanted.mark)),
+            ("FLOW_MASK", bytes_of(&mask)),
         ];
-        let (flows, mask) = match mode {
-            Mode::Conntrack => (FLOWS, FLOWS - 1),
-            _ => (1, 0),
-        };
-        constants.push(("FLOW_MASK", bytes_of(&mask)));
         for (name, bytes) in constants {
             constants::write(&mut object, name, bytes).map_err(|source| GuardError::System {
                 action: "fit the programs to this kernel",
@@ -123,12 +208,22 @@ impl Programs {
                 source,
             })?;
         }
-        let mut loader = loader();
+        let (mut own, mut shared);
+        let loader = if wanted.maps.is_empty() {
+            shared = loader();
+            &mut *shared
+        } else {
+            // Once told of a pin, a loader keeps to it.
+            own = new_loader();
+            &mut own
+        };
         loader
             .map_max_entries("FLOWS", flows)
             .map_max_entries("FLOW_PLACES", flows);
+        for (name, path) in &wanted.maps {
+            loader.map_pin_path(name, path.clone());
+        }
         let loaded = loader.load(&object);
-        drop(loader);
         let ebpf = loaded.map_err(|source| {
             if is_permission(&source) {
                 GuardError::NotPermitted
@@ -143,6 +238,7 @@ impl Programs {
             ebpf,
             interface: interface.to_owned(),
             reads_in_place: false,
+            mark: wanted.mark,
         };
         for direction in Direction::ALL {
             let program = programs.program(direction)?;
@@ -281,25 +377,27 @@ impl Programs {
 }
 
 /// The bytes of a value that has no padding.
-fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {
+pub fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {
     // SAFETY: `Pod` is for types of whose bytes each is initialised; the slice is as long as the value
     // and lives as long.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-/// The loader of all guards' objects: to make one, aya reads all of the kernel's types, which takes
+/// The loader of all new guards' objects: to make one, aya reads all of the kernel's types, which takes
 /// 17 ms and 16 MiB. The programs are built against no kernel's types and need none of them.
 fn loader() -> MutexGuard<'static, EbpfLoader<'static>> {
     static LOADER: OnceLock<Mutex<EbpfLoader<'static>>> = OnceLock::new();
-    let loader = LOADER.get_or_init(|| {
-        let mut loader = EbpfLoader::new();
-        loader
-            .btf(None)
-            .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES);
-        Mutex::new(loader)
-    });
+    let loader = LOADER.get_or_init(|| Mutex::new(new_loader()));
     // Its settings are the same after any load.
     loader.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn new_loader() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .btf(None)
+        .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES);
+    loader
 }
 
 /// What marks one guard's own answers: nobody else can know it. Not 0, which marks nothing.

@@ -8,41 +8,40 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use omerta_verdict::Direction;
 
+use crate::GuardError;
 use crate::bpffs::{failed, namespace_directory, root, shown};
 use crate::clsact;
 use crate::link::{self, LinkInfo};
 use crate::living;
 use crate::lock::Lock;
+use crate::notes;
 use crate::redirect::LINK_PIN;
 use crate::standing::{Standing, look};
-use crate::{GuardError, Owner};
 
-const OWNER: &str = "owner";
-/// A symbolic link to the cookie of the network namespace that the guard was made in: the namespace's
-/// inode may be another's by now.
-const NAMESPACE: &str = "namespace";
-/// Present where the guard is attached by filters: a symbolic link to their interface's index.
-const CLSACT: &str = "clsact";
-/// Behind the index, where the guard made the qdisc of its filters.
-const QDISC_MADE: &str = "+qdisc";
 /// The pins of a guard besides its maps'.
-const OTHER_PINS: [&[u8]; 9] = [
-    b"clsact",
-    b"link_egress",
-    b"link_ingress",
-    b"link_redirect",
-    b"namespace",
-    b"program_egress",
-    b"program_ingress",
-    b"program_redirect",
-    b"owner",
+const OTHER_PINS: [&str; 14] = [
+    notes::CLSACT,
+    notes::IDENTITY,
+    notes::LAYOUT,
+    "link_egress",
+    "link_ingress",
+    "link_redirect",
+    notes::MARK,
+    notes::NAMESPACE,
+    notes::OWNER,
+    notes::PEERS,
+    "program_egress",
+    "program_ingress",
+    "program_redirect",
+    notes::PROGRAMS,
 ];
+/// Before the name of a pin that an upgrade is about to put in the place of that one.
+const NEXT: &str = "next_";
 /// Between the interface's name and a number, in the name of a directory that stands aside. No
 /// encoded name of an interface contains it.
 const ASIDE: &str = "%aside";
@@ -51,15 +50,6 @@ const ASIDE: &str = "%aside";
 const INDEX: &str = "%if";
 /// After the interface's name, likewise, in the name of a [`Lock`].
 pub const LOCK: &str = "%lock";
-
-/// Where a guard's filters are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Filters {
-    /// The interface's index, in this network namespace.
-    pub ifindex: u32,
-    /// Whether the guard made the clsact qdisc, and so removes it.
-    pub made_qdisc: bool,
-}
 
 /// One directory of pins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,13 +157,51 @@ impl Pins {
         Ok(links > 0 && self.filters()?.is_none())
     }
 
-    /// The id of the program that the link of `direction` was made with.
+    /// The id of the guard's program of `direction`.
     pub fn program(&self, direction: Direction) -> Result<Option<u32>, GuardError> {
+        self.program_at(&self.program_path(direction))
+    }
+
+    /// The ids of the guard's own programs of `direction`: two while it is upgraded, until one of them
+    /// has taken the other's place.
+    pub fn programs(&self, direction: Direction) -> Result<Vec<u32>, GuardError> {
         let path = self.program_path(direction);
-        is_pin(&path)?
-            .then(|| link::program_id(&path))
-            .transpose()
-            .map_err(failed("read the program", &path))
+        // In this order: the second may take the first one's place meanwhile.
+        let (next, first) = (self.program_at(&self.next(&path))?, self.program_at(&path)?);
+        Ok(first.into_iter().chain(next).collect())
+    }
+
+    /// The id of the program pinned at `path`, where one is.
+    pub fn program_at(&self, path: &Path) -> Result<Option<u32>, GuardError> {
+        if !is_pin(path)? {
+            return Ok(None);
+        }
+        match link::program_id(path) {
+            Ok(program) => Ok(Some(program)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read the program", path)(error)),
+        }
+    }
+
+    /// Where what is to take the place of the pin at `path` waits.
+    pub fn next(&self, path: &Path) -> PathBuf {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        self.path(&format!("{NEXT}{name}"))
+    }
+
+    /// The place for which what is at `path` waits.
+    pub fn place_of_next(&self, path: &Path) -> PathBuf {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        self.path(name.strip_prefix(NEXT).unwrap_or(&name))
+    }
+
+    /// All that waits to take other pins' places.
+    pub fn all_next(&self) -> Result<Vec<PathBuf>, GuardError> {
+        let is_next = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default();
+            name.as_encoded_bytes().starts_with(NEXT.as_bytes())
+        };
+        Ok(self.entries()?.into_iter().filter(is_next).collect())
     }
 
     pub fn program_path(&self, direction: Direction) -> PathBuf {
@@ -193,80 +221,11 @@ impl Pins {
     /// What tells this guard's program or link of `direction` from every other guard's.
     pub fn identity(&self, direction: Direction) -> Result<Option<u32>, GuardError> {
         match self.filters()? {
-            Some(_) => self.program(direction),
+            Some(_) => match self.first_programs()? {
+                Some(first) => Ok(Some(first[direction as usize])),
+                None => self.program(direction),
+            },
             None => Ok(self.link(direction)?.map(|link| link.id)),
-        }
-    }
-
-    /// Records, before any filter is there, where the guard's filters will be; as the owner.
-    pub fn set_filters(&self, filters: Filters) -> Result<(), GuardError> {
-        let path = self.path(CLSACT);
-        let made = if filters.made_qdisc { QDISC_MADE } else { "" };
-        symlink(format!("{}{made}", filters.ifindex), &path).map_err(failed("create", &path))
-    }
-
-    /// Where the guard's filters are, if it is attached by filters.
-    pub fn filters(&self) -> Result<Option<Filters>, GuardError> {
-        let path = self.path(CLSACT);
-        let text = match fs::read_link(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed("read", &path)(error)),
-        };
-        let text = text.to_string_lossy();
-        let (ifindex, made_qdisc) = match text.strip_suffix(QDISC_MADE) {
-            Some(ifindex) => (ifindex, true),
-            None => (&*text, false),
-        };
-        match ifindex.parse() {
-            Ok(ifindex) => Ok(Some(Filters {
-                ifindex,
-                made_qdisc,
-            })),
-            Err(_) => Err(failed("read", &path)(io::Error::other(
-                "this is no interface's index",
-            ))),
-        }
-    }
-
-    /// Records which network namespace the guard is made in.
-    pub fn set_namespace(&self) -> Result<(), GuardError> {
-        let path = self.path(NAMESPACE);
-        living::cookie()
-            .and_then(|cookie| symlink(cookie.to_string(), &path))
-            .map_err(failed("create", &path))
-    }
-
-    /// Whether the guard was made in a network namespace that is gone, and whose inode is this
-    /// thread's by now.
-    pub fn is_of_gone_namespace(&self) -> Result<bool, GuardError> {
-        let path = self.path(NAMESPACE);
-        let own = living::cookie().map_err(failed("ask for the cookie beside", &path))?;
-        match fs::read_link(&path) {
-            Ok(made_in) => Ok(made_in.as_os_str() != own.to_string().as_str()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(failed("read", &path)(error)),
-        }
-    }
-
-    /// Records whose the guard is, as a symbolic link: it is whole at once, and goes with the pins.
-    pub fn set_owner(&self, owner: &Owner) -> Result<(), GuardError> {
-        let path = self.path(OWNER);
-        symlink(owner.as_str(), &path).map_err(failed("create", &path))
-    }
-
-    /// Whose the guard is.
-    pub fn owner(&self) -> Result<Option<Owner>, GuardError> {
-        let path = self.path(OWNER);
-        match fs::read_link(&path) {
-            Ok(name) => {
-                let owner = name.to_str().and_then(|name| name.parse().ok());
-                owner.map(Some).ok_or_else(|| {
-                    failed("read", &path)(io::Error::other("this is no owner's name"))
-                })
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(failed("read", &path)(error)),
         }
     }
 
@@ -351,7 +310,7 @@ impl Pins {
         };
         let mut any = false;
         for direction in Direction::ALL {
-            if let Some(program) = self.program(direction)? {
+            for program in self.programs(direction)? {
                 any |= clsact::remove(filters.ifindex, direction, program).map_err(failed)?;
             }
         }
@@ -365,11 +324,8 @@ impl Pins {
     /// Fails where something stands among the pins that no guard put there.
     pub fn refuse_foreign(&self) -> Result<(), GuardError> {
         for path in self.entries()? {
-            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-            // Maps of any version of the programs are named in capitals.
-            let is_map = name.iter().all(|b| b.is_ascii_uppercase() || *b == b'_');
-            let is_ours = is_map || OTHER_PINS.contains(&name);
-            if !is_ours || path.is_dir() {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if !is_known(name.strip_prefix(NEXT).unwrap_or(&name)) || path.is_dir() {
                 return Err(GuardError::Foreign { path: shown(&path) });
             }
         }
@@ -381,8 +337,14 @@ impl Pins {
     }
 }
 
+/// Whether a guard's pin may have this name. Maps of any version of the programs are named in capitals.
+fn is_known(name: &str) -> bool {
+    let is_map = name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    is_map || OTHER_PINS.contains(&name)
+}
+
 /// Whether something is pinned at `path`; a directory or symbolic link is nobody's pin.
-fn is_pin(path: &Path) -> Result<bool, GuardError> {
+pub fn is_pin(path: &Path) -> Result<bool, GuardError> {
     match fs::symlink_metadata(path) {
         Ok(found) => Ok(found.is_file()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),

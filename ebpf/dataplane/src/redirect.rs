@@ -6,12 +6,13 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
-use aya::EbpfLoader;
 use aya::maps::{Map, MapData, PerCpuArray};
 use aya::programs::links::{FdLink, LinkError};
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
 use omerta_verdict::Direction;
 use serde::Serialize;
 
@@ -19,11 +20,12 @@ use crate::attach::attached;
 use crate::bpffs::failed;
 use crate::counters::Count;
 use crate::link;
-use crate::pins::Pins;
+use crate::pins::{Pins, is_pin};
 use crate::store::map_error;
-use crate::{Guard, GuardError, interface};
+use crate::upgrade::{self, Counting};
+use crate::{Guard, GuardError, interface, notes};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_REDIRECT"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_REDIRECT"));
 
 const PROGRAM: &str = "guest_redirect";
 const PROGRAM_PIN: &str = "program_redirect";
@@ -92,6 +94,8 @@ impl Guard {
             *place = interface::index(peer)?;
         }
         remove(&self.pins)?;
+        let peers: Vec<_> = places.iter().map(ToString::to_string).collect();
+        self.pins.set_note(notes::PEERS, &peers.join(","))?;
         install(name, &self.pins, &places)
     }
 
@@ -104,44 +108,25 @@ impl Guard {
     }
 }
 
+fn of_program(name: &str) -> impl Fn(ProgramError) -> GuardError {
+    move |error| GuardError::of_program(PROGRAM, name, error)
+}
+
 fn install(name: &str, pins: &Pins, peers: &[u32; PEER_PLACES]) -> Result<(), GuardError> {
-    let of_program = |error| GuardError::of_program(PROGRAM, name, error);
     let of_link = |source: LinkError| GuardError::Link {
         action: "make",
         interface: name.to_owned(),
         source,
     };
-    let mut ebpf = EbpfLoader::new()
-        .btf(None)
-        .map_pin_path("COUNTERS", pins.path("COUNTERS"))
-        .override_global("PEERS", peers, true)
-        .load(OBJECT)
-        .map_err(|source| GuardError::Load {
-            interface: name.to_owned(),
-            source: Box::new(source),
-        })?;
-    let path = pins.path(MAP);
-    match ebpf.map(MAP) {
-        Some(map) => map
-            .pin(&path)
-            .map_err(|error| failed("pin", &path)(io::Error::other(error)))?,
-        None => return Err(of_program(ProgramError::NotLoaded)),
-    }
-    let program: &mut SchedClassifier = match ebpf.program_mut(PROGRAM) {
-        Some(program) => program.try_into().map_err(of_program)?,
-        None => return Err(of_program(ProgramError::NotLoaded)),
-    };
-    program.load().map_err(of_program)?;
-    let path = pins.path(PROGRAM_PIN);
-    program
-        .pin(&path)
-        .map_err(|error| failed("pin", &path)(io::Error::other(error)))?;
+    let mut ebpf = load(name, peers, &pins.path("COUNTERS"), None)?;
+    pin_map(name, &ebpf, &pins.path(MAP))?;
+    let program = program(name, &mut ebpf, &pins.path(PROGRAM_PIN))?;
     // Whatever else judges on the hook has its say first.
     let options = TcAttachOptions::TcxOrder(LinkOrder::last());
     let id = program
         .attach_with_options(name, TcAttachType::Ingress, options)
-        .map_err(of_program)?;
-    let link = program.take_link(id).map_err(of_program)?;
+        .map_err(of_program(name))?;
+    let link = program.take_link(id).map_err(of_program(name))?;
     let path = pins.path(LINK_PIN);
     FdLink::try_from(link)
         .map_err(of_link)?
@@ -150,9 +135,97 @@ fn install(name: &str, pins: &Pins, peers: &[u32; PEER_PLACES]) -> Result<(), Gu
     Ok(())
 }
 
+/// The object, to go by the guard's `counters`, and to count on in a map of its own that is pinned.
+fn load(
+    name: &str,
+    peers: &[u32; PEER_PLACES],
+    counters: &Path,
+    own: Option<&Path>,
+) -> Result<Ebpf, GuardError> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .btf(None)
+        .map_pin_path("COUNTERS", counters)
+        .override_global("PEERS", peers, true);
+    if let Some(own) = own {
+        loader.map_pin_path(MAP, own);
+    }
+    loader.load(OBJECT).map_err(|source| GuardError::Load {
+        interface: name.to_owned(),
+        source: Box::new(source),
+    })
+}
+
+fn pin_map(name: &str, ebpf: &Ebpf, path: &Path) -> Result<(), GuardError> {
+    match ebpf.map(MAP) {
+        Some(map) => map
+            .pin(path)
+            .map_err(|error| failed("pin", path)(io::Error::other(error))),
+        None => Err(of_program(name)(ProgramError::NotLoaded)),
+    }
+}
+
+/// The program, verified and pinned.
+fn program<'a>(
+    name: &str,
+    ebpf: &'a mut Ebpf,
+    path: &Path,
+) -> Result<&'a mut SchedClassifier, GuardError> {
+    let program: &mut SchedClassifier = match ebpf.program_mut(PROGRAM) {
+        Some(program) => program.try_into().map_err(of_program(name))?,
+        None => return Err(of_program(name)(ProgramError::NotLoaded)),
+    };
+    program.load().map_err(of_program(name))?;
+    program
+        .pin(path)
+        .map_err(|error| failed("pin", path)(io::Error::other(error)))?;
+    Ok(program)
+}
+
+/// Pins, beside the program of an upgraded guard, one of this build that is to take its place; nothing
+/// where nothing is redirected.
+pub fn prepare_next(name: &str, pins: &Pins, counting: Counting) -> Result<(), GuardError> {
+    let path = pins.path(PROGRAM_PIN);
+    if !is_pin(&pins.path(LINK_PIN))? || !is_pin(&path)? {
+        return Ok(());
+    }
+    let mut peers = [0_u32; PEER_PLACES];
+    for (place, peer) in peers.iter_mut().zip(pins.peers()?) {
+        *place = peer;
+    }
+    let [counters, own] = ["COUNTERS", MAP].map(|map| pins.path(map));
+    let mut ebpf = match counting {
+        Counting::Continued => load(name, &peers, &counters, Some(&own))?,
+        Counting::Afresh => {
+            let ebpf = load(name, &peers, &pins.next(&counters), None)?;
+            pin_map(name, &ebpf, &pins.next(&own))?;
+            ebpf
+        }
+    };
+    program(name, &mut ebpf, &pins.next(&path)).map(drop)
+}
+
+/// Has the program that was prepared redirect, where one was.
+pub fn put_next_in_force(name: &str, pins: &Pins) -> Result<(), GuardError> {
+    let (path, link_path) = (pins.path(PROGRAM_PIN), pins.path(LINK_PIN));
+    let next_path = pins.next(&path);
+    let Some(next) = pins.program_at(&next_path)? else {
+        return Ok(());
+    };
+    let link = link::info(&link_path).map_err(failed("read the link", &link_path))?;
+    if link.ifindex == 0 || link.program_id == next {
+        return Ok(());
+    }
+    upgrade::update(&link_path, &path, &next_path).map_err(|source| GuardError::System {
+        action: "put another program that redirects in place",
+        interface: name.to_owned(),
+        source,
+    })
+}
+
 /// Removes the program's pins, its link first, whatever is there of them.
 fn remove(pins: &Pins) -> Result<(), GuardError> {
-    for name in [LINK_PIN, PROGRAM_PIN, MAP] {
+    for name in [LINK_PIN, PROGRAM_PIN, MAP, notes::PEERS] {
         let path = pins.path(name);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -172,12 +245,15 @@ pub(crate) fn read(name: &str, pins: &Pins) -> Result<Option<RedirectStatus>, Gu
         return Ok(None);
     }
     let link = link::info(&link_path).map_err(failed("read the link", &link_path))?;
-    let program =
-        link::program_id(&program_path).map_err(failed("read the program", &program_path))?;
+    let own = [&program_path, &pins.next(&program_path)].map(|path| pins.program_at(path));
+    let mut is_own = false;
+    for program in own {
+        is_own |= program? == Some(link.program_id);
+    }
     let in_force = link.ifindex != 0
         && interface::index(name).is_ok_and(|index| index == link.ifindex)
-        && link.program_id == program
-        && is_behind(name, pins, program)?;
+        && is_own
+        && is_behind(name, pins, link.program_id)?;
     let rows: PerCpuArray<MapData, Row> = MapData::from_pin(&map_path)
         .and_then(|data| Map::PerCpuArray(data).try_into())
         .map_err(|source| map_error(name, "open", MAP, source))?;
@@ -196,12 +272,10 @@ pub(crate) fn read(name: &str, pins: &Pins) -> Result<Option<RedirectStatus>, Gu
 
 /// Whether the guard's program comes before `program` on the hook of what the guest sends.
 fn is_behind(name: &str, pins: &Pins, program: u32) -> Result<bool, GuardError> {
-    let Some(guard) = pins.program(Direction::Egress)? else {
-        return Ok(false);
-    };
+    let own = pins.programs(Direction::Egress)?;
     let chain = attached(name, Direction::Egress)?;
-    let place = |id: u32| chain.iter().position(|attached| *attached == id);
-    Ok(match (place(guard), place(program)) {
+    let place = |programs: &[u32]| chain.iter().position(|id| programs.contains(id));
+    Ok(match (place(&own), place(&[program])) {
         (Some(guard), Some(program)) => guard < program,
         _ => false,
     })

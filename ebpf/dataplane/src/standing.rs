@@ -4,7 +4,8 @@ use omerta_verdict::Direction;
 
 use crate::attach::attached;
 use crate::clsact::{self, Filter};
-use crate::pins::{Filters, Pins};
+use crate::notes::Filters;
+use crate::pins::Pins;
 use crate::{GuardError, interface};
 
 /// How a guard stands.
@@ -104,11 +105,7 @@ fn look_at_filters(pins: &Pins, filters: Filters) -> Result<Look, GuardError> {
     };
     let (mut judging, mut preceded, mut exchanged) = (0, false, false);
     for direction in Direction::ALL {
-        let place = match pins.program(direction)? {
-            Some(own) => clsact::place(ifindex, direction, own).map_err(failed)?,
-            None => None,
-        };
-        match place {
+        match place_of_filter(pins, ifindex, direction)? {
             Some(place) => {
                 judging += 1;
                 preceded |= place > 0;
@@ -134,10 +131,40 @@ fn look_at_filters(pins: &Pins, filters: Filters) -> Result<Look, GuardError> {
     })
 }
 
+/// Where one of the guard's own programs judges by a filter.
+fn place_of_filter(
+    pins: &Pins,
+    ifindex: u32,
+    direction: Direction,
+) -> Result<Option<usize>, GuardError> {
+    let mut known = Vec::new();
+    loop {
+        let own = pins.programs(direction)?;
+        for program in &own {
+            let place = clsact::place(ifindex, direction, *program);
+            let failed = |source| GuardError::System {
+                action: "ask for the filters",
+                interface: pins.made_for(),
+                source,
+            };
+            if let Some(place) = place.map_err(failed)? {
+                return Ok(Some(place));
+            }
+        }
+        // Another may just have taken its place.
+        if own == known {
+            return Ok(None);
+        }
+        known = own;
+    }
+}
+
 fn look_at_links(pins: &Pins) -> Result<Look, GuardError> {
     let mut found = NOTHING;
     let (mut living, mut elsewhere, mut preceded, mut exchanged) = (0, false, false, false);
     for direction in Direction::ALL {
+        // Another of its own may take the program's place while all this is asked.
+        let mut own = pins.programs(direction)?;
         let Some(link) = pins.link(direction)? else {
             continue;
         };
@@ -149,20 +176,20 @@ fn look_at_links(pins: &Pins) -> Result<Look, GuardError> {
         found.ifindex = link.ifindex;
         // Another namespace's interface may have the same index, so the program decides.
         let name = interface::name(link.ifindex);
-        let place = match &name {
-            Some(name) => attached(name, direction)?
-                .iter()
-                .position(|program| *program == link.program_id),
-            None => None,
+        let chain = match &name {
+            Some(name) => attached(name, direction)?,
+            None => Vec::new(),
         };
-        match place {
+        own.extend(pins.programs(direction)?);
+        let is_there = |program: &u32| *program == link.program_id || own.contains(program);
+        match chain.iter().position(is_there) {
             Some(place) => {
                 found.interface = name;
                 preceded |= place > 0;
             }
             None => elsewhere = true,
         }
-        exchanged |= pins.program(direction)? != Some(link.program_id);
+        exchanged |= !own.contains(&link.program_id);
     }
     found.standing = match living {
         0 => Standing::Gone,

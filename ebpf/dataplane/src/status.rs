@@ -9,6 +9,7 @@ use crate::counters::{CounterReader, Counters, DirectionCounters};
 use crate::lease::{self, Lease};
 use crate::pins::Pins;
 use crate::store::PolicyStore;
+use crate::upgrade::is_current;
 use crate::{GuardError, Limits, RedirectStatus, Standing, redirect};
 
 /// One direction's frames.
@@ -85,6 +86,8 @@ pub struct GuardStatus {
     pub mode: &'static str,
     /// Who alone changes and removes the guard.
     pub owner: Option<String>,
+    /// Whether the programs are those of this build: `current`, or `older`.
+    pub programs: &'static str,
     /// The version of the policy.
     pub epoch: u64,
     /// The guest's MAC.
@@ -135,6 +138,11 @@ impl GuardStatus {
             standing,
             mode: Mode::from_number(policy.mode).map_or("none", Mode::word),
             owner: pins.owner()?.map(|owner| owner.to_string()),
+            programs: if is_current(pins)? {
+                "current"
+            } else {
+                "older"
+            },
             epoch: policy.epoch,
             mac: policy.mac.to_string(),
             addresses: present(&policy.addresses),

@@ -25,6 +25,7 @@ use crate::pins::Pins;
 use crate::random::Random;
 use crate::rules::{self, MAX_ENDPOINTS};
 use crate::state::StateMap;
+use crate::upgrade::require_policy;
 
 /// The maps that hold policy, by the names that the programs give them.
 const POLICY_MAPS: [&str; 3] = ["STATE", "RULES", "FLOWS"];
@@ -70,6 +71,7 @@ pub struct PolicyStore<M: Borrow<MapData>> {
 impl PolicyStore<MapData> {
     /// The store of a guard whose maps are pinned.
     pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
+        require_policy(interface, pins)?;
         let open = |name: &'static str| {
             MapData::from_pin(pins.path(name))
                 .and_then(Map::from_map_data)
@@ -362,6 +364,7 @@ fn descriptor(interface: &str, rules: &Map) -> Result<OwnedFd, GuardError> {
 
 /// The state of the guard of `pins`.
 pub(crate) fn state_of(interface: &str, pins: &Pins) -> Result<StateMap, GuardError> {
+    require_policy(interface, pins)?;
     let map = MapData::from_pin(pins.path(POLICY_MAPS[0]))
         .map_err(|source| map_error(interface, "open", POLICY_MAPS[0], source))?;
     map_state(interface, &map)

@@ -69,6 +69,37 @@ fn a_guard_outlives_its_handle_and_ends_with_detach() {
 }
 
 #[test]
+fn an_upgrade_keeps_policy_counters_and_identity() {
+    with_tap(|_, tap| {
+        let mut wanted = config(Mode::Conntrack);
+        wanted.allow = endpoints(500);
+        wanted.lease = Some(Duration::from_secs(3600));
+        let guard = Guard::attach("guest", &wanted).unwrap();
+        tap.up().unwrap();
+        tap.send(&[0; 60]).unwrap();
+        let before = guard.status().unwrap();
+        assert_eq!((before.egress.rx, before.programs), (1, "current"));
+        guard.upgrade().unwrap();
+        guard.verify().unwrap();
+        let after = guard.status().unwrap();
+        assert_eq!(after.egress.rx, 1);
+        assert_eq!((after.epoch, &after.allow), (before.epoch, &before.allow));
+        assert_eq!(after.lease.unwrap().expired, before.lease.unwrap().expired);
+        // The same guard still, with room for flows, which counts on and changes.
+        tap.send(&[0; 60]).unwrap();
+        assert_eq!(guard.counters().unwrap().egress.rx().packets, 2);
+        guard.set_mode(Mode::Filtered).unwrap();
+        guard.set_mode(Mode::Conntrack).unwrap();
+        guard.replace(&endpoints(3)).unwrap();
+        let identity = guard.identity();
+        guard.upgrade().unwrap();
+        assert_eq!(Guard::open("guest").unwrap().identity(), identity);
+        guard.detach().unwrap();
+        assert!(Guard::pinned().unwrap().is_empty());
+    });
+}
+
+#[test]
 fn a_handle_that_outlives_its_guard_leaves_no_directory() {
     with_tap(|namespace, _tap| {
         let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();

@@ -32,17 +32,25 @@ fn lists() -> anyhow::Result<[Vec<Endpoint>; 2]> {
     Ok([list(SOMETIMES[0])?, list(SOMETIMES[1])?])
 }
 
-/// The controller: flips the policy of the current namespace's tap until it is killed.
+/// How often the policy flips between two upgrades.
+const FLIPS: usize = 50;
+
+/// The controller: flips the policy of the current namespace's tap, and every now and then puts other
+/// programs into its guard, until it is killed.
 ///
 /// # Errors
 /// Where the guard is not in force.
 pub fn flip_without_end() -> anyhow::Result<()> {
     let lists = lists()?;
-    loop {
+    for turn in 0.. {
         for list in &lists {
             Guard::open(TAP)?.replace(list)?;
         }
+        if turn % FLIPS == 0 {
+            Guard::open(TAP)?.upgrade()?;
+        }
     }
+    Ok(())
 }
 
 /// A provider with one guarded tap and an uplink, and what has passed so far.

@@ -113,6 +113,7 @@ async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, Laun
         }
         .into());
     }
+    upgrade(&spec, guard);
     let watch = Arc::new(GuardWatch::begin(guard)?);
     machine.guard_watch = Some(Arc::clone(&watch));
     // After the watch began: who changes the policy from here on is noticed.
@@ -132,6 +133,23 @@ async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, Laun
     };
     let parts = (process, qmp, machine_events, ports);
     Ok((parts, guarding, links, alarm, found))
+}
+
+/// Puts this build's programs into a guard that was made by another; where that cannot be done, the guest
+/// lives on behind those that it has.
+fn upgrade(spec: &Spec, guard: &Guard) {
+    let upgraded = guard.is_current().and_then(|current| match current {
+        true => Ok(false),
+        false => guard.upgrade().map(|_| true),
+    });
+    match upgraded {
+        Ok(true) => tracing::info!(guest = %spec.name, "its guard has other programs now"),
+        Ok(false) => {}
+        Err(error) => {
+            let error = error.to_string();
+            tracing::warn!(guest = %spec.name, error, "its guard keeps the programs of an omertad before");
+        }
+    }
 }
 
 /// Fails where a guard holds another policy than the spec's.

@@ -92,6 +92,24 @@ they are printed. Those of omertad's guests are in its log."
     /// List the guarded interfaces of this network namespace
     List(Shown),
 
+    /// Put this version's programs into guards that others have made, while they judge
+    #[command(
+        after_help = "Policy, flows, rates and counters are kept, and each frame is judged by the programs before or those \
+after. omertad upgrades the guards of its guests itself when it starts."
+    )]
+    Upgrade {
+        /// The guarded interfaces
+        #[arg(required_unless_present = "all", value_name = "IFNAME")]
+        interfaces: Vec<InterfaceName>,
+
+        /// Every guard of this network namespace that is nobody's own
+        #[arg(long, conflicts_with = "interfaces")]
+        all: bool,
+
+        #[command(flatten)]
+        shown: Shown,
+    },
+
     /// Remove an interface's guard: everything passes again
     Detach {
         /// The guarded interface

@@ -16,4 +16,5 @@ mod manual;
 mod omertad;
 mod peer;
 mod run;
+mod upgrade;
 mod usage;

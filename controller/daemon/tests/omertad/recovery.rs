@@ -173,6 +173,39 @@ fn guest_is_taken_over_by_an_omertad_in_another_cgroup_and_leaves_nothing_in_the
 }
 
 #[test]
+fn guard_of_an_older_omertad_gets_other_programs_and_the_guest_runs_on() {
+    let daemon = start();
+    let tap = run(&daemon, "alpha")["interface"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let stage = daemon.die();
+    let inode = stage.0.inode().unwrap();
+    let note = format!("/sys/fs/bpf/omerta/{inode}/{tap}/programs");
+    let current = std::fs::read_link(&note).unwrap();
+    std::fs::remove_file(&note).unwrap();
+    std::os::unix::fs::symlink("0000000000000001", &note).unwrap();
+    let daemon = start_again(stage);
+    assert_eq!(
+        show(&daemon, "alpha")["state"],
+        "running",
+        "{}",
+        daemon.log()
+    );
+    assert_eq!(std::fs::read_link(&note).unwrap(), current);
+    // Nobody takes that for another's doing.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(
+        show(&daemon, "alpha")["state"],
+        "running",
+        "{}",
+        daemon.log()
+    );
+    let ended = daemon.post("/v1/guests/alpha/kill", "");
+    assert_eq!(ended.json()["ended"]["leftovers"], json!(null), "{ended:?}");
+}
+
+#[test]
 fn adopted_guest_whose_process_ends_is_told_as_ended() {
     let daemon = start();
     let pid = run(&daemon, "alpha")["pid"].as_i64().unwrap();

@@ -14,6 +14,7 @@ mod limits;
 mod offload;
 mod redirect;
 mod stage;
+mod upgrade;
 
 use std::thread::sleep;
 

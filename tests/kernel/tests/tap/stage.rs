@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use omerta_dataplane::{Guard, GuardConfig, GuardError};
+use omerta_dataplane::{Guard, GuardConfig, GuardError, Hook};
 use omerta_kernel_tests::*;
 use omerta_test_support::{Capture, FrameSender, Namespace, StageError, Tap, Veth, mac_of};
 use omerta_verdict::{Direction, Mac, Mode, Reason};
@@ -33,6 +33,14 @@ impl Stage {
         guard: &GuardConfig,
         create: impl FnOnce() -> Result<Tap, StageError> + Send,
     ) -> Self {
+        Self::by(Hook::of_this_kernel().unwrap(), guard, create)
+    }
+
+    pub fn by(
+        hook: Hook,
+        guard: &GuardConfig,
+        create: impl FnOnce() -> Result<Tap, StageError> + Send,
+    ) -> Self {
         let provider = Namespace::new("ot-prov").unwrap();
         let world = Namespace::new("ot-world").unwrap();
         for namespace in [&provider, &world] {
@@ -48,7 +56,7 @@ impl Stage {
             .unwrap();
         // Guarded before up: the guest has no unguarded instant.
         provider
-            .enter(|| Guard::attach("guest", guard).map(drop))
+            .enter(|| Guard::attach_by(hook, "guest", guard).map(drop))
             .unwrap()
             .unwrap();
         provider.enter(|| tap.up()).unwrap().unwrap();

@@ -1,0 +1,186 @@
+//! What is known of a guard besides its links, programs and maps: symbolic links among the pins. Each is
+//! whole at once, says what it says by where it leads to, and goes with the pins.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use omerta_verdict::Direction;
+
+use crate::bpffs::failed;
+use crate::layout::Layout;
+use crate::living;
+use crate::pins::Pins;
+use crate::{GuardError, Owner};
+
+pub const OWNER: &str = "owner";
+/// The cookie of the network namespace that the guard was made in: the namespace's inode may be
+/// another's by now.
+pub const NAMESPACE: &str = "namespace";
+/// Present where the guard is attached by filters: their interface's index.
+pub const CLSACT: &str = "clsact";
+/// Behind the index, where the guard made the qdisc of its filters.
+const QDISC_MADE: &str = "+qdisc";
+/// The ids of the programs that the guard was attached with, where it is attached by filters and has
+/// others by now.
+pub const IDENTITY: &str = "identity";
+/// How the maps are to be read: a [`Layout`].
+pub const LAYOUT: &str = "layout";
+/// The build of the programs.
+pub const PROGRAMS: &str = "programs";
+/// By what the guard knows its own answers.
+pub const MARK: &str = "mark";
+/// The indices of the veths whose peers are handed frames, where something is redirected.
+pub const PEERS: &str = "peers";
+
+/// Where a guard's filters are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filters {
+    /// The interface's index, in this network namespace.
+    pub ifindex: u32,
+    /// Whether the guard made the clsact qdisc, and so removes it.
+    pub made_qdisc: bool,
+}
+
+impl Pins {
+    /// Writes a note that is not there yet.
+    pub fn set_note(&self, name: &str, text: &str) -> Result<(), GuardError> {
+        set(&self.path(name), text)
+    }
+
+    /// Writes what is to take a note's place when an upgrade is done.
+    pub fn set_next_note(&self, name: &str, text: &str) -> Result<(), GuardError> {
+        set(&self.next(&self.path(name)), text)
+    }
+
+    /// What a note says, where there is one.
+    pub fn note(&self, name: &str) -> Result<Option<String>, GuardError> {
+        let path = self.path(name);
+        match fs::read_link(&path) {
+            Ok(text) => match text.into_os_string().into_string() {
+                Ok(text) => Ok(Some(text)),
+                Err(_) => Err(self.unreadable(name, "this is not text")),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read", &path)(error)),
+        }
+    }
+
+    fn unreadable(&self, name: &str, why: &'static str) -> GuardError {
+        failed("read", &self.path(name))(io::Error::other(why))
+    }
+
+    /// Records, before any filter is there, where the guard's filters will be; as the owner.
+    pub fn set_filters(&self, filters: Filters) -> Result<(), GuardError> {
+        let made = if filters.made_qdisc { QDISC_MADE } else { "" };
+        self.set_note(CLSACT, &format!("{}{made}", filters.ifindex))
+    }
+
+    /// Where the guard's filters are, if it is attached by filters.
+    pub fn filters(&self) -> Result<Option<Filters>, GuardError> {
+        let Some(text) = self.note(CLSACT)? else {
+            return Ok(None);
+        };
+        let (ifindex, made_qdisc) = match text.strip_suffix(QDISC_MADE) {
+            Some(ifindex) => (ifindex, true),
+            None => (&*text, false),
+        };
+        match ifindex.parse() {
+            Ok(ifindex) => Ok(Some(Filters {
+                ifindex,
+                made_qdisc,
+            })),
+            Err(_) => Err(self.unreadable(CLSACT, "this is no interface's index")),
+        }
+    }
+
+    /// The programs that the guard was attached with, if others have taken their places since.
+    pub fn first_programs(&self) -> Result<Option<[u32; 2]>, GuardError> {
+        let Some(text) = self.note(IDENTITY)? else {
+            return Ok(None);
+        };
+        match numbers(&text).as_deref() {
+            Some([egress, ingress]) => Ok(Some([*egress, *ingress])),
+            _ => Err(self.unreadable(IDENTITY, "these are not two programs' ids")),
+        }
+    }
+
+    /// Records which programs the guard was attached with, before others take their places.
+    pub fn keep_identity(&self) -> Result<(), GuardError> {
+        if self.filters()?.is_none() || self.first_programs()?.is_some() {
+            return Ok(());
+        }
+        let of = |direction| Ok::<_, GuardError>(self.program(direction)?.unwrap_or(0));
+        let (egress, ingress) = (of(Direction::Egress)?, of(Direction::Ingress)?);
+        self.set_note(IDENTITY, &format!("{egress},{ingress}"))
+    }
+
+    /// How the guard's maps are to be read; `None` where none says so.
+    pub fn layout(&self) -> Result<Option<Layout>, GuardError> {
+        match self.note(LAYOUT)? {
+            None => Ok(None),
+            Some(text) => text
+                .parse()
+                .map(Some)
+                .map_err(|why| self.unreadable(LAYOUT, why)),
+        }
+    }
+
+    /// By what the guard knows its own answers.
+    pub fn mark(&self) -> Result<u32, GuardError> {
+        let mark = self.note(MARK)?.and_then(|text| text.parse().ok());
+        mark.ok_or_else(|| self.unreadable(MARK, "this is no mark"))
+    }
+
+    /// The indices of the veths whose peers are handed frames.
+    pub fn peers(&self) -> Result<Vec<u32>, GuardError> {
+        match self.note(PEERS)? {
+            None => Ok(Vec::new()),
+            Some(text) => numbers(&text)
+                .ok_or_else(|| self.unreadable(PEERS, "these are not interfaces' indices")),
+        }
+    }
+
+    /// Records which network namespace the guard is made in.
+    pub fn set_namespace(&self) -> Result<(), GuardError> {
+        let path = self.path(NAMESPACE);
+        let cookie = living::cookie().map_err(failed("ask for the cookie for", &path))?;
+        self.set_note(NAMESPACE, &cookie.to_string())
+    }
+
+    /// Whether the guard was made in a network namespace that is gone, and whose inode is this
+    /// thread's by now.
+    pub fn is_of_gone_namespace(&self) -> Result<bool, GuardError> {
+        let path = self.path(NAMESPACE);
+        let own = living::cookie().map_err(failed("ask for the cookie beside", &path))?;
+        Ok(self
+            .note(NAMESPACE)?
+            .is_some_and(|made_in| made_in != own.to_string()))
+    }
+
+    /// Records whose the guard is.
+    pub fn set_owner(&self, owner: &Owner) -> Result<(), GuardError> {
+        self.set_note(OWNER, owner.as_str())
+    }
+
+    /// Whose the guard is.
+    pub fn owner(&self) -> Result<Option<Owner>, GuardError> {
+        match self.note(OWNER)? {
+            None => Ok(None),
+            Some(name) => name
+                .parse()
+                .map(Some)
+                .map_err(|_| self.unreadable(OWNER, "this is no owner's name")),
+        }
+    }
+}
+
+fn set(path: &Path, text: &str) -> Result<(), GuardError> {
+    symlink(text, path).map_err(failed("create", path))
+}
+
+/// Numbers with commas between them.
+fn numbers(text: &str) -> Option<Vec<u32>> {
+    text.split(',').map(|number| number.parse().ok()).collect()
+}
