@@ -83,13 +83,6 @@ version_at_least() { # HAVE WANT
     [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]
 }
 
-kernel_has_wireguard() {
-    [ -d /sys/module/wireguard ] && return 0
-    local modules
-    modules=/lib/modules/$(uname -r)
-    grep -qs '/wireguard\.ko' "$modules/modules.dep" "$modules/modules.builtin"
-}
-
 check_kernel() {
     local release
     release=$(uname -r)
@@ -128,12 +121,12 @@ pkg-config pkg-config
 /usr/include/libelf.h libelf-dev
 /usr/include/zlib.h zlib1g-dev
 wg wireguard-tools
+wireguard-go wireguard-go
 nft nftables
 iptables-legacy iptables
 zstd zstd
 /etc/ssl/certs/ca-certificates.crt ca-certificates
 END
-    kernel_has_wireguard || echo wireguard-go wireguard-go
 }
 
 install_packages() {

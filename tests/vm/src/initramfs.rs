@@ -32,7 +32,7 @@ pub fn build(kernel: &Kernel, suites: &[Suite], environment: &str, path: &Path) 
 
     // What the tests call. busybox knows `ip` in part; this one goes before it.
     let mut libraries = BTreeSet::new();
-    for program in ["ip", "tc", "bridge", "ethtool"] {
+    for program in ["ip", "tc", "bridge", "ethtool", "wg"] {
         let path = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
             .map(|directory| Path::new(directory).join(program))
             .into_iter()

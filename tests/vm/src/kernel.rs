@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crate::package;
 
 /// What the tests make or attach to; what these depend on comes along.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 8] = [
     "tun",
     "veth",
     "dummy",
@@ -17,6 +17,7 @@ const MODULES: [&str; 7] = [
     "sch_ingress",
     "cls_bpf",
     "act_mirred",
+    "wireguard",
 ];
 
 /// A kernel that is ready to boot.

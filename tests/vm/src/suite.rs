@@ -11,8 +11,17 @@ use crate::package;
 
 /// What another kernel may do otherwise, in the order in which it is run. The first says by which
 /// hook the kernel runs guards. Those of `tests/kernel` that are not here need no kernel, or load
-/// the programs so often that emulation takes many minutes.
-const SUITES: [&str; 6] = ["support", "load", "corpus", "parity", "lifecycle", "clsact"];
+/// the programs so often that emulation takes many minutes. The last is of `controller/tunnel`: the kernel's WireGuard,
+/// which the running kernel may lack.
+const SUITES: [&str; 7] = [
+    "support",
+    "load",
+    "corpus",
+    "parity",
+    "lifecycle",
+    "clsact",
+    "device",
+];
 /// What a machine does not run, for the time that emulation takes: `clsact` is run where that is the
 /// only hook.
 const LEFT_OUT: [(&str, &str); 1] = [("6.12", "clsact")];
@@ -24,6 +33,10 @@ const TESTS_LEFT_OUT: [(&str, &str, &str); 2] =
 
 /// What `suite` is told on a machine with a kernel of `series`.
 pub fn arguments(series: &str, suite: &str) -> String {
+    if suite == "device" {
+        // The userspace program is not there, and is tried where the tests are built.
+        return " kernel::".to_owned();
+    }
     TESTS_LEFT_OUT
         .iter()
         .filter(|(kernel, name, _)| (*kernel, *name) == (series, suite))
@@ -36,7 +49,7 @@ pub fn is_run(series: &str, suite: &str) -> bool {
     !LEFT_OUT.contains(&(series, suite))
 }
 
-/// A test executable of `tests/kernel`.
+/// A test executable.
 #[derive(Clone)]
 pub struct Suite {
     /// Its name among the tests.
@@ -61,7 +74,7 @@ pub fn build(workspace: &Path) -> Result<Vec<Suite>> {
     suites.sort_by_key(|suite| SUITES.iter().position(|name| *name == suite.name));
     if suites.len() != SUITES.len() {
         bail!(
-            "cargo built no such tests in tests/kernel: {}",
+            "cargo built no such tests in tests/kernel and controller/tunnel: {}",
             SUITES.join(", ")
         );
     }
@@ -69,10 +82,12 @@ pub fn build(workspace: &Path) -> Result<Vec<Suite>> {
 }
 
 fn suite(message: &Value) -> Option<Suite> {
-    let ours = message["manifest_path"]
-        .as_str()?
-        .ends_with("tests/kernel/Cargo.toml");
     let name = message["target"]["name"].as_str()?;
+    let manifest = match name {
+        "device" => "controller/tunnel/Cargo.toml",
+        _ => "tests/kernel/Cargo.toml",
+    };
+    let ours = message["manifest_path"].as_str()?.ends_with(manifest);
     let test = message["target"]["kind"][0] == "test";
     (ours && test && SUITES.contains(&name)).then_some(())?;
     Some(Suite {
