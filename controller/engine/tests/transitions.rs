@@ -122,6 +122,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::PublicKey(_) => "public key",
                 Record::Handshake => "handshake",
                 Record::Agent(_) => "agent",
+                Record::ConsumerMoved { .. } => "consumer moved",
                 Record::Rogue { .. } => "rogue",
                 Record::Paused(_) => "paused",
                 Record::PauseFailed { .. } => "pause failed",

@@ -1,5 +1,12 @@
 //! `.conf` files: what is read, what is refused, and that no secret is told.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
 use omerta_tunnel::{Conf, Ignored, PeerEndpoint, Problem};
 use proptest::prelude::*;
 

@@ -1,6 +1,13 @@
 //! The plan from what a device has to what it is to have, carried out on a model of a device that moves allowed IPs as
 //! WireGuard does.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZero;
