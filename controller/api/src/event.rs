@@ -1,6 +1,6 @@
 //! Events on the wire: `GET /v1/events` answers one JSON object a line.
 
-use omerta_engine::{Cause, OnViolation};
+use omerta_engine::{Cause, OnSilence, OnViolation};
 use serde::{Deserialize, Serialize};
 
 /// Query of `GET /v1/events`.
@@ -79,6 +79,17 @@ pub enum Occurrence {
         /// Where it is.
         to: String,
     },
+    /// Nothing has come from the guest's consumer for so long.
+    TunnelSilent {
+        /// How long.
+        seconds: u64,
+        /// Whether nothing has come since the guest runs.
+        never: bool,
+        /// What happens to the guest.
+        on_silence: OnSilence,
+    },
+    /// Something comes from the guest's consumer again.
+    TunnelBack {},
     /// The guest sent a frame that its guard dropped.
     Rogue {
         /// The drop reason.

@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 
 use omerta_api::{
     ApiError, Cause, Ended, ErrorKind, Event, Guest, GuestLimits, GuestList, GuestState,
-    Occurrence, OnViolation, Peer, PeerList, PeerRequest, RunRequest, StopRequest, Version, route,
+    Occurrence, OnSilence, OnViolation, Peer, PeerList, PeerRequest, RunRequest, StopRequest,
+    Version, route,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -115,6 +116,12 @@ fn occurrences() -> Vec<Occurrence> {
             report: text(),
             what: Some(text()),
         },
+        Occurrence::TunnelSilent {
+            seconds: 1,
+            never: true,
+            on_silence: OnSilence::End,
+        },
+        Occurrence::TunnelBack {},
         Occurrence::ConsumerMoved {
             from: text(),
             to: text(),
@@ -158,6 +165,8 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Handshake {}
             | Occurrence::Agent { .. }
             | Occurrence::ConsumerMoved { .. }
+            | Occurrence::TunnelSilent { .. }
+            | Occurrence::TunnelBack {}
             | Occurrence::Rogue { .. }
             | Occurrence::Paused { .. }
             | Occurrence::PauseFailed { .. }

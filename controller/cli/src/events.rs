@@ -94,6 +94,20 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
                 format!("{report}{}", what.unwrap_or_default()),
             )
         }
+        Occurrence::TunnelSilent {
+            seconds,
+            never,
+            on_silence,
+        } => {
+            let since = if *never { " since it runs" } else { "" };
+            let text = format!("nothing from its consumer for {seconds} s{since}; {on_silence}");
+            (Style::Bad, "tunnel_silent", text)
+        }
+        Occurrence::TunnelBack {} => (
+            Style::Good,
+            "tunnel_back",
+            "its consumer is heard again".to_owned(),
+        ),
         Occurrence::ConsumerMoved { from, to } => {
             (Style::Changing, "consumer_moved", format!("{from} → {to}"))
         }

@@ -59,6 +59,7 @@ impl Arguments {
             image_dir: self.image_dir.or(config.image_dir),
             images: config.images,
             recovery: config.recovery,
+            tunnel: config.tunnel,
             agent: config.agent,
             metrics: self.metrics.or(config.metrics),
             guest_pool: self.guest_pool.or(config.guest_pool),

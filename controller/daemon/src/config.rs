@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use omerta_api::GuestLimits;
 use omerta_dataplane::{LeaseTime, LeaseTimeError};
-use omerta_engine::OnViolation;
+use omerta_engine::{OnSilence, OnViolation};
 use omerta_images::Store;
+use omerta_tunnel::Silence;
 use omerta_vm_launcher::{
     Accel, AgentTiming, Jail, MachineType, MachineTypeError, PartError, UidRangeError,
 };
@@ -16,6 +17,7 @@ use thiserror::Error;
 
 use crate::images::Images;
 use crate::pool::{GuestPool, PoolError};
+use crate::tunnel_health::TunnelSettings;
 
 /// A week: more is no deadline.
 const MOST_AGENT_SECONDS: u32 = 604_800;
@@ -41,9 +43,12 @@ pub(crate) struct Config {
     pub(crate) jail: Option<JailConfig>,
     pub(crate) images: Option<ImagesConfig>,
     pub(crate) recovery: Option<RecoveryConfig>,
+    pub(crate) tunnel: Option<TunnelConfig>,
     pub(crate) agent: Option<AgentConfig>,
 }
 
+/// The least seconds in which a tunnel may be said to be silent.
+const SHORTEST_SILENCE: u32 = 150;
 /// Shorter, and a host that is busy would cut off guests whose omertad is there.
 const SHORTEST_LEASE: Duration = Duration::from_secs(10);
 
@@ -73,6 +78,18 @@ pub(crate) struct AgentSettings {
     /// Whether those of guests that do not say are.
     pub(crate) is_asked: bool,
     pub(crate) timing: AgentTiming,
+}
+
+/// What may be said of guests' tunnels.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TunnelConfig {
+    #[serde(default)]
+    answer_seconds: u32,
+    #[serde(default)]
+    silent_seconds: u32,
+    #[serde(default)]
+    on_silence: OnSilence,
 }
 
 /// What becomes of guests when omertad is told to stop.
@@ -143,6 +160,8 @@ pub(crate) struct Settings {
     pub(crate) jail: Jail,
     /// When the agents in guests are asked.
     pub(crate) agent: AgentSettings,
+    /// What is expected of guests' tunnels.
+    pub(crate) tunnel: TunnelSettings,
     /// What becomes of guests when omertad is told to stop.
     pub(crate) on_stop: OnStop,
     /// How long guests' guards let anything pass when omertad is not there; `None` is for ever.
@@ -188,6 +207,10 @@ pub(crate) enum ConfigError {
         given: u32,
         least: u32,
     },
+    #[error(
+        "[tunnel] {what} is {given}: give {SHORTEST_SILENCE} or more, for a tunnel that is up may bring one frame in two minutes, or 0 for never"
+    )]
+    SilenceSeconds { what: &'static str, given: u32 },
     #[error("max_guests is {given}: give 1 to {pool}, as many as the guest pool has room for")]
     MaxGuests { given: usize, pool: usize },
     #[error("{what} {} cannot be made an absolute path", path.display())]
@@ -285,6 +308,7 @@ impl Config {
             limits: self.limits.unwrap_or_default(),
             jail: self.jail.unwrap_or_default().validate()?,
             lease: recovery.checked_lease()?,
+            tunnel: self.tunnel.unwrap_or_default().validate()?,
             agent: self.agent.unwrap_or_default().validate()?,
             on_stop: recovery.on_stop.unwrap_or_default(),
         })
@@ -329,6 +353,25 @@ impl AgentConfig {
         Ok(AgentSettings {
             is_asked: self.ask.unwrap_or(true),
             timing,
+        })
+    }
+}
+
+impl TunnelConfig {
+    fn validate(self) -> Result<TunnelSettings, ConfigError> {
+        let seconds = |given: u32| (given > 0).then(|| Duration::from_secs(given.into()));
+        if (1..SHORTEST_SILENCE).contains(&self.silent_seconds) {
+            return Err(ConfigError::SilenceSeconds {
+                what: "silent_seconds",
+                given: self.silent_seconds,
+            });
+        }
+        Ok(TunnelSettings {
+            silence: Silence {
+                first: seconds(self.answer_seconds),
+                later: seconds(self.silent_seconds),
+            },
+            on_silence: self.on_silence,
         })
     }
 }
@@ -413,6 +456,7 @@ mod tests {
             ("max_guests = 0", "max_guests is 0"),
             ("[recovery]\nlease = \"60\"", "[recovery] lease `60`"),
             ("[recovery]\nlease = \"9s\"", "give 10 s or more"),
+            ("[tunnel]\nsilent_seconds = 149", "silent_seconds is 149"),
             ("[jail]\nuids = \"0-9\"", "[jail] uids: `0-9`"),
             ("[jail]\nwithout = [\"walls\"]", "without: `walls`"),
             ("[jail]\npaths = [\"opt\"]", "[jail] paths: opt"),

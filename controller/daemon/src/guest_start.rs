@@ -157,6 +157,7 @@ impl GuestTask {
                         }
                         self.fleet.note_pid(self.id, running.pid());
                         self.stage = Stage::Running(Box::new(running), watch);
+                        self.begin_health(false);
                         vec![GuestEvent::Resumed]
                     }
                     Err(error) => self.launch_failed(error).await,

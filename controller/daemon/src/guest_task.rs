@@ -24,6 +24,7 @@ use crate::failure::report;
 use crate::fleet::Fleet;
 use crate::pool::Slot;
 use crate::store::{Change, Grant, Stands};
+use crate::tunnel_health::{TunnelHealth, next_of};
 use crate::watch::{Watch, WatchError};
 
 /// How long QEMU may take to confirm that the guest stands still.
@@ -75,6 +76,8 @@ pub(crate) struct GuestTask {
     powered_down: bool,
     /// What is written before anything is made for it.
     pub(crate) grant: Option<Grant>,
+    /// Whether its consumer is still there, while it runs.
+    pub(crate) tunnel_health: Option<TunnelHealth>,
     /// What is to be done first of all with a guest that was taken over.
     first_event: Option<GuestEvent>,
 }
@@ -112,6 +115,7 @@ impl GuestTask {
             asked: Vec::new(),
             powered_down: false,
             grant: None,
+            tunnel_health: None,
             first_event: None,
         }
     }
@@ -125,6 +129,7 @@ impl GuestTask {
     /// The same, for a guest that was taken over.
     pub(crate) fn adopted(mut self, adopted: Adopted) -> Self {
         self.stage = Stage::Running(Box::new(adopted.running), adopted.watch);
+        self.begin_health(true);
         self.time_is_over = adopted.left.map(|left| Instant::now() + left);
         self.first_event = adopted.event;
         self
@@ -134,6 +139,19 @@ impl GuestTask {
     pub(crate) fn ending_after(mut self, timeout: Option<Duration>) -> Self {
         self.timeout = timeout;
         self
+    }
+
+    /// Begins to look whether the guest's consumer is there. What cannot be looked at is told, and the guest runs on: its
+    /// guard is watched by other means.
+    pub(crate) fn begin_health(&mut self, known: bool) {
+        let Stage::Running(running, _) = &self.stage else {
+            return;
+        };
+        let settings = self.fleet.settings().tunnel;
+        self.tunnel_health = TunnelHealth::begin(settings, running.guard(), known).unwrap_or_else(|error| {
+            tracing::error!(guest = %self.spec.name, error = report(&error), "whether its consumer is there cannot be seen");
+            None
+        });
     }
 
     /// Carries out the first actions and whatever follows, until nothing of the guest is left.
@@ -227,7 +245,10 @@ impl GuestTask {
         paused
     }
 
-    async fn release(&self) -> GuestEvent {
+    async fn release(&mut self) -> GuestEvent {
+        if let Some(health) = &mut self.tunnel_health {
+            health.begin_anew();
+        }
         let Stage::Running(running, _) = &self.stage else {
             return GuestEvent::ReleaseFailed {
                 message: "the guest does not exist any more".to_owned(),
@@ -370,6 +391,7 @@ impl GuestTask {
                     }
                 }
                 Some(command) = self.commands.recv() => command,
+                event = next_of(&mut self.tunnel_health) => return event,
                 () = sleep_until(deadline) => {
                     self.stop_deadline = None;
                     return GuestEvent::StopDeadlinePassed;

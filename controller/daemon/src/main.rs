@@ -35,6 +35,7 @@ mod steering;
 mod store;
 mod sweep;
 mod tap_name;
+mod tunnel_health;
 mod watch;
 
 use std::io::IsTerminal;

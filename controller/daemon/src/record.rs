@@ -43,6 +43,16 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             frame: Some(incident.frame.description),
         },
         Record::PauseFailed { message } => Occurrence::PauseFailed { message },
+        Record::TunnelSilent {
+            seconds,
+            never,
+            action,
+        } => Occurrence::TunnelSilent {
+            seconds,
+            never,
+            on_silence: action,
+        },
+        Record::TunnelBack => Occurrence::TunnelBack {},
         Record::ConsumerMoved { from, to } => Occurrence::ConsumerMoved {
             from: from.to_string(),
             to: to.to_string(),

@@ -3,7 +3,8 @@
 use thiserror::Error;
 
 use crate::{
-    AgentReport, Cause, GuestId, GuestState, Incident, Monotonic, OnViolation, RogueFrame,
+    AgentReport, Cause, GuestId, GuestState, Incident, Monotonic, OnSilence, OnViolation,
+    RogueFrame,
 };
 
 /// Something to do, in the order given.
@@ -107,6 +108,17 @@ pub enum Record {
         /// Where it is.
         to: std::net::SocketAddr,
     },
+    /// Nothing has come from its consumer for so long.
+    TunnelSilent {
+        /// How long.
+        seconds: u64,
+        /// Whether nothing has come since the guest runs.
+        never: bool,
+        /// What happens to it.
+        action: OnSilence,
+    },
+    /// Something comes from its consumer again.
+    TunnelBack,
     /// It stands still by request.
     Held,
     /// It runs on.

@@ -18,6 +18,8 @@ pub enum Cause {
     StopDeadline,
     /// The time that it was given is over.
     Timeout,
+    /// Nothing came from its consumer for too long.
+    Silent,
     /// It was killed by request.
     Killed,
     /// It powered itself down, or its process exited.
@@ -38,12 +40,13 @@ pub enum Cause {
 
 impl Cause {
     /// Every cause.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Rogue,
         Self::Agent,
         Self::Stopped,
         Self::StopDeadline,
         Self::Timeout,
+        Self::Silent,
         Self::Killed,
         Self::Exited,
         Self::Panicked,
@@ -62,6 +65,7 @@ impl Cause {
             Self::Stopped => "stopped",
             Self::StopDeadline => "stop_deadline",
             Self::Timeout => "timeout",
+            Self::Silent => "silent",
             Self::Killed => "killed",
             Self::Exited => "exited",
             Self::Panicked => "panicked",

@@ -1,6 +1,8 @@
 //! What the engine is told, in the past tense.
 
-use crate::{AgentReport, Cause, Ending, GuestState, Monotonic, OnViolation, RogueFrame};
+use crate::{
+    AgentReport, Cause, Ending, GuestState, Monotonic, OnSilence, OnViolation, RogueFrame,
+};
 
 /// One guest in one life. A name that is used again gets a new id, so that what is late about the
 /// old guest never touches the new one.
@@ -78,6 +80,17 @@ pub enum GuestEvent {
     HandshakeSeen,
     /// Something new is known of the agent in it.
     AgentReported(AgentReport),
+    /// Nothing has come from its consumer for so long.
+    TunnelSilent {
+        /// How long.
+        seconds: u64,
+        /// Whether nothing has come since the guest runs.
+        never: bool,
+        /// What is to happen to it.
+        action: OnSilence,
+    },
+    /// Something comes from its consumer again, and goes on coming.
+    TunnelBack,
     /// Its guard dropped a frame.
     RogueFrameSeen(RogueFrame),
     /// It stands still.

@@ -23,6 +23,8 @@ pub struct Guest {
     pub(crate) handshake: bool,
     /// What was told last of the agent in it.
     pub(crate) agent: Option<AgentReport>,
+    /// That nothing comes from its consumer is told, and not yet that something does again.
+    pub(crate) silent: bool,
     pub(crate) key_limiter: Limiter,
     pub(crate) reset_limiter: Limiter,
     pub(crate) tally: Tally,
@@ -92,6 +94,7 @@ impl Guest {
             public_key: None,
             handshake: false,
             agent: None,
+            silent: false,
             key_limiter: Limiter::default(),
             reset_limiter: Limiter::default(),
             tally: Tally::default(),

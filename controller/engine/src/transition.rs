@@ -2,7 +2,7 @@
 
 use crate::{
     Action, AgentReport, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Monotonic,
-    OnViolation, Record, RogueFrame,
+    OnSilence, OnViolation, Record, RogueFrame,
 };
 
 impl Guest {
@@ -18,6 +18,16 @@ impl Guest {
             GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
             GuestEvent::HandshakeSeen => self.handshake_seen(now, out),
             GuestEvent::AgentReported(report) => self.agent_reported(now, report, out),
+            GuestEvent::TunnelSilent {
+                seconds,
+                never,
+                action,
+            } => self.tunnel_silent(now, seconds, never, action, out),
+            GuestEvent::TunnelBack => {
+                if std::mem::take(&mut self.silent) && !self.is_ended() {
+                    self.publish(now, Record::TunnelBack, out);
+                }
+            }
             GuestEvent::RogueFrameSeen(frame) => self.rogue_frame_seen(now, frame, out),
             GuestEvent::Paused { at } => self.paused(now, at, out),
             GuestEvent::PauseFailed { message } => self.pause_failed(now, message, out),
@@ -182,6 +192,42 @@ impl Guest {
                 out.push(Action::Pause(self.id));
             }
             OnViolation::Terminate => self.kill(now, Cause::Agent, Some(message), out),
+        }
+    }
+
+    /// Of a guest that stands still, or is ending, silence is to be expected.
+    fn tunnel_silent(
+        &mut self,
+        now: Monotonic,
+        seconds: u64,
+        never: bool,
+        action: OnSilence,
+        out: &mut Vec<Action>,
+    ) {
+        if self.state != GuestState::Running {
+            return;
+        }
+        self.silent = true;
+        let record = Record::TunnelSilent {
+            seconds,
+            never,
+            action,
+        };
+        self.publish(now, record, out);
+        match action {
+            OnSilence::Alert => {}
+            OnSilence::Pause => {
+                self.hold_wanted = true;
+                out.push(Action::Hold(self.id));
+            }
+            OnSilence::End => {
+                let message = if never {
+                    format!("its consumer has not answered within {seconds} s")
+                } else {
+                    format!("nothing has come from its consumer for {seconds} s")
+                };
+                self.end(now, Cause::Silent, Some(message), out);
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use omerta_engine::{
     Action, AgentReport, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic,
-    OnViolation, Record, RogueFrame,
+    OnSilence, OnViolation, Record, RogueFrame,
 };
 use omerta_verdict::{Direction, Reason};
 use proptest::prelude::*;
@@ -39,6 +39,9 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         1 => Just(GuestEvent::LaunchFailed { message: "no".into(), leftovers: Vec::new() }),
         1 => Just(GuestEvent::PublicKeyReported("key".into())),
         1 => Just(GuestEvent::HandshakeSeen),
+        1 => proptest::sample::select(OnSilence::ALL.to_vec())
+            .prop_map(|action| GuestEvent::TunnelSilent { seconds: 1, never: false, action }),
+        1 => Just(GuestEvent::TunnelBack),
         1 => Just(GuestEvent::AgentReported(AgentReport::Sound)),
         1 => Just(GuestEvent::AgentReported(AgentReport::Missed)),
         6 => frames().prop_map(GuestEvent::RogueFrameSeen),
@@ -316,6 +319,8 @@ fn guest_inputs() -> impl Strategy<Value = GuestEvent> {
         6 => frames().prop_map(GuestEvent::RogueFrameSeen),
         4 => Just(GuestEvent::PublicKeyReported("key".into())),
         2 => Just(GuestEvent::HandshakeSeen),
+        1 => proptest::sample::select(OnSilence::ALL.to_vec())
+            .prop_map(|action| GuestEvent::TunnelSilent { seconds: 1, never: false, action }),
         1 => Just(GuestEvent::Reset),
         1 => Just(GuestEvent::Panicked),
         3 => Just(GuestEvent::HoldRequested),

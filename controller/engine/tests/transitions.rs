@@ -5,7 +5,7 @@
 
 use omerta_engine::{
     Action, AgentReport, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic,
-    OnViolation, Record, RogueFrame,
+    OnSilence, OnViolation, Record, RogueFrame,
 };
 use omerta_verdict::{Direction, Reason};
 
@@ -122,6 +122,8 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::PublicKey(_) => "public key",
                 Record::Handshake => "handshake",
                 Record::Agent(_) => "agent",
+                Record::TunnelSilent { .. } => "silent",
+                Record::TunnelBack => "back",
                 Record::ConsumerMoved { .. } => "consumer moved",
                 Record::Rogue { .. } => "rogue",
                 Record::Paused(_) => "paused",
@@ -282,6 +284,66 @@ fn table_of_transitions_under_terminate() {
         assert_eq!(words(&actions), expected, "{label}");
         assert_eq!(engine.find("alpha").unwrap().state(), after, "{label}");
     }
+}
+
+fn silent(never: bool, action: OnSilence) -> GuestEvent {
+    GuestEvent::TunnelSilent {
+        seconds: 180,
+        never,
+        action,
+    }
+}
+
+#[test]
+fn a_silent_tunnel_is_told_and_the_guest_paused_or_ended_as_is_wished() {
+    for (action, said, state) in [
+        (OnSilence::Alert, &["silent"][..], GuestState::Running),
+        (OnSilence::Pause, &["silent", "hold"], GuestState::Running),
+        (OnSilence::End, &["silent", "kill"], GuestState::Ending),
+    ] {
+        let mut engine = engine_in(GuestState::Running, OnViolation::Terminate);
+        assert_eq!(words(&tell(&mut engine, silent(false, action))), said);
+        assert_eq!(engine.find("alpha").unwrap().state(), state);
+    }
+    let mut engine = engine_in(GuestState::Running, OnViolation::Terminate);
+    tell(&mut engine, silent(false, OnSilence::Pause));
+    tell(&mut engine, paused());
+    assert_eq!(engine.find("alpha").unwrap().state(), GuestState::Held);
+    // It stands still: that nothing comes is no wonder.
+    assert!(tell(&mut engine, silent(false, OnSilence::End)).is_empty());
+    assert_eq!(
+        words(&tell(&mut engine, GuestEvent::ReleaseRequested)),
+        ["release"]
+    );
+}
+
+#[test]
+fn a_tunnel_is_back_only_once_it_was_told_as_silent() {
+    let mut engine = engine_in(GuestState::Running, OnViolation::Terminate);
+    assert!(tell(&mut engine, GuestEvent::TunnelBack).is_empty());
+    tell(&mut engine, silent(false, OnSilence::Alert));
+    assert_eq!(words(&tell(&mut engine, GuestEvent::TunnelBack)), ["back"]);
+    assert!(tell(&mut engine, GuestEvent::TunnelBack).is_empty());
+}
+
+#[test]
+fn a_guest_whose_consumer_never_answered_ends_for_that() {
+    let mut engine = engine_in(GuestState::Running, OnViolation::Terminate);
+    tell(&mut engine, silent(true, OnSilence::End));
+    let undone = GuestEvent::Undone {
+        tap_removed_at: None,
+        leftovers: Vec::new(),
+    };
+    tell(&mut engine, undone);
+    let ending = engine.find("alpha").unwrap().ending().unwrap();
+    assert_eq!(ending.cause, Cause::Silent);
+    assert!(
+        ending
+            .message
+            .as_ref()
+            .unwrap()
+            .contains("has not answered within 180 s")
+    );
 }
 
 #[test]

@@ -11,6 +11,14 @@ pub struct Silence {
     pub later: Option<Duration>,
 }
 
+impl Silence {
+    /// Silence is no matter.
+    pub const NONE: Self = Self {
+        first: None,
+        later: None,
+    };
+}
+
 /// What has become of a tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
@@ -68,6 +76,11 @@ impl Health {
     pub const fn known(mut self) -> Self {
         self.state = State::Alive;
         self
+    }
+
+    /// How many bytes had come when it was last looked at.
+    pub const fn received(&self) -> u64 {
+        self.received
     }
 
     /// Looks at how many bytes have come by now.

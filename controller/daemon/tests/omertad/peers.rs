@@ -1,14 +1,14 @@
 //! Guests' consumers move, and the allowlist follows.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use omerta_dataplane::{Guard, GuardStatus};
-use omerta_test_support::IDLE;
+use omerta_test_support::{FrameSender, IDLE};
 use serde_json::{Value, json};
 
-use crate::daemon::{Answer, Daemon};
+use crate::daemon::{Answer, Daemon, namespace};
 use crate::guests::{give_image, request, run, start};
-use crate::recovery::{show, traces};
+use crate::recovery::{show, start_configured, traces};
 
 const FIRST: &str = "192.0.2.10:51820";
 const SECOND: &str = "198.51.100.7:4500";
@@ -80,12 +80,9 @@ fn allowlist_follows_the_consumer_in_one_commit_and_the_guest_runs_on() {
             .unwrap();
     };
     daemon.namespace.enter(tamper).unwrap();
-    let end = std::time::Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(60);
     while show(&daemon, "alpha")["state"] != "ended" {
-        assert!(
-            std::time::Instant::now() < end,
-            "it runs with another's policy"
-        );
+        assert!(Instant::now() < end, "it runs with another's policy");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -191,5 +188,81 @@ fn consumer_that_moves_all_the_time_is_refused_until_it_rests() {
     let refused = put(&daemon, "alpha", "198.51.100.7:99").refusal(409, "refused");
     assert!(refused.contains("20 times within 60 s"), "{refused}");
     assert_eq!(guard(&daemon).allow, ["udp:198.51.100.7:20"]);
+    assert_eq!(show(&daemon, "alpha")["state"], "running");
+}
+
+#[test]
+fn guest_whose_consumer_never_answers_is_ended_and_one_that_nobody_waits_for_is_not() {
+    let stage = (namespace(), tempfile::tempdir().unwrap());
+    let images = format!("image_dir = {:?}\n", stage.1.path().join("state/images"));
+    let daemon = start_configured(stage, &format!("{images}[tunnel]\nanswer_seconds = 1\n"));
+    give_image(&daemon, IDLE);
+    run(&daemon, "alpha");
+    let end = Instant::now() + Duration::from_secs(60);
+    while show(&daemon, "alpha")["state"] != "ended" {
+        assert!(Instant::now() < end, "it runs without its consumer");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let ended = show(&daemon, "alpha")["ended"].clone();
+    assert_eq!(ended["cause"], "silent", "{ended}");
+    let events = daemon.get("/v1/events?guest=alpha").body;
+    let silent = events
+        .lines()
+        .find(|line| line.contains("tunnel_silent"))
+        .unwrap();
+    let silent: Value = serde_json::from_str(silent).unwrap();
+    assert_eq!(
+        (&silent["seconds"], &silent["never"], &silent["on_silence"]),
+        (&json!(1), &json!(true), &json!("end"))
+    );
+    let daemon = start_configured(daemon.die(), &images);
+    run(&daemon, "beta");
+    std::thread::sleep(Duration::from_secs(11));
+    assert_eq!(show(&daemon, "beta")["state"], "running");
+}
+
+/// A frame of the consumer's, which its guard lets in.
+fn from_consumer(guest: &Value) -> Vec<u8> {
+    let mac: Vec<u8> = guest["mac"]
+        .as_str()
+        .unwrap()
+        .split(':')
+        .map(|pair| u8::from_str_radix(pair, 16).unwrap())
+        .collect();
+    let address: std::net::Ipv4Addr = guest["address"].as_str().unwrap().parse().unwrap();
+    let mut header = vec![0x45, 0, 0, 36, 0, 0, 0, 0, 64, 17, 0, 0, 192, 0, 2, 10];
+    header.extend(address.octets());
+    let words = header
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum = words.sum::<u32>();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = mac;
+    frame.extend([0x52, 0x54, 0, 0, 0, 1, 8, 0]);
+    frame.extend(header);
+    frame.extend(51820u16.to_be_bytes());
+    frame.extend(40000u16.to_be_bytes());
+    frame.extend([0, 16, 0, 0]);
+    frame.extend([0; 8]);
+    frame
+}
+
+#[test]
+fn guest_whose_consumer_has_answered_is_not_ended_for_its_silence_at_the_start() {
+    let stage = (namespace(), tempfile::tempdir().unwrap());
+    let images = format!("image_dir = {:?}\n", stage.1.path().join("state/images"));
+    let daemon = start_configured(stage, &format!("{images}[tunnel]\nanswer_seconds = 8\n"));
+    give_image(&daemon, IDLE);
+    let guest = run(&daemon, "alpha");
+    let send = || {
+        FrameSender::open("omalpha")
+            .unwrap()
+            .send(&from_consumer(&guest))
+    };
+    daemon.namespace.enter(send).unwrap().unwrap();
+    let peers = daemon.get("/v1/peers").json()["peers"].clone();
+    assert!(peers[0]["received_bytes"].as_u64().unwrap() > 0, "{peers}");
+    std::thread::sleep(Duration::from_secs(16));
     assert_eq!(show(&daemon, "alpha")["state"], "running");
 }

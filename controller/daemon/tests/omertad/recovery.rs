@@ -450,7 +450,7 @@ fn told_to_keep_guests_it_leaves_them_to_the_next() {
 }
 
 /// Starts one whose configuration is this file's.
-fn start_configured((namespace, directory): (Namespace, TempDir), config: &str) -> Daemon {
+pub fn start_configured((namespace, directory): (Namespace, TempDir), config: &str) -> Daemon {
     let file = directory.path().join("omertad.toml");
     std::fs::write(&file, config).unwrap();
     let arguments = ["--metrics", "off", "--config", file.to_str().unwrap()];
