@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use omerta_api::GuestLimits;
-use omerta_dataplane::{LeaseTime, LeaseTimeError};
+use omerta_dataplane::{LeaseTime, LeaseTimeError, UplinkHook};
 use omerta_engine::{OnSilence, OnViolation};
 use omerta_images::Store;
 use omerta_tunnel::Silence;
@@ -33,6 +33,7 @@ pub(crate) struct Config {
     pub(crate) metrics: Option<String>,
     pub(crate) guest_pool: Option<String>,
     pub(crate) uplinks: Option<Vec<String>>,
+    pub(crate) uplink_hook: Option<String>,
     pub(crate) on_violation: Option<String>,
     pub(crate) accel: Option<String>,
     pub(crate) machine: Option<String>,
@@ -140,6 +141,8 @@ pub(crate) struct Settings {
     pub(crate) guest_pool: GuestPool,
     /// Interfaces at which is dropped early what is for none of a guest's endpoints.
     pub(crate) uplinks: Vec<String>,
+    /// Where in them.
+    pub(crate) uplink_hook: UplinkHook,
     /// What rogue traffic does to a guest that does not say.
     pub(crate) on_violation: OnViolation,
     /// How guests execute; probed when absent.
@@ -187,6 +190,8 @@ pub(crate) enum ConfigError {
     OnViolation(#[from] omerta_engine::OnViolationParseError),
     #[error("accel `{0}` is not one: write auto, kvm or tcg")]
     Accel(String),
+    #[error("uplink_hook `{0}` is not one: write tcx or xdp")]
+    UplinkHook(String),
     #[error(transparent)]
     Machine(#[from] MachineTypeError),
     #[error("[jail] uids")]
@@ -276,6 +281,11 @@ impl Config {
             None | Some("auto") => None,
             Some(word) => Some(word.parse()?),
         };
+        let uplink_hook = match self.uplink_hook.as_deref() {
+            None | Some("tcx") => UplinkHook::Tcx,
+            Some("xdp") => UplinkHook::Xdp,
+            Some(other) => return Err(ConfigError::UplinkHook(other.to_owned())),
+        };
         let recovery = self.recovery.unwrap_or_default();
         let pool = guest_pool.capacity();
         let max_guests = self.max_guests.unwrap_or(pool.min(256));
@@ -298,6 +308,7 @@ impl Config {
             metrics,
             guest_pool,
             uplinks: self.uplinks.unwrap_or_default(),
+            uplink_hook,
             on_violation,
             accel,
             machine,
@@ -451,6 +462,7 @@ mod tests {
             ("guest_pool = \"10.77.0.1/16\"", "guest pool: 10.77.0.1"),
             ("guest_pool = \"10.77.0.1/16\"", "write 10.77.0.0/16"),
             ("on_violation = \"shrug\"", "`shrug`"),
+            ("uplink_hook = \"generic\"", "`generic`"),
             ("accel = \"hvf\"", "`hvf`"),
             ("machine = \"pc\"", "`pc` is no machine"),
             ("max_guests = 0", "max_guests is 0"),

@@ -156,7 +156,10 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
     let first = contents.first_free;
     let uplink = match settings.uplinks.as_slice() {
         [] => None,
-        uplinks => Some(Uplink::attach(uplinks).context("cannot drop early at the uplinks")?),
+        uplinks => {
+            let attached = Uplink::attach(uplinks, settings.uplink_hook);
+            Some(attached.context("cannot drop early at the uplinks")?)
+        }
     };
     let fleet = Fleet::new(settings.clone(), journal, store, first).dropping_at(uplink);
     let fleet = Arc::new(fleet);

@@ -58,7 +58,7 @@ impl Scraper {
                 AtUplink {
                     interfaces: uplink
                         .interfaces()
-                        .map(|(name, runs)| (name.to_owned(), runs))
+                        .map(|(name, hook, runs)| (name.to_owned(), hook.word(), runs))
                         .collect(),
                     dropped: measures.iter().filter_map(dropped).collect(),
                 }
@@ -70,8 +70,8 @@ impl Scraper {
 /// What metrics tell of early drops.
 #[derive(Debug, Default)]
 struct AtUplink {
-    /// Each uplink, and whether the program runs there.
-    interfaces: Vec<(String, bool)>,
+    /// Each uplink, by which hook is dropped there, and whether the program runs.
+    interfaces: Vec<(String, &'static str, bool)>,
     /// By guest's name.
     dropped: Vec<(String, Count)>,
 }
@@ -154,11 +154,11 @@ fn render(
     let uplinks = gauge(
         "omerta_uplink_in_force",
         "1 where early drops are made at the uplink, 0 where its interface has gone since.",
-        &["uplink"],
+        &["uplink", "hook"],
     )?;
-    for (uplink, runs) in &at_uplink.interfaces {
+    for (uplink, hook, runs) in &at_uplink.interfaces {
         uplinks
-            .get_metric_with_label_values(&[uplink])?
+            .get_metric_with_label_values(&[uplink.as_str(), hook])?
             .set(i64::from(*runs));
     }
     let early = counter(
@@ -280,7 +280,7 @@ mod tests {
     #[test]
     fn every_count_is_told_exactly() {
         let at_uplink = AtUplink {
-            interfaces: vec![("eth0".into(), true), ("eth1".into(), false)],
+            interfaces: vec![("eth0".into(), "tcx", true), ("eth1".into(), "xdp", false)],
             dropped: vec![("alpha".into(), count(7, 700))],
         };
         let text = render(&[measure(Some(counters()))], &at_uplink, 5).unwrap();
@@ -296,8 +296,8 @@ mod tests {
             r#"omerta_guest_packets_total{direction="ingress",guest="alpha",outcome="allowed",reason=""} 9"#,
             r#"omerta_rogue_events_total{guest="alpha",reason="endpoint"} 3"#,
             r#"omerta_rogue_events_total{guest="alpha",reason="fragment"} 0"#,
-            r#"omerta_uplink_in_force{uplink="eth0"} 1"#,
-            r#"omerta_uplink_in_force{uplink="eth1"} 0"#,
+            r#"omerta_uplink_in_force{hook="tcx",uplink="eth0"} 1"#,
+            r#"omerta_uplink_in_force{hook="xdp",uplink="eth1"} 0"#,
             r#"omerta_guest_uplink_dropped_packets_total{guest="alpha"} 7"#,
             r#"omerta_guest_uplink_dropped_bytes_total{guest="alpha"} 700"#,
             r#"omerta_events_lost_total{where="kernel"} 4"#,

@@ -43,8 +43,8 @@ mod standing;
 mod state;
 mod status;
 mod store;
-mod uplink;
 mod upgrade;
+mod uplink;
 mod watch;
 
 pub use config::{GuardConfig, Limits};
@@ -64,6 +64,6 @@ pub use rules::MAX_ENDPOINTS;
 pub use standing::Standing;
 pub use status::{DirectionLimits, DirectionStatus, GuardStatus};
 pub use store::PolicyStore;
-pub use uplink::{AtUplink, Uplink};
 pub use upgrade::Counting;
+pub use uplink::{AtUplink, Uplink, UplinkHook};
 pub use watch::{GuardWatch, Occasions};

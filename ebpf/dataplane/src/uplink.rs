@@ -2,36 +2,65 @@
 //! endpoint is dropped where it arrives. The program and its maps live as long as the process that
 //! attached them: nothing is pinned, so nothing of a process that died drops anything.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::EbpfLoader;
 use aya::maps::{HashMap, Map, MapData, PerCpuArray, PerCpuValues};
-use aya::programs::links::FdLink;
-use aya::programs::tc::TcAttachOptions;
-use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{ProgramError, SchedClassifier, Xdp};
 use aya::util::nr_cpus;
-use omerta_verdict::{Address, Direction};
+use omerta_verdict::Address;
 
-use crate::attach::attached;
+use crate::bpf::bpf_open;
 use crate::counters::Count;
 use crate::store::{PolicyStore, Value, map_error};
-use crate::{Guard, GuardError, Hook, bank, interface};
+use crate::{Guard, GuardError, Hook, bank, interface, link};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_UPLINK"));
 
-const PROGRAM: &str = "uplink_ingress";
+const BPF_LINK_CREATE: libc::c_int = 28;
+
+const BY_TCX: &str = "uplink_ingress";
+const BY_XDP: &str = "uplink_xdp";
+/// How many uplinks there may be. As in ebpf/programs/uplink.
+const MAC_PLACES: usize = 8;
 /// How many guests there may be. As in ebpf/programs/uplink.
 const PLACES: usize = 4096;
 
+/// Where at an uplink frames are dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UplinkHook {
+    /// On its TCX hook, as the first program.
+    #[default]
+    Tcx,
+    /// In its driver, by XDP, before there is a socket buffer; on its TCX hook where the driver has no XDP of
+    /// its own, or another program is there.
+    Xdp,
+}
+
+impl UplinkHook {
+    /// The word used in the configuration and in metrics.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Xdp => "xdp",
+        }
+    }
+}
+
 /// The program that drops early, on the host's uplinks. Dropping it leaves all to the guards.
 pub struct Uplink {
-    interfaces: Vec<String>,
-    program: u32,
+    links: Vec<UplinkLink>,
     guests: Mutex<Guests>,
     states: OwnedFd,
     dropped: Mutex<PerCpuArray<MapData, Count>>,
-    _links: Vec<FdLink>,
+}
+
+/// The program on one interface.
+struct UplinkLink {
+    interface: String,
+    hook: UplinkHook,
+    link: OwnedFd,
 }
 
 struct Guests {
@@ -43,16 +72,16 @@ struct Guests {
 impl std::fmt::Debug for Uplink {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Uplink")
-            .field("interfaces", &self.interfaces)
+            .field("interfaces", &self.interfaces().collect::<Vec<_>>())
             .finish_non_exhaustive()
     }
 }
 
 impl Uplink {
-    /// Attaches the program to `interfaces`. It drops nothing until guests enter.
-    pub fn attach(interfaces: &[String]) -> Result<Arc<Self>, GuardError> {
+    /// Attaches the program to `interfaces`, by `hook` or what it falls back to. It drops nothing until
+    /// guests enter.
+    pub fn attach(interfaces: &[String], hook: UplinkHook) -> Result<Arc<Self>, GuardError> {
         let names = interfaces.join(" ");
-        let of_program = |error| GuardError::of_program(PROGRAM, &names, error);
         if Hook::of_this_kernel()? != Hook::Tcx {
             return Err(GuardError::Config {
                 problem: format!(
@@ -60,18 +89,59 @@ impl Uplink {
                 ),
             });
         }
-        let mut ebpf =
-            EbpfLoader::new()
-                .btf(None)
-                .load(OBJECT)
-                .map_err(|source| GuardError::Load {
-                    interface: names.clone(),
-                    source: Box::new(source),
-                })?;
-        let mut take = |name| {
-            ebpf.take_map(name)
-                .ok_or(of_program(ProgramError::NotLoaded))
+        if interfaces.len() > MAC_PLACES {
+            return Err(GuardError::Config {
+                problem: format!("at most {MAC_PLACES} uplinks can drop early"),
+            });
+        }
+        let mut macs = [[0_u8; 6]; MAC_PLACES];
+        for (place, name) in macs.iter_mut().zip(interfaces) {
+            *place = interface::mac(name)?.0;
+        }
+        let macs = macs.as_flattened();
+        let mut ebpf = EbpfLoader::new()
+            .btf(None)
+            .override_global("MACS", macs, true)
+            .load(OBJECT)
+            .map_err(|source| GuardError::Load {
+                interface: names.clone(),
+                source: Box::new(source),
+            })?;
+        let absent = |program| GuardError::of_program(program, &names, ProgramError::NotLoaded);
+        let program = |program| {
+            let names = &names;
+            move |error| GuardError::of_program(program, names, error)
         };
+        let keep = |fd: BorrowedFd<'_>| {
+            fd.try_clone_to_owned()
+                .map_err(|source| GuardError::System {
+                    action: "keep what drops early",
+                    interface: names.clone(),
+                    source,
+                })
+        };
+        let by_tcx: &mut SchedClassifier = match ebpf.program_mut(BY_TCX) {
+            Some(found) => found.try_into().map_err(program(BY_TCX))?,
+            None => return Err(absent(BY_TCX)),
+        };
+        by_tcx.load().map_err(program(BY_TCX))?;
+        let by_tcx = keep(by_tcx.fd().map_err(program(BY_TCX))?.as_fd())?;
+        let by_xdp = match hook {
+            UplinkHook::Tcx => None,
+            UplinkHook::Xdp => {
+                let by_xdp: &mut Xdp = match ebpf.program_mut(BY_XDP) {
+                    Some(found) => found.try_into().map_err(program(BY_XDP))?,
+                    None => return Err(absent(BY_XDP)),
+                };
+                by_xdp.load().map_err(program(BY_XDP))?;
+                Some(keep(by_xdp.fd().map_err(program(BY_XDP))?.as_fd())?)
+            }
+        };
+        let links = interfaces
+            .iter()
+            .map(|name| UplinkLink::make(name, by_xdp.as_ref(), &by_tcx))
+            .collect::<Result<_, _>>()?;
+        let mut take = |name| ebpf.take_map(name).ok_or_else(|| absent(BY_TCX));
         let error = |name| {
             let names = &names;
             move |source| map_error(names, "open", name, source)
@@ -79,52 +149,27 @@ impl Uplink {
         let places = take("GUESTS")?.try_into().map_err(error("GUESTS"))?;
         let dropped = take("DROPPED")?.try_into().map_err(error("DROPPED"))?;
         let Map::ArrayOfMaps(states) = take("STATES")? else {
-            return Err(of_program(ProgramError::NotLoaded));
+            return Err(absent(BY_TCX));
         };
-        let states = states.fd().as_fd().try_clone_to_owned();
-        let program: &mut SchedClassifier = match ebpf.program_mut(PROGRAM) {
-            Some(program) => program.try_into().map_err(of_program)?,
-            None => return Err(of_program(ProgramError::NotLoaded)),
-        };
-        program.load().map_err(of_program)?;
-        let mut links = Vec::with_capacity(interfaces.len());
-        for name in interfaces {
-            interface::index(name)?;
-            let of_program = |error| GuardError::of_program(PROGRAM, name, error);
-            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-            let id = program
-                .attach_with_options(name, TcAttachType::Ingress, options)
-                .map_err(of_program)?;
-            let link = program.take_link(id).map_err(of_program)?;
-            links.push(FdLink::try_from(link).map_err(|source| GuardError::Link {
-                action: "make",
-                interface: name.clone(),
-                source,
-            })?);
-        }
+        let states = keep(states.fd().as_fd())?;
         Ok(Arc::new(Self {
-            program: program.info().map_err(of_program)?.id(),
+            links,
             guests: Mutex::new(Guests {
                 places,
                 taken: vec![None; PLACES],
             }),
-            states: states.map_err(|source| GuardError::System {
-                action: "keep the table of guards",
-                interface: names.clone(),
-                source,
-            })?,
+            states,
             dropped: Mutex::new(dropped),
-            interfaces: interfaces.to_vec(),
-            _links: links,
         }))
     }
 
-    /// Each interface, and whether the program still runs there: an interface that was made anew has none.
-    pub fn interfaces(&self) -> impl Iterator<Item = (&str, bool)> {
-        self.interfaces.iter().map(|name| {
-            let programs = attached(name, Direction::Egress);
-            let runs = programs.is_ok_and(|programs| programs.contains(&self.program));
-            (name.as_str(), runs)
+    /// Each interface, by what is dropped there, and whether that still runs: on an interface that was made
+    /// anew nothing does.
+    pub fn interfaces(&self) -> impl Iterator<Item = (&str, UplinkHook, bool)> {
+        self.links.iter().map(|link| {
+            // The kernel's word for an interface that is gone, and for a link that was cut.
+            let runs = link::info_of(&link.link).is_ok_and(|info| info.ifindex != 0);
+            (link.interface.as_str(), link.hook, runs)
         })
     }
 
@@ -216,6 +261,58 @@ impl Uplink {
             .map_err(Into::into)
             .and_then(|nothing| self.dropped().set(place as u32, nothing, 0))
             .map_err(|source| map_error(name, "write", "DROPPED", source))
+    }
+}
+
+/// `union bpf_attr` of `BPF_LINK_CREATE`, up to what is said here (include/uapi/linux/bpf.h). aya's links do
+/// not tell what became of them.
+#[repr(C)]
+struct LinkRequest {
+    program: u32,
+    ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+    relative: u32,
+    padding: u32,
+    expected_revision: u64,
+}
+
+impl UplinkLink {
+    fn make(name: &str, by_xdp: Option<&OwnedFd>, by_tcx: &OwnedFd) -> Result<Self, GuardError> {
+        const BPF_XDP: u32 = 37;
+        /// `XDP_FLAGS_DRV_MODE`: what the driver does not do itself costs more than it saves.
+        const BY_DRIVER: u32 = 1 << 2;
+        const BPF_TCX_INGRESS: u32 = 46;
+        /// `BPF_F_BEFORE` all others.
+        const FIRST: u32 = 1 << 3;
+        let ifindex = interface::index(name)?;
+        let make = |program: &OwnedFd, attach_type, flags| {
+            let mut request = LinkRequest {
+                program: program.as_raw_fd() as u32,
+                ifindex,
+                attach_type,
+                flags,
+                relative: 0,
+                padding: 0,
+                expected_revision: 0,
+            };
+            // SAFETY: the kernel reads `request`, which outlives the call.
+            unsafe { bpf_open(BPF_LINK_CREATE, &mut request) }
+        };
+        let (hook, link) = match by_xdp.map(|program| make(program, BPF_XDP, BY_DRIVER)) {
+            Some(Ok(link)) => (UplinkHook::Xdp, Ok(link)),
+            _ => (UplinkHook::Tcx, make(by_tcx, BPF_TCX_INGRESS, FIRST)),
+        };
+        let link = link.map_err(|source| GuardError::System {
+            action: "drop early",
+            interface: name.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            interface: name.to_owned(),
+            hook,
+            link,
+        })
     }
 }
 

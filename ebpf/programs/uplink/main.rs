@@ -12,10 +12,11 @@ use core::net::{IpAddr, Ipv4Addr};
 
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
+    bindings::xdp_action::{XDP_DROP, XDP_PASS},
     btf_maps::{self, ArrayOfMaps},
-    macros::{btf_map, classifier, map},
+    macros::{btf_map, classifier, map, xdp},
     maps::{HashMap, PerCpuArray},
-    programs::TcContext,
+    programs::{TcContext, XdpContext},
 };
 use omerta_verdict::{
     Address, Bucket, Flow, Frame, Guard, INLINE_BUCKETS, Meter, Mode, PendingChecksum, Policy,
@@ -59,37 +60,84 @@ pub struct Count {
 #[map]
 static DROPPED: PerCpuArray<Count> = PerCpuArray::with_max_entries(PLACES as u32, 0);
 
+/// MACs of the uplinks. Set at load; an interface whose MAC is changed later
+/// has nothing dropped by XDP, which does not know what is for this host.
+#[unsafe(no_mangle)]
+static MACS: [[u8; 6]; MAC_PLACES] = [[0; 6]; MAC_PLACES];
+/// As in ebpf/dataplane/src/uplink.rs.
+const MAC_PLACES: usize = 8;
+
+/// By TCX, where the stack has made a socket buffer of the frame.
 #[classifier]
 pub fn uplink_ingress(context: TcContext) -> i32 {
-    let Some(place) = refused(&context) else {
-        return NEXT;
+    // SAFETY: the context's socket buffer is valid for the whole run, and the verifier rewrites these
+    // loads to the kernel's own fields.
+    let (kind, tagged) = unsafe {
+        (
+            (*context.skb.skb).pkt_type,
+            (*context.skb.skb).vlan_present != 0,
+        )
     };
-    if let Some(count) = DROPPED.get_ptr_mut(place) {
-        // SAFETY: the element is this CPU's own, and programs do not preempt one another on a CPU while
-        // the network stack runs them (bottom halves are off).
-        unsafe {
-            (*count).packets += 1;
-            (*count).bytes += context.len() as u64;
-        }
+    let length = context.len();
+    if kind != TO_HOST || tagged || !drops(context.data(), context.data_end(), length) {
+        return NEXT;
     }
     SHOT
 }
 
+/// By XDP, in the interface's driver.
+#[xdp]
+pub fn uplink_xdp(context: XdpContext) -> u32 {
+    let (start, end) = (context.data(), context.data_end());
+    // A frame of which more is elsewhere does not reach programs that do not ask for such.
+    if is_to_host(start, end) && drops(start, end, (end - start) as u32) {
+        return XDP_DROP;
+    }
+    XDP_PASS
+}
+
+#[inline(always)]
+fn is_to_host(start: usize, end: usize) -> bool {
+    let Some(to) = bytes::<6>(start, end, 0) else {
+        return false;
+    };
+    let mut place = 0;
+    while place < MAC_PLACES {
+        // SAFETY: the constant is this program's own; the read is volatile because the loader has
+        // replaced the value that the compiler saw.
+        let mac = unsafe { core::ptr::read_volatile(&raw const MACS[place]) };
+        if mac == *to {
+            return true;
+        }
+        place += 1;
+    }
+    false
+}
+
+/// Whether the frame is dropped here, which is then counted.
+#[inline(always)]
+fn drops(start: usize, end: usize, length: u32) -> bool {
+    let Some(place) = refused(start, end, length) else {
+        return false;
+    };
+    if let Some(count) = DROPPED.get_ptr_mut(place) {
+        // SAFETY: the element is this CPU's own, and programs do not preempt one another on a CPU while
+        // the network stack or a driver runs them (bottom halves are off).
+        unsafe {
+            (*count).packets += 1;
+            (*count).bytes += length as u64;
+        }
+    }
+    true
+}
+
 /// The place of the guest whose guard would drop the frame for its endpoint.
 #[inline(always)]
-fn refused(context: &TcContext) -> Option<u32> {
+fn refused(start: usize, end: usize, length: u32) -> Option<u32> {
     // Where loads may be reordered a policy that is being written could be taken for one in force.
     if cfg!(not(bpf_target_arch = "x86_64")) {
         return None;
     }
-    // SAFETY: the context's socket buffer is valid for the whole run, and the verifier rewrites these
-    // loads to the kernel's own fields.
-    let (kind, tagged) =
-        unsafe { ((*context.skb.skb).pkt_type, (*context.skb.skb).vlan_present != 0) };
-    if kind != TO_HOST || tagged {
-        return None;
-    }
-    let (start, end) = (context.data(), context.data_end());
     if *bytes::<2>(start, end, ETHERNET - 2)? != IPV4 {
         return None;
     }
@@ -106,7 +154,7 @@ fn refused(context: &TcContext) -> Option<u32> {
     // which any is valid, and counts only where the generation is still the same.
     let slot = unsafe { &(*state).slots[(generation & 1) as usize] };
     let guard = TapsGuard::of(slot)?;
-    let frame = AtTheTap::of(context, &slot.policy)?;
+    let frame = AtTheTap::of((start, end), length, &slot.policy);
     let verdict = usual_ingress(&frame, &guard);
     keep_order();
     // SAFETY: as above.
@@ -145,17 +193,17 @@ struct AtTheTap {
 
 impl AtTheTap {
     #[inline(always)]
-    fn of(context: &TcContext, policy: &Policy) -> Option<Self> {
+    fn of((start, end): (usize, usize), length: u32, policy: &Policy) -> Self {
         let (to, from) = (policy.mac.0, policy.gateway_mac.0);
-        Some(Self {
+        Self {
             ethernet: [
                 to[0], to[1], to[2], to[3], to[4], to[5], from[0], from[1], from[2], from[3],
                 from[4], from[5], IPV4[0], IPV4[1],
             ],
-            start: context.data(),
-            end: context.data_end(),
-            length: context.len(),
-        })
+            start,
+            end,
+            length,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! rows `to-guest`, in nanoseconds of the sending thread, in which the whole path runs.
 
 use anyhow::Result;
+use omerta_dataplane::UplinkHook;
 use omerta_kernel_tests::{
     CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, ethernet, udp,
 };
@@ -78,7 +79,7 @@ const DROPPED: [Plan; 5] = [
         Filter::NftForwardConntrack,
     ),
 ];
-const TO_GUEST: [(&str, &str, Dropper); 4] = [
+const TO_GUEST: [(&str, &str, Dropper); 5] = [
     (
         "to-guest-nft-forward",
         "to-guest-nft-forward",
@@ -90,7 +91,16 @@ const TO_GUEST: [(&str, &str, Dropper); 4] = [
         Dropper::NftForwardConntrack,
     ),
     ("to-guest-guard", "to-guest-nft-forward", Dropper::Guard),
-    ("to-guest-uplink", "to-guest-nft-forward", Dropper::Uplink),
+    (
+        "to-guest-uplink-tcx",
+        "to-guest-nft-forward",
+        Dropper::Uplink(UplinkHook::Tcx),
+    ),
+    (
+        "to-guest-uplink-xdp",
+        "to-guest-nft-forward",
+        Dropper::Uplink(UplinkHook::Xdp),
+    ),
 ];
 const LARGE_ROWS: [Plan; 4] = [
     ("gso-none", "gso-none", Filter::None),

@@ -5,9 +5,8 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::time::{ClockId, clock_gettime};
-use omerta_dataplane::{AtUplink, Guard, Uplink};
+use omerta_dataplane::{AtUplink, Guard, Uplink, UplinkHook};
 use omerta_kernel_tests::{
     CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, config, ethernet, udp,
 };
@@ -27,8 +26,8 @@ pub enum Dropper {
     NftForwardConntrack,
     /// The guard, at the tap.
     Guard,
-    /// The program at the uplink.
-    Uplink,
+    /// The program at the uplink, by this hook.
+    Uplink(UplinkHook),
 }
 
 /// A host with an uplink and a guest.
@@ -46,14 +45,12 @@ impl Road {
         let namespace = Namespace::new("omerta-bench")?;
         namespace.disable_ipv6()?;
         namespace.enable_forwarding()?;
-        let create = |name| -> Result<Tap> {
-            let tap = Tap::create_with_offload_header(name)?;
-            // As in `network`: frames go the way of a descriptor that blocks.
-            fcntl(&tap, FcntlArg::F_SETFL(OFlag::O_RDWR))?;
-            Ok(tap)
-        };
-        let (uplink, guest) =
-            namespace.enter(|| -> Result<_> { Ok((create("uplink")?, create("guest")?)) })??;
+        // Frames go the way of a descriptor that does not block: as in the driver of a card, XDP sees them
+        // before there is a socket buffer.
+        let (uplink, guest) = namespace.enter(|| -> Result<_> {
+            let uplink = Tap::create_with_offload_header("uplink")?;
+            Ok((uplink, Tap::create_with_offload_header("guest")?))
+        })??;
         for step in [
             &format!("link set uplink address {UPLINK} up"),
             &format!("link set guest address {GATEWAY_MAC} up"),
@@ -68,7 +65,7 @@ impl Road {
         let before = match dropper {
             Dropper::NftForward => Some(""),
             Dropper::NftForwardConntrack => Some("ct state established,related accept"),
-            Dropper::Guard | Dropper::Uplink => None,
+            Dropper::Guard | Dropper::Uplink(_) => None,
         };
         if let Some(before) = before {
             let script = format!(
@@ -100,10 +97,10 @@ impl Road {
         if before.is_none() {
             let program = road.namespace.enter(|| -> Result<_> {
                 let guard = Guard::attach("guest", &config(Mode::Filtered))?;
-                if dropper == Dropper::Guard {
+                let Dropper::Uplink(hook) = dropper else {
                     return Ok(None);
-                }
-                let program = Uplink::attach(&["uplink".to_owned()])?;
+                };
+                let program = Uplink::attach(&["uplink".to_owned()], hook)?;
                 let entered = program.enter(&guard)?;
                 Ok(Some((program, entered)))
             })??;
@@ -150,7 +147,7 @@ impl Road {
 
 impl Drop for Road {
     fn drop(&mut self) {
-        if matches!(self.dropper, Dropper::Guard | Dropper::Uplink) {
+        if matches!(self.dropper, Dropper::Guard | Dropper::Uplink(_)) {
             // Pins outlive the namespace; a drop cannot report.
             let _ = self
                 .namespace

@@ -5,7 +5,7 @@
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-use omerta_dataplane::{AtUplink, Guard, Hook, Uplink};
+use omerta_dataplane::{AtUplink, Guard, Hook, Uplink, UplinkHook};
 use omerta_kernel_tests::{
     CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, config, ethernet,
     remove_left_overs, tcp, udp,
@@ -33,45 +33,53 @@ enum End {
     Stack,
 }
 
-fn with_host(mode: Mode, work: impl FnOnce(&Host, &Namespace) + Send) {
+/// By each hook.
+fn with_host(mode: Mode, work: impl Fn(&Host, &Namespace) + Sync) {
     if Hook::of_this_kernel().unwrap() != Hook::Tcx {
         println!("skipped: this kernel has no TCX");
         return;
     }
-    let namespace = Namespace::new("ot-uplink").unwrap();
-    namespace.disable_ipv6().unwrap();
-    namespace.enable_forwarding().unwrap();
-    namespace
-        .enter(|| {
-            remove_left_overs().unwrap();
-            let taps = ["uplink", "guest"].map(|name| Tap::create(name).unwrap());
-            for step in [
-                &format!("link set uplink address {UPLINK}"),
-                &format!("link set guest address {GATEWAY_MAC}"),
-                "link set uplink up",
-                "link set guest up",
-                "addr add 203.0.113.1/24 dev uplink",
-                "addr add 10.77.0.1/32 dev guest",
-                &format!("route add {GUEST}/32 dev guest"),
-                "route add default dev uplink",
-                &format!("neigh replace {GUEST} lladdr {GUEST_MAC} dev guest nud permanent"),
-            ] {
-                namespace.ip(step).unwrap();
-            }
-            let [uplink, guest] = taps;
-            let host = Host {
-                uplink,
-                program: Uplink::attach(&["uplink".to_owned()]).unwrap(),
-                guard: Guard::attach("guest", &config(mode)).unwrap(),
-                _guest: guest,
-            };
+    for hook in [UplinkHook::Tcx, UplinkHook::Xdp] {
+        let namespace = Namespace::new("ot-uplink").unwrap();
+        namespace.disable_ipv6().unwrap();
+        namespace.enable_forwarding().unwrap();
+        let run = || {
+            let host = Host::new(&namespace, mode, hook);
             work(&host, &namespace);
             host.guard.detach().unwrap();
-        })
-        .unwrap();
+        };
+        namespace.enter(run).unwrap();
+    }
 }
 
 impl Host {
+    fn new(namespace: &Namespace, mode: Mode, hook: UplinkHook) -> Self {
+        remove_left_overs().unwrap();
+        let [uplink, guest] = ["uplink", "guest"].map(|name| Tap::create(name).unwrap());
+        for step in [
+            &format!("link set uplink address {UPLINK}"),
+            &format!("link set guest address {GATEWAY_MAC}"),
+            "link set uplink up",
+            "link set guest up",
+            "addr add 203.0.113.1/24 dev uplink",
+            "addr add 10.77.0.1/32 dev guest",
+            &format!("route add {GUEST}/32 dev guest"),
+            "route add default dev uplink",
+            &format!("neigh replace {GUEST} lladdr {GUEST_MAC} dev guest nud permanent"),
+        ] {
+            namespace.ip(step).unwrap();
+        }
+        let program = Uplink::attach(&["uplink".to_owned()], hook).unwrap();
+        let (_, by, _) = program.interfaces().next().unwrap();
+        assert_eq!(by, hook);
+        Self {
+            uplink,
+            program,
+            guard: Guard::attach("guest", &config(mode)).unwrap(),
+            _guest: guest,
+        }
+    }
+
     fn enter(&self) -> AtUplink {
         self.program.enter(&self.guard).unwrap()
     }
@@ -207,11 +215,31 @@ fn an_address_is_of_one_guest_and_may_become_anothers() {
         let runs = || {
             host.program
                 .interfaces()
-                .map(|(_, runs)| runs)
+                .map(|(_, _, runs)| runs)
                 .collect::<Vec<_>>()
         };
         assert_eq!(runs(), [true]);
         namespace.ip("link del uplink").unwrap();
         assert_eq!(runs(), [false]);
     });
+}
+
+#[test]
+fn where_xdp_is_taken_the_program_is_put_on_the_tcx_hook() {
+    if Hook::of_this_kernel().unwrap() != Hook::Tcx {
+        println!("skipped: this kernel has no TCX");
+        return;
+    }
+    let namespace = Namespace::new("ot-uplink").unwrap();
+    let attach_twice = || {
+        let _tap = Tap::create("uplink").unwrap();
+        let attach = || Uplink::attach(&["uplink".to_owned()], UplinkHook::Xdp).unwrap();
+        let both = [attach(), attach()];
+        both.map(|program| {
+            let (_, hook, runs) = program.interfaces().next().unwrap();
+            (hook, runs)
+        })
+    };
+    let hooks = namespace.enter(attach_twice).unwrap();
+    assert_eq!(hooks, [(UplinkHook::Xdp, true), (UplinkHook::Tcx, true)]);
 }

@@ -10,9 +10,10 @@ use omerta_test_support::{IDLE, Tap};
 use crate::daemon::{Daemon, command, complaint, exchange, namespace, run_to_end};
 use crate::guests::{give_image, run};
 
-fn configure(directory: &Path, uplinks: &str) -> String {
+fn configure(directory: &Path, uplink: &str, hook: &str) -> String {
     let file = directory.join("omertad.toml");
-    std::fs::write(&file, format!("uplinks = {uplinks}\n")).unwrap();
+    let text = format!("uplinks = [\"{uplink}\"]\nuplink_hook = \"{hook}\"\n");
+    std::fs::write(&file, text).unwrap();
     file.display().to_string()
 }
 
@@ -39,7 +40,7 @@ fn datagram(from: [u8; 4], port: u16, to: [u8; 4]) -> Vec<u8> {
 #[test]
 fn uplink_that_is_not_there_is_named_and_omertad_does_not_start() {
     let directory = tempfile::tempdir().unwrap();
-    let config = configure(directory.path(), "[\"wan7\"]");
+    let config = configure(directory.path(), "wan7", "tcx");
     let mut command = command(&namespace(), directory.path());
     command.args(["--metrics", "off", "--config", &config]);
     let line = complaint(&run_to_end(command), 1);
@@ -48,6 +49,12 @@ fn uplink_that_is_not_there_is_named_and_omertad_does_not_start() {
 
 #[test]
 fn what_is_of_no_endpoint_ends_at_the_uplink_while_its_guest_lives() {
+    for hook in ["tcx", "xdp"] {
+        ends_at_the_uplink(hook);
+    }
+}
+
+fn ends_at_the_uplink(hook: &str) {
     if Hook::of_this_kernel().unwrap() != Hook::Tcx {
         println!("skipped: this kernel has no TCX");
         return;
@@ -58,7 +65,7 @@ fn what_is_of_no_endpoint_ends_at_the_uplink_while_its_guest_lives() {
         namespace.ip(step).unwrap();
     }
     let directory = tempfile::tempdir().unwrap();
-    let config = configure(directory.path(), "[\"wan\"]");
+    let config = configure(directory.path(), "wan", hook);
     let arguments = ["--metrics", "127.0.0.1:0", "--config", &config];
     let daemon = Daemon::start_in(namespace, directory, &arguments);
     give_image(&daemon, IDLE);
@@ -85,7 +92,9 @@ fn what_is_of_no_endpoint_ends_at_the_uplink_while_its_guest_lives() {
     let stranger = |to| wan.send(&datagram([198, 51, 100, 1], 51820, to)).unwrap();
 
     let alpha = enter("alpha");
-    assert!(told("omerta_uplink_in_force{uplink=\"wan\"} 1"));
+    assert!(told(&format!(
+        "omerta_uplink_in_force{{hook=\"{hook}\",uplink=\"wan\"}} 1"
+    )));
     stranger(alpha);
     wan.send(&datagram([192, 0, 2, 10], 51820, alpha)).unwrap();
     wan.send(&datagram([192, 0, 2, 10], 51821, alpha)).unwrap();
