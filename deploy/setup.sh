@@ -114,6 +114,7 @@ qemu-system-x86_64 qemu-system-x86
 ip iproute2
 ethtool ethtool
 ping iputils-ping
+tcpdump tcpdump
 clang clang
 llc llvm
 m4 m4

@@ -102,6 +102,9 @@ pub enum Occurrence {
         length: u32,
         /// What is done about it.
         action: OnViolation,
+        /// What the guest seems to have tried.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        attempt: Option<String>,
         /// Rogue frames of this guest and reason that were counted but not published since the
         /// last one that was.
         suppressed: u64,
@@ -175,6 +178,7 @@ mod tests {
                 frame: "udp 10.77.0.2:1234 → 198.51.100.1:53".into(),
                 length: 98,
                 action: OnViolation::Terminate,
+                attempt: Some("dns".into()),
                 suppressed: 0,
             },
         };

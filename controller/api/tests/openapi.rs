@@ -132,6 +132,7 @@ fn occurrences() -> Vec<Occurrence> {
             frame: text(),
             length: 1,
             action: OnViolation::Alert,
+            attempt: Some(text()),
             suppressed: 0,
         },
         Occurrence::Paused {

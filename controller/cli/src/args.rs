@@ -3,8 +3,10 @@
 //! clap parses single values; what only shows when values are seen together is checked by the
 //! `check` functions of [`guard`] and [`vm`], before anything is touched.
 
+pub mod capture;
 pub mod guard;
 pub mod image;
+pub mod incident;
 pub mod limit;
 pub mod peer;
 pub mod vm;
@@ -66,6 +68,17 @@ pub enum Command {
 
     /// Show what happened to guests
     Events(EventsArgs),
+
+    /// Show or record what crosses a guarded interface, and what became of each frame
+    #[command(
+        after_help = "Works without omertad on any guarded interface. Frames of the guest are judged as the guard judges \
+them; what the guard drops on its way to the guest is not seen. As in: omerta capture alpha -w - | wireshark -k -i -"
+    )]
+    Capture(capture::CaptureArgs),
+
+    /// Look into what guests were caught at, and prove that its record is whole
+    #[command(subcommand, arg_required_else_help = true)]
+    Incident(incident::IncidentCommand),
 
     /// Look at what this host has and lacks, and what to do about it
     #[command(after_help = "Changes nothing. Exit codes: 0 guards work here, 1 they do not.")]

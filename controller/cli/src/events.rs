@@ -117,9 +117,13 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
             frame,
             length,
             action,
+            attempt,
             suppressed,
         } => {
             let mut text = format!("{frame}, {length} bytes {direction}: {reason}; {action}");
+            if let Some(attempt) = attempt {
+                text.push_str(&format!("; tried: {attempt}"));
+            }
             if *suppressed > 0 {
                 text.push_str(&format!("; {suppressed} more like it before"));
             }

@@ -466,13 +466,18 @@ impl GuardCommandError {
         match self {
             Self::Usage(_) => Exit::Usage,
             Self::Allowlist(error) => error.exit(),
-            Self::Guard(error) => match error.kind() {
-                ErrorKind::NotFound => Exit::NotFound,
-                ErrorKind::Usage => Exit::Usage,
-                ErrorKind::Refused => Exit::Refused,
-                ErrorKind::Failed => Exit::Failed,
-            },
+            Self::Guard(error) => exit_of(error),
             Self::Wait(_) | Self::Output(_) => Exit::Failed,
         }
+    }
+}
+
+/// How the process ends after an error of the dataplane.
+pub fn exit_of(error: &GuardError) -> Exit {
+    match error.kind() {
+        ErrorKind::NotFound => Exit::NotFound,
+        ErrorKind::Usage => Exit::Usage,
+        ErrorKind::Refused => Exit::Refused,
+        ErrorKind::Failed => Exit::Failed,
     }
 }

@@ -7,6 +7,7 @@
 
 mod allowlist;
 mod args;
+mod capture;
 mod client;
 mod console;
 mod doctor;
@@ -15,6 +16,7 @@ mod exit;
 mod guard;
 mod guest_text;
 mod image;
+mod incident;
 mod manual;
 mod output;
 mod peer;
@@ -60,6 +62,11 @@ fn carry_out(line: CommandLine) -> Result<(), Failure> {
         Command::Vm(command) => wait_for(vm::run(&client, command, &mut out))??,
         Command::Peer(command) => wait_for(peer::run(&client, command, &mut out))??,
         Command::Events(args) => wait_for(events::run(&client, &args, &mut out))??,
+        Command::Capture(args) => {
+            let interface = wait_for(capture::interface_of(&client, &args.target))?;
+            capture::run(interface, &args, &mut out)?;
+        }
+        Command::Incident(command) => incident::run(command, &mut out)?,
         Command::Doctor(shown) => wait_for(doctor::run(&client, shown.format, &mut out))??,
         Command::Version(shown) => wait_for(version::run(&client, shown.format, &mut out))??,
         Command::Completions { shell } => manual::completions(shell, &mut out)?,
@@ -137,6 +144,12 @@ enum Failure {
     /// `omerta events`.
     #[error(transparent)]
     Events(#[from] events::EventsError),
+    /// `omerta capture`.
+    #[error(transparent)]
+    Capture(#[from] capture::CaptureError),
+    /// `omerta incident`.
+    #[error(transparent)]
+    Incident(#[from] incident::IncidentError),
     /// `omerta doctor`.
     #[error(transparent)]
     Doctor(#[from] doctor::DoctorError),
@@ -163,6 +176,8 @@ impl Failure {
             Self::Vm(error) => error.exit(),
             Self::Peer(error) => error.exit(),
             Self::Events(error) => error.exit(),
+            Self::Capture(error) => error.exit(),
+            Self::Incident(error) => error.exit(),
             Self::Doctor(_) | Self::Version(_) | Self::Manual(_) | Self::Runtime { .. } => {
                 Exit::Failed
             }
@@ -177,6 +192,8 @@ impl Failure {
             | Self::Vm(vm::VmError::Output(error))
             | Self::Peer(peer::PeerError::Output(error))
             | Self::Events(events::EventsError::Output(error))
+            | Self::Capture(capture::CaptureError::Output(error))
+            | Self::Incident(incident::IncidentError::Output(error))
             | Self::Doctor(doctor::DoctorError::Output(error))
             | Self::Version(version::VersionError::Output(error))
             | Self::Manual(manual::ManualError::Output(error)) => error,

@@ -61,6 +61,8 @@ impl Arguments {
             recovery: config.recovery,
             tunnel: config.tunnel,
             agent: config.agent,
+            rogue: config.rogue,
+            incidents: config.incidents,
             metrics: self.metrics.or(config.metrics),
             guest_pool: self.guest_pool.or(config.guest_pool),
             uplinks: config.uplinks,

@@ -25,6 +25,11 @@ pub(crate) fn rfc3339(at: Monotonic) -> String {
     format!("{moment:.6}")
 }
 
+/// A moment of the kernel's clock in nanoseconds since 1970.
+pub(crate) fn wall_ns(at: Monotonic) -> u64 {
+    at.0.saturating_add_signed(wall_offset())
+}
+
 /// Nanoseconds from the kernel's clock to the wall's.
 fn wall_offset() -> i64 {
     static KNOWN: AtomicI64 = AtomicI64::new(i64::MIN);

@@ -1,14 +1,17 @@
 //! The configuration: as written ([`Config`]) and as checked ([`Settings`]).
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use omerta_api::GuestLimits;
 use omerta_dataplane::{LeaseTime, LeaseTimeError, UplinkHook};
-use omerta_engine::{OnSilence, OnViolation};
+use omerta_engine::{OnSilence, OnViolation, Threshold, ThresholdError, Thresholds};
 use omerta_images::Store;
+use omerta_incidents::Bounds;
 use omerta_tunnel::Silence;
+use omerta_verdict::{Direction, Reason};
 use omerta_vm_launcher::{
     Accel, AgentTiming, Jail, MachineType, MachineTypeError, PartError, UidRangeError,
 };
@@ -46,6 +49,31 @@ pub(crate) struct Config {
     pub(crate) recovery: Option<RecoveryConfig>,
     pub(crate) tunnel: Option<TunnelConfig>,
     pub(crate) agent: Option<AgentConfig>,
+    pub(crate) rogue: Option<RogueConfig>,
+    pub(crate) incidents: Option<IncidentsConfig>,
+}
+
+/// What may be said of rogue frames.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RogueConfig {
+    #[serde(default)]
+    thresholds: BTreeMap<String, ThresholdConfig>,
+}
+
+/// When frames of one reason act.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ThresholdConfig {
+    frames: u32,
+    seconds: u32,
+}
+
+/// What may be said of the record of incidents.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct IncidentsConfig {
+    keep_mib: Option<u64>,
 }
 
 /// The least seconds in which a tunnel may be said to be silent.
@@ -169,6 +197,10 @@ pub(crate) struct Settings {
     pub(crate) on_stop: OnStop,
     /// How long guests' guards let anything pass when omertad is not there; `None` is for ever.
     pub(crate) lease: Option<Duration>,
+    /// How many rogue frames act.
+    pub(crate) thresholds: Thresholds,
+    /// How much is kept of the record of incidents.
+    pub(crate) incidents: Bounds,
 }
 
 /// Why there is no usable configuration.
@@ -218,6 +250,18 @@ pub(crate) enum ConfigError {
     SilenceSeconds { what: &'static str, given: u32 },
     #[error("max_guests is {given}: give 1 to {pool}, as many as the guest pool has room for")]
     MaxGuests { given: usize, pool: usize },
+    #[error("[rogue.thresholds] {reason}")]
+    Threshold {
+        reason: String,
+        #[source]
+        source: ThresholdError,
+    },
+    #[error(
+        "[rogue.thresholds] `{0}` is no reason that is held against a guest: `omerta guard reasons` lists all"
+    )]
+    ThresholdReason(String),
+    #[error("[incidents] keep_mib is {0}: give 1 to 65536")]
+    KeepMib(u64),
     #[error("{what} {} cannot be made an absolute path", path.display())]
     Path {
         what: &'static str,
@@ -322,6 +366,8 @@ impl Config {
             tunnel: self.tunnel.unwrap_or_default().validate()?,
             agent: self.agent.unwrap_or_default().validate()?,
             on_stop: recovery.on_stop.unwrap_or_default(),
+            thresholds: self.rogue.unwrap_or_default().validate()?,
+            incidents: self.incidents.unwrap_or_default().validate()?,
         })
     }
 }
@@ -384,6 +430,38 @@ impl TunnelConfig {
             },
             on_silence: self.on_silence,
         })
+    }
+}
+
+impl RogueConfig {
+    fn validate(self) -> Result<Thresholds, ConfigError> {
+        let mut thresholds = Thresholds::default();
+        for (word, threshold) in self.thresholds {
+            let held =
+                |reason: &&Reason| reason.word() == word && reason.is_violation(Direction::Egress);
+            let Some(reason) = Reason::ALL.iter().find(held) else {
+                return Err(ConfigError::ThresholdReason(word));
+            };
+            let threshold =
+                Threshold::new(threshold.frames, threshold.seconds).map_err(|source| {
+                    ConfigError::Threshold {
+                        reason: word,
+                        source,
+                    }
+                })?;
+            thresholds.set(*reason, threshold);
+        }
+        Ok(thresholds)
+    }
+}
+
+impl IncidentsConfig {
+    fn validate(self) -> Result<Bounds, ConfigError> {
+        let keep = self.keep_mib.unwrap_or(64);
+        if !(1..=65_536).contains(&keep) {
+            return Err(ConfigError::KeepMib(keep));
+        }
+        Ok(Bounds::of_bytes(keep << 20))
     }
 }
 
@@ -469,6 +547,19 @@ mod tests {
             ("[recovery]\nlease = \"60\"", "[recovery] lease `60`"),
             ("[recovery]\nlease = \"9s\"", "give 10 s or more"),
             ("[tunnel]\nsilent_seconds = 149", "silent_seconds is 149"),
+            (
+                "[rogue.thresholds]\nnonsense = { frames = 1, seconds = 1 }",
+                "`nonsense` is no reason",
+            ),
+            (
+                "[rogue.thresholds]\npoliced = { frames = 1, seconds = 1 }",
+                "`policed` is no reason",
+            ),
+            (
+                "[rogue.thresholds]\narp_target = { frames = 201, seconds = 1 }",
+                "arp_target: 201 frames in 1 s",
+            ),
+            ("[incidents]\nkeep_mib = 0", "keep_mib is 0"),
             ("[jail]\nuids = \"0-9\"", "[jail] uids: `0-9`"),
             ("[jail]\nwithout = [\"walls\"]", "without: `walls`"),
             ("[jail]\npaths = [\"opt\"]", "[jail] paths: opt"),

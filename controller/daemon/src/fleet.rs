@@ -19,6 +19,7 @@ use crate::clock;
 use crate::config::Settings;
 use crate::failure::{not_found, refused};
 use crate::guest_task::{Adopted, Command, GuestTask};
+use crate::incidents::Incidents;
 use crate::journal::{Journal, Reader};
 use crate::lookups::{self, Lookups};
 use crate::order::Order;
@@ -44,6 +45,7 @@ pub(crate) struct Fleet {
     acceleration: Acceleration,
     store: Store,
     uplink: Option<Arc<Uplink>>,
+    incidents: Incidents,
 }
 
 /// What metrics tell of one guest.
@@ -63,10 +65,12 @@ impl Fleet {
         settings: Settings,
         journal: Arc<Journal>,
         store: Store,
+        incidents: Incidents,
         first: GuestId,
     ) -> Self {
         Self {
             store,
+            incidents,
             roster: Mutex::new(Roster::new(&settings, first)),
             room: Room::of_process(&settings),
             acceleration: Acceleration::new(settings.accel, settings.machine, &settings.state_dir),
@@ -97,6 +101,11 @@ impl Fleet {
     /// What is kept of guests.
     pub(crate) const fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// The record of incidents.
+    pub(crate) const fn incidents(&self) -> &Incidents {
+        &self.incidents
     }
 
     /// What is configured.

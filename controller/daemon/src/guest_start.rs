@@ -4,7 +4,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use omerta_api::{ApiError, ErrorKind};
-use omerta_engine::GuestEvent;
+use omerta_engine::{GuestEvent, Monotonic};
 use omerta_vm_launcher::{LaunchError, Prepared, Spec, Traces};
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
@@ -140,6 +140,7 @@ impl GuestTask {
                     }
                 };
                 let resumed_at = clock::now().0;
+                self.evidence.runs_since(Monotonic(resumed_at));
                 match guarded.resume().await {
                     Ok(running) => {
                         self.time_is_over = self.timeout.map(|timeout| Instant::now() + timeout);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_engine::{
-    Action, AgentReport, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame,
+    Action, AgentReport, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame, Target,
 };
 use omerta_verdict::Reason;
 use omerta_vm_launcher::{
@@ -20,8 +20,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::clock;
+use crate::evidence::{Evidence, Whose};
 use crate::failure::report;
 use crate::fleet::Fleet;
+use crate::order_words::consumer_text;
 use crate::pool::Slot;
 use crate::store::{Change, Grant, Stands};
 use crate::tunnel_health::{TunnelHealth, next_of};
@@ -80,6 +82,8 @@ pub(crate) struct GuestTask {
     pub(crate) tunnel_health: Option<TunnelHealth>,
     /// What is to be done first of all with a guest that was taken over.
     first_event: Option<GuestEvent>,
+    /// What it is caught with.
+    pub(crate) evidence: Evidence,
 }
 
 /// A guest that was taken over, and what was known of it.
@@ -117,6 +121,7 @@ impl GuestTask {
             grant: None,
             tunnel_health: None,
             first_event: None,
+            evidence: Evidence::default(),
         }
     }
 
@@ -205,11 +210,31 @@ impl GuestTask {
             }
             Action::Kill(_) => self.kill().await,
             Action::Publish { guest, at, record } => {
+                self.note(at, &record);
                 self.fleet.publish(guest, at, record);
                 Vec::new()
             }
             // The fleet carries these out itself.
             Action::Forget(_) | Action::Refuse { .. } => Vec::new(),
+        }
+    }
+
+    /// Has recorded what `record` says of an incident.
+    fn note(&mut self, at: Monotonic, record: &Record) {
+        let consumer = consumer_text(&self.spec.consumer);
+        let whose = Whose {
+            id: self.id,
+            name: self.spec.name.as_str(),
+            interface: &self.spec.tap,
+            consumer: &consumer,
+        };
+        let stage = &self.stage;
+        let epoch = || match stage {
+            Stage::Running(running, _) => running.guard().epoch().ok(),
+            _ => None,
+        };
+        if let Some(what) = self.evidence.of(record, whose, epoch) {
+            self.fleet.incidents().record(at, what);
         }
     }
 
@@ -370,7 +395,10 @@ impl GuestTask {
                     // Its guard has dropped it. The guest may not know yet that its consumer has moved.
                     Ok(frame) if frame.reason == Reason::Endpoint
                         && frame.udp_destination().is_some_and(|to| self.fleet.consumer_was_at(self.id, to)) => continue,
-                    Ok(frame) => return GuestEvent::RogueFrameSeen(rogue(&frame)),
+                    Ok(frame) => {
+                        self.evidence.dropped(&frame);
+                        return GuestEvent::RogueFrameSeen(rogue(&frame));
+                    }
                     Err(error) => return lost(&error),
                 },
                 event = running.next_event() => {
@@ -415,6 +443,11 @@ fn rogue(frame: &omerta_dataplane::FrameEvent) -> RogueFrame {
         reason: frame.reason,
         length: frame.length,
         description: frame.describe(),
+        target: frame.target().map(|(protocol, address, port)| Target {
+            protocol,
+            address,
+            port,
+        }),
     }
 }
 

@@ -6,6 +6,7 @@ mod arguments;
 mod clock;
 mod config;
 mod connections;
+mod evidence;
 mod exporter;
 mod failure;
 mod fleet;
@@ -13,6 +14,7 @@ mod guest_start;
 mod guest_task;
 mod host_memory;
 mod images;
+mod incidents;
 mod instance;
 mod journal;
 mod log;
@@ -54,6 +56,7 @@ use tracing_subscriber::EnvFilter;
 use crate::arguments::Arguments;
 use crate::config::{Config, OnStop, Settings};
 use crate::fleet::Fleet;
+use crate::incidents::Incidents;
 use crate::instance::Instance;
 use crate::journal::Journal;
 use crate::log::Log;
@@ -151,6 +154,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
         None => None,
     };
     let (store, contents) = Store::open(&settings.state_dir)?;
+    let incidents = Incidents::open(&settings.state_dir, settings.incidents)?;
     let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
     let journal = Arc::new(Journal::new());
     let first = contents.first_free;
@@ -161,7 +165,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
             Some(attached.context("cannot drop early at the uplinks")?)
         }
     };
-    let fleet = Fleet::new(settings.clone(), journal, store, first).dropping_at(uplink);
+    let fleet = Fleet::new(settings.clone(), journal, store, incidents, first).dropping_at(uplink);
     let fleet = Arc::new(fleet);
     // From here on nothing fails: what is taken over ends only when it is told to.
     recovery::recover(&fleet, contents.guests).await;
@@ -191,10 +195,12 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
     };
     if settings.on_stop == OnStop::Keep {
         tracing::info!(signal, "leaving every guest to the next omertad");
+        fleet.incidents().finish();
         return Ok(Outcome::GuestsLeft);
     }
     tracing::info!(signal, "ending every guest");
     let left = fleet.shut_down().await;
+    fleet.incidents().finish();
     // The receivers live in the servers; they may have ended already.
     let _ = stop.send(true);
     let servers = async {

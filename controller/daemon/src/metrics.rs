@@ -63,7 +63,9 @@ impl Scraper {
                     dropped: measures.iter().filter_map(dropped).collect(),
                 }
             });
-        render(&measures, &at_uplink, self.fleet.journal().lost())
+        let fleet = &self.fleet;
+        let lost = (fleet.journal().lost(), fleet.incidents().lost());
+        render(&measures, &at_uplink, lost.0, lost.1)
     }
 }
 
@@ -105,6 +107,7 @@ fn render(
     measures: &[Measure],
     at_uplink: &AtUplink,
     lost_by_readers: u64,
+    not_recorded: u64,
 ) -> Result<String, prometheus::Error> {
     let registry = Registry::new();
     let gauge = |name: &str, help: &str, labels: &[&str]| {
@@ -148,7 +151,7 @@ fn render(
     )?;
     let lost = counter(
         "omerta_events_lost_total",
-        "Events that did not arrive: kernel, rogue frames that did not fit the guard's ring; reader, events that a slow reader missed.",
+        "Events that did not arrive: kernel, rogue frames that did not fit the guard's ring; reader, events that a slow reader missed; record, entries of the record of incidents that could not be written.",
         &["where"],
     )?;
     let uplinks = gauge(
@@ -219,6 +222,8 @@ fn render(
         .inc_by(lost_in_kernel);
     lost.get_metric_with_label_values(&["reader"])?
         .inc_by(lost_by_readers);
+    lost.get_metric_with_label_values(&["record"])?
+        .inc_by(not_recorded);
     TextEncoder::new().encode_to_string(&registry.gather())
 }
 
@@ -283,7 +288,7 @@ mod tests {
             interfaces: vec![("eth0".into(), "tcx", true), ("eth1".into(), "xdp", false)],
             dropped: vec![("alpha".into(), count(7, 700))],
         };
-        let text = render(&[measure(Some(counters()))], &at_uplink, 5).unwrap();
+        let text = render(&[measure(Some(counters()))], &at_uplink, 5, 6).unwrap();
         for line in [
             r#"omerta_guest_state{guest="alpha",state="running"} 1"#,
             r#"omerta_guest_state{guest="alpha",state="ended"} 0"#,
@@ -302,6 +307,7 @@ mod tests {
             r#"omerta_guest_uplink_dropped_bytes_total{guest="alpha"} 700"#,
             r#"omerta_events_lost_total{where="kernel"} 4"#,
             r#"omerta_events_lost_total{where="reader"} 5"#,
+            r#"omerta_events_lost_total{where="record"} 6"#,
         ] {
             assert!(
                 text.lines().any(|l| l == line),
@@ -312,7 +318,7 @@ mod tests {
 
     #[test]
     fn guest_without_a_guard_yet_has_a_state_and_no_counts() {
-        let text = render(&[measure(None)], &AtUplink::default(), 0).unwrap();
+        let text = render(&[measure(None)], &AtUplink::default(), 0, 0).unwrap();
         assert!(text.contains(r#"omerta_guest_state{guest="alpha""#));
         assert!(!text.contains("omerta_guest_packets_total{"));
     }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
+use omerta_engine::GuestNetwork;
 use omerta_verdict::Mac;
 use thiserror::Error;
 
@@ -39,6 +40,16 @@ pub(crate) struct Addresses {
     pub(crate) guest: Ipv4Addr,
     /// The guest's MAC.
     pub(crate) mac: Mac,
+}
+
+impl GuestPool {
+    /// The network that all addresses are of.
+    pub(crate) const fn network(self) -> GuestNetwork {
+        GuestNetwork {
+            address: Ipv4Addr::from_bits(self.base),
+            prefix: self.prefix,
+        }
+    }
 }
 
 impl FromStr for GuestPool {

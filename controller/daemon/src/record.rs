@@ -28,7 +28,10 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             frame,
             action,
             suppressed,
+            inference,
+            ..
         } => Occurrence::Rogue {
+            attempt: Some(inference.attempt.word().to_owned()),
             reason: frame.reason.word().to_owned(),
             direction: frame.direction.word().to_owned(),
             frame: frame.description,

@@ -71,7 +71,9 @@ impl Roster {
     /// A roster without guests.
     pub(crate) fn new(settings: &Settings, first: GuestId) -> Self {
         Self {
-            engine: Engine::new(settings.max_guests).with_ids_from(first),
+            engine: Engine::new(settings.max_guests)
+                .with_ids_from(first)
+                .judging_by(settings.thresholds.clone(), settings.guest_pool.network()),
             slots: Slots::new(settings.guest_pool),
             facts: HashMap::new(),
         }

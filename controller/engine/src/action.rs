@@ -3,8 +3,8 @@
 use thiserror::Error;
 
 use crate::{
-    AgentReport, Cause, GuestId, GuestState, Incident, Monotonic, OnSilence, OnViolation,
-    RogueFrame,
+    AgentReport, Cause, GuestId, GuestState, Incident, Inference, Monotonic, OnSilence,
+    OnViolation, RogueFrame,
 };
 
 /// Something to do, in the order given.
@@ -91,6 +91,10 @@ pub enum Record {
         frame: RogueFrame,
         /// What is done about it.
         action: OnViolation,
+        /// What it seems to have tried.
+        inference: Inference,
+        /// Whether it is the first of its reason.
+        first: bool,
         /// Frames of this reason that were counted and not published since the last that was.
         suppressed: u64,
     },

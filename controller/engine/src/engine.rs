@@ -1,8 +1,12 @@
 //! All guests: who is admitted, who is remembered.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 
-use crate::{Action, Event, Found, Guest, GuestId, Monotonic, OnViolation, Refusal};
+use crate::guest::JudgedBy;
+use crate::{
+    Action, Event, Found, Guest, GuestId, GuestNetwork, Monotonic, OnViolation, Refusal, Thresholds,
+};
 
 /// How many ended guests are remembered.
 pub const ENDED_KEPT: usize = 64;
@@ -16,6 +20,7 @@ pub struct Engine {
     next_id: u64,
     limit: usize,
     shutting_down: bool,
+    judged_by: Arc<JudgedBy>,
 }
 
 impl Engine {
@@ -28,7 +33,17 @@ impl Engine {
             next_id: 0,
             limit,
             shutting_down: false,
+            judged_by: Arc::default(),
         }
+    }
+
+    /// The same, whose guests' frames act by `thresholds`, and whose guests' addresses are of `network`.
+    pub fn judging_by(mut self, thresholds: Thresholds, network: GuestNetwork) -> Self {
+        self.judged_by = Arc::new(JudgedBy {
+            thresholds,
+            network: Some(network),
+        });
+        self
     }
 
     /// The same, whose guests' ids begin with this one: those before were others'.
@@ -99,7 +114,7 @@ impl Engine {
         self.names.insert(name.clone(), id);
         self.guests.insert(
             id,
-            Guest::request(id, name, on_violation, now, &mut actions),
+            Guest::request(id, name, on_violation, &self.judged_by, now, &mut actions),
         );
         actions
     }
@@ -113,7 +128,7 @@ impl Engine {
         }
         self.next_id = self.next_id.max(id.0 + 1);
         self.names.insert(found.name.clone(), id);
-        let guest = Guest::found(found, now, &mut actions);
+        let guest = Guest::found(found, &self.judged_by, now, &mut actions);
         let is_ended = guest.is_ended();
         self.guests.insert(id, guest);
         if is_ended {

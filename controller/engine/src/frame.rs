@@ -2,7 +2,7 @@
 
 use omerta_verdict::{Direction, Reason};
 
-use crate::Monotonic;
+use crate::{Monotonic, Target};
 
 /// A frame that a guard dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct RogueFrame {
     pub length: u32,
     /// One line: protocol, source, destination.
     pub description: String,
+    /// Whom it was for, as far as it says.
+    pub target: Option<Target>,
 }
 
 impl RogueFrame {

@@ -1,12 +1,23 @@
 //! One guest: what the engine knows of it.
 
+use std::sync::Arc;
+
 use omerta_verdict::Reason;
 
+use crate::attempt::Attempts;
 use crate::tally::{Limiter, Tally};
+use crate::threshold::Windows;
 use crate::{
-    Action, AgentReport, Cause, Ending, Fate, Found, GuestId, GuestState, Incident, Monotonic,
-    OnViolation, Record,
+    Action, AgentReport, Cause, Ending, Fate, Found, GuestId, GuestNetwork, GuestState, Incident,
+    Monotonic, OnViolation, Record, Thresholds,
 };
+
+/// What rogue frames are judged by, for all guests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct JudgedBy {
+    pub(crate) thresholds: Thresholds,
+    pub(crate) network: Option<GuestNetwork>,
+}
 
 /// What the engine knows of one guest.
 #[derive(Debug)]
@@ -28,6 +39,9 @@ pub struct Guest {
     pub(crate) key_limiter: Limiter,
     pub(crate) reset_limiter: Limiter,
     pub(crate) tally: Tally,
+    pub(crate) windows: Windows,
+    pub(crate) attempts: Attempts,
+    pub(crate) judged_by: Arc<JudgedBy>,
     pub(crate) incident: Option<Incident>,
     /// It is being paused by request.
     pub(crate) hold_wanted: bool,
@@ -41,6 +55,7 @@ impl Guest {
         id: GuestId,
         name: String,
         on_violation: OnViolation,
+        judged_by: &Arc<JudgedBy>,
         now: Monotonic,
         actions: &mut Vec<Action>,
     ) -> Self {
@@ -50,12 +65,17 @@ impl Guest {
             record: Record::Requested,
         });
         actions.push(Action::Launch(id));
-        Self::new(id, name, on_violation, now)
+        Self::new(id, name, on_violation, judged_by, now)
     }
 
     /// A guest of a daemon that died.
-    pub(crate) fn found(found: Found, now: Monotonic, actions: &mut Vec<Action>) -> Self {
-        let mut guest = Self::new(found.id, found.name, found.on_violation, now);
+    pub(crate) fn found(
+        found: Found,
+        judged_by: &Arc<JudgedBy>,
+        now: Monotonic,
+        actions: &mut Vec<Action>,
+    ) -> Self {
+        let mut guest = Self::new(found.id, found.name, found.on_violation, judged_by, now);
         let record = match found.fate {
             Fate::Adopted {
                 state,
@@ -83,7 +103,13 @@ impl Guest {
         guest
     }
 
-    fn new(id: GuestId, name: String, on_violation: OnViolation, now: Monotonic) -> Self {
+    fn new(
+        id: GuestId,
+        name: String,
+        on_violation: OnViolation,
+        judged_by: &Arc<JudgedBy>,
+        now: Monotonic,
+    ) -> Self {
         Self {
             id,
             name,
@@ -98,6 +124,9 @@ impl Guest {
             key_limiter: Limiter::default(),
             reset_limiter: Limiter::default(),
             tally: Tally::default(),
+            windows: Windows::default(),
+            attempts: Attempts::default(),
+            judged_by: Arc::clone(judged_by),
             incident: None,
             hold_wanted: false,
             end_wanted: None,

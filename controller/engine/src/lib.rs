@@ -6,6 +6,7 @@
 
 mod action;
 mod agent;
+mod attempt;
 mod cause;
 mod engine;
 mod event;
@@ -16,10 +17,12 @@ mod policy;
 mod silence;
 mod state;
 mod tally;
+mod threshold;
 mod transition;
 
 pub use action::{Action, Ending, Record, Refusal};
 pub use agent::AgentReport;
+pub use attempt::{Attempt, GuestNetwork, Inference, Target};
 pub use cause::Cause;
 pub use engine::{ENDED_KEPT, Engine};
 pub use event::{Event, Fate, Found, GuestEvent, GuestId};
@@ -29,3 +32,4 @@ pub use monotonic::Monotonic;
 pub use policy::{OnViolation, OnViolationParseError};
 pub use silence::OnSilence;
 pub use state::GuestState;
+pub use threshold::{MOST_FRAMES, MOST_SECONDS, Threshold, ThresholdError, Thresholds};

@@ -42,9 +42,11 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Counts a frame.
-    pub(crate) fn count(&mut self, reason: Reason) {
-        self.reasons.entry(reason).or_default().0 += 1;
+    /// Counts a frame; tells whether it is the first of its reason.
+    pub(crate) fn count(&mut self, reason: Reason) -> bool {
+        let count = &mut self.reasons.entry(reason).or_default().0;
+        *count += 1;
+        *count == 1
     }
 
     /// How many of the reason were suppressed since the last published, if one may be published.

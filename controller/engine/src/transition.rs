@@ -1,8 +1,8 @@
 //! Every transition of a guest from one state to another.
 
 use crate::{
-    Action, AgentReport, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Monotonic,
-    OnSilence, OnViolation, Record, RogueFrame,
+    Action, AgentReport, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Inference,
+    Monotonic, OnSilence, OnViolation, Record, RogueFrame,
 };
 
 impl Guest {
@@ -238,19 +238,35 @@ impl Guest {
         if !frame.is_violation() || !sent_since_resumed || self.is_ended() {
             return;
         }
-        self.tally.count(frame.reason);
+        let first = self.tally.count(frame.reason);
+        let judged_by = &self.judged_by;
+        let inference = self.attempts.infer(&frame, judged_by.network);
+        let enough = self
+            .windows
+            .reached(&judged_by.thresholds, frame.reason, frame.at);
         match self.on_violation {
             OnViolation::Drop => {}
-            OnViolation::Alert => {
+            OnViolation::Pause | OnViolation::Terminate if enough => {
+                self.condemn(now, frame, inference, first, out);
+            }
+            // Below its threshold a frame is told of, whatever it would have led to.
+            OnViolation::Alert | OnViolation::Pause | OnViolation::Terminate => {
                 if let Some(suppressed) = self.tally.pass(frame.reason, now) {
-                    self.publish_rogue(frame, suppressed, out);
+                    let action = OnViolation::Alert;
+                    self.publish_rogue(frame, action, inference, first, suppressed, out);
                 }
             }
-            OnViolation::Pause | OnViolation::Terminate => self.condemn(now, frame, out),
         }
     }
 
-    fn condemn(&mut self, now: Monotonic, frame: RogueFrame, out: &mut Vec<Action>) {
+    fn condemn(
+        &mut self,
+        now: Monotonic,
+        frame: RogueFrame,
+        inference: Inference,
+        first: bool,
+        out: &mut Vec<Action>,
+    ) {
         use GuestState::{Guarded, Held, Running, Stopping, Suspended};
         let condemned = match self.state {
             Guarded | Running | Held => true,
@@ -270,7 +286,8 @@ impl Guest {
         out.push(Action::Pause(self.id));
         self.incident = Some(Incident::new(frame.clone()));
         let suppressed = self.tally.pass(frame.reason, now).unwrap_or_default();
-        self.publish_rogue(frame, suppressed, out);
+        let action = self.on_violation;
+        self.publish_rogue(frame, action, inference, first, suppressed, out);
     }
 
     fn paused(&mut self, now: Monotonic, at: Monotonic, out: &mut Vec<Action>) {
@@ -458,13 +475,23 @@ impl Guest {
         });
     }
 
-    fn publish_rogue(&self, frame: RogueFrame, suppressed: u64, out: &mut Vec<Action>) {
+    fn publish_rogue(
+        &self,
+        frame: RogueFrame,
+        action: OnViolation,
+        inference: Inference,
+        first: bool,
+        suppressed: u64,
+        out: &mut Vec<Action>,
+    ) {
         let at = frame.at;
         self.publish(
             at,
             Record::Rogue {
                 frame,
-                action: self.on_violation,
+                action,
+                inference,
+                first,
                 suppressed,
             },
             out,

@@ -27,6 +27,7 @@ fn frames() -> impl Strategy<Value = RogueFrame> {
         reason: Reason::ALL[reason],
         length: 60,
         description: "frame".into(),
+        target: None,
     })
 }
 

@@ -19,6 +19,7 @@ fn frame_at(at: u64) -> RogueFrame {
         reason: Reason::Endpoint,
         length: 98,
         description: "udp 10.77.0.2:1234 → 198.51.100.1:53".into(),
+        target: None,
     }
 }
 

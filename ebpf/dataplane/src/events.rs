@@ -1,6 +1,7 @@
 //! Dropped frames, as the programs report them.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use aya::maps::{Map, MapData, MapError, RingBuf};
@@ -60,6 +61,34 @@ impl FrameEvent {
     pub fn describe(&self) -> String {
         describe(&self.head)
     }
+
+    /// Whom the frame was for, as far as its head tells: the IP protocol's number (none for ARP, which
+    /// asks for an address), the address, and the port where there is one.
+    pub fn target(&self) -> Option<(Option<u8>, IpAddr, Option<u16>)> {
+        let packet = LaxSlicedPacket::from_ethernet(&self.head).ok()?;
+        let port = match &packet.transport {
+            Some(TransportSlice::Udp(udp)) => Some(udp.destination_port()),
+            Some(TransportSlice::Tcp(tcp)) => Some(tcp.destination_port()),
+            _ => None,
+        };
+        match &packet.net {
+            Some(LaxNetSlice::Ipv4(v4)) => {
+                let header = v4.header();
+                let address = header.destination_addr().into();
+                Some((Some(header.protocol().0), address, port))
+            }
+            Some(LaxNetSlice::Ipv6(v6)) => {
+                let header = v6.header();
+                let address = header.destination_addr().into();
+                Some((Some(header.next_header().0), address, port))
+            }
+            _ => {
+                let kind = self.head.get(12..14)?;
+                let asked: [u8; 4] = *self.head.get(38..)?.first_chunk()?;
+                (kind == [0x08, 0x06]).then(|| (None, IpAddr::from(asked), None))
+            }
+        }
+    }
 }
 
 /// Reads the events of one guard. Readiness of its descriptor says that there may be some.
@@ -106,7 +135,8 @@ impl AsRawFd for EventStream {
     }
 }
 
-fn describe(frame: &[u8]) -> String {
+/// An Ethernet frame in one line of plain text, as far as its first bytes tell.
+pub fn describe(frame: &[u8]) -> String {
     let Ok(packet) = LaxSlicedPacket::from_ethernet(frame) else {
         return format!("{} bytes, no Ethernet header", frame.len());
     };

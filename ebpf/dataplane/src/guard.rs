@@ -316,6 +316,13 @@ impl Guard {
         CounterReader::open(&self.interface, &self.pins)
     }
 
+    /// The epoch of the policy in force.
+    pub fn epoch(&self) -> Result<u64, GuardError> {
+        Ok(PolicyStore::open(&self.interface, &self.pins)?
+            .policy()?
+            .epoch)
+    }
+
     /// The guard's events. Two streams of one guard would each see a part: keep one.
     pub fn events(&self) -> Result<EventStream, GuardError> {
         EventStream::open(&self.interface, &self.pins)

@@ -1,5 +1,9 @@
 //! Interfaces of the calling thread's network namespace.
 
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
+
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::{if_indextoname, if_nametoindex};
@@ -45,6 +49,25 @@ pub fn mac(interface: &str) -> Result<Mac, GuardError> {
                 "{interface} has no Ethernet address: only Ethernet interfaces can be guarded"
             ),
         })
+}
+
+/// The longest IP packet that `interface` carries, in bytes.
+pub fn mtu(interface: &str) -> io::Result<u32> {
+    let socket = UnixDatagram::unbound()?;
+    // SAFETY: ifreq is plain data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // One byte is left: the name ends with a zero.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(interface.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    // SAFETY: SIOCGIFMTU reads and writes the request, which outlives the call.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has written this member, and every bit pattern of it is valid.
+    Ok(u32::try_from(unsafe { request.ifr_ifru.ifru_mtu }).unwrap_or(0))
 }
 
 /// The name of the interface that has `index`, or `None` where this network namespace has none.

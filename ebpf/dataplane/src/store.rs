@@ -8,6 +8,7 @@
 use std::borrow::{Borrow, BorrowMut};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
 
 use aya::Ebpf;
 use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
@@ -32,6 +33,8 @@ const POLICY_MAPS: [&str; 3] = ["STATE", "RULES", "FLOWS"];
 /// A bank that is no longer in force is written again if it is at most this many times longer than
 /// the new allowlist needs: a new one is memory that the kernel has to find and clear first.
 const SPARE: usize = 4;
+/// How often a policy that changes while it is read is read again.
+const SETTLING: u32 = 100;
 
 /// A map value of a `repr(C)` type from the verdict crate.
 #[derive(Clone, Copy)]
@@ -139,6 +142,28 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
     /// The policy in force.
     pub fn policy(&self) -> Result<Policy, GuardError> {
         Ok(self.state.slot().policy)
+    }
+
+    /// The generation in force, which each commit changes.
+    pub(crate) fn generation(&self) -> u64 {
+        self.state.generation()
+    }
+
+    /// Generation, policy and allowlist in force, as they belong together, for who does not hold the
+    /// guard's lock.
+    pub(crate) fn settled(&self) -> Result<(u64, Policy, Vec<Bucket>), GuardError> {
+        for _ in 0..SETTLING {
+            let generation = self.generation();
+            let listed = self.listed()?;
+            let (policy, buckets) = (listed.slot.policy, listed.buckets().to_vec());
+            // What was read is of one policy where nothing has been put in force meanwhile.
+            fence(Ordering::Acquire);
+            if self.generation() == generation {
+                return Ok((generation, policy, buckets));
+            }
+        }
+        let busy = io::Error::other("it changes too fast");
+        Err(self.system("read the policy", busy))
     }
 
     /// When the lease ends, nanoseconds of `CLOCK_MONOTONIC`; 0 where there is none.

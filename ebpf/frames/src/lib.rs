@@ -1,14 +1,9 @@
-//! What an interface receives, frame by frame, for a consumer in userspace: a capture or a forwarder.
+//! What an interface receives, frame by frame, taken from the host's stack by a consumer in userspace: a
+//! forwarder, which judges each by `omerta_verdict::egress`.
 //!
-//! | | [`Reader::copy_of`] | [`Reader::take_from`] |
-//! | --- | --- | --- |
-//! | the host's stack | gets every frame as before | gets none |
-//! | the guard's verdict | stands | is the reader's to give: `omerta_verdict::egress` on each frame |
-//! | back end | `recvmmsg` on AF_PACKET | AF_XDP, or `recvmmsg` with a program behind it that drops |
-//! | fits | `omerta capture` | a forwarder |
-//!
-//! AF_XDP redirects frames ahead of the stack, and so ahead of the guard at TC. A capture by it would
-//! change what becomes of a frame, so copies are never taken that way.
+//! By AF_XDP, or `recvmmsg` with a program behind it that drops. AF_XDP redirects frames ahead of the
+//! stack, and so ahead of the guard at TC; a capture, which must change nothing, takes copies instead
+//! (`omerta_dataplane::Copies`).
 //!
 //! Which back end takes is measured when the reader is opened, on a tap of a namespace of its own
 //! ([`cost_ns`]), and told by [`Reader::choice`]. AF_XDP reads queue 0 alone, which is all that a guest's
@@ -48,8 +43,8 @@ pub enum BackEnd {
 /// Why a reader has its back end.
 #[derive(Debug)]
 pub enum Choice {
-    /// Copies come by AF_PACKET alone.
-    Copies,
+    /// It was named.
+    Named,
     /// What each cost when the reader was opened, nanoseconds of processor time a frame of 64 bytes.
     Measured {
         /// AF_PACKET.
@@ -64,7 +59,7 @@ pub enum Choice {
 impl std::fmt::Display for Choice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Copies => f.write_str("recvmmsg, which leaves every frame to the stack"),
+            Self::Named => f.write_str("as asked for"),
             Self::Measured {
                 recvmmsg_ns,
                 afxdp_ns,
@@ -95,23 +90,12 @@ pub struct Reader {
 enum Source {
     Packet(
         PacketSocket,
-        #[expect(dead_code, reason = "blocks while it lives")] Option<BlockedStack>,
+        #[expect(dead_code, reason = "blocks while it lives")] BlockedStack,
     ),
     Xdp(Box<XdpSocket>),
 }
 
 impl Reader {
-    /// Reads copies of what `interface` receives, as it was before any TC program saw it.
-    ///
-    /// # Errors
-    /// Where there is no such interface, or without root.
-    pub fn copy_of(interface: &str) -> Result<Self, FramesError> {
-        Ok(Self {
-            source: Source::Packet(PacketSocket::open(interface)?, None),
-            choice: Choice::Copies,
-        })
-    }
-
     /// Takes what `interface`, a tap, receives away from the stack, by whichever back end costs less.
     ///
     /// # Errors
@@ -156,7 +140,7 @@ impl Reader {
             BackEnd::Recvmmsg => {
                 // The socket first: what comes between the two is seen, and judged by the guard.
                 let socket = PacketSocket::open(interface)?;
-                Source::Packet(socket, Some(BlockedStack::behind(interface)?))
+                Source::Packet(socket, BlockedStack::behind(interface)?)
             }
             BackEnd::AfXdp => {
                 Source::Xdp(Box::new(XdpSocket::open(interface, ifindex(interface)?)?))
@@ -164,7 +148,7 @@ impl Reader {
         };
         Ok(Self {
             source,
-            choice: Choice::Copies,
+            choice: Choice::Named,
         })
     }
 

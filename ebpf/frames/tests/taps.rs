@@ -7,8 +7,6 @@
     reason = "helpers of tests"
 )]
 
-use std::time::Duration;
-
 use omerta_frames::{BATCH, BackEnd, Choice, Reader, cost_ns};
 use omerta_kernel_tests::{
     CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, allowlist, config,
@@ -85,45 +83,6 @@ fn read_all(reader: &mut Reader) -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
     while reader.read(|frame| frames.push(frame.to_vec())).unwrap() > 0 {}
     frames
-}
-
-#[test]
-fn a_copy_leaves_the_frame_to_the_stack() {
-    if !may_run() {
-        return;
-    }
-    let host = Host::new();
-    let open = || Reader::copy_of("guest");
-    let mut reader = host.namespace.enter(open).unwrap().unwrap();
-    let sent = frame(CONSUMER, 1);
-    host.guest.send(&sent).unwrap();
-    assert_eq!(read_all(&mut reader), [sent]);
-    assert_eq!(host.left(), 1);
-    assert_eq!(reader.back_end(), BackEnd::Recvmmsg);
-}
-
-#[test]
-fn what_is_sent_by_the_interface_is_no_frame_that_it_received() {
-    if !may_run() {
-        return;
-    }
-    let host = Host::new();
-    let open = || Reader::copy_of("guest");
-    let mut reader = host.namespace.enter(open).unwrap().unwrap();
-    host.namespace
-        .ip("route add 10.77.0.2/32 dev guest")
-        .unwrap();
-    host.namespace
-        .ip(&format!(
-            "neigh replace {GUEST} lladdr {GUEST_MAC} dev guest nud permanent"
-        ))
-        .unwrap();
-    host.namespace
-        .enter(|| std::net::UdpSocket::bind("0.0.0.0:0")?.send_to(b"to the guest", (GUEST, 9)))
-        .unwrap()
-        .unwrap();
-    assert!(host.guest.recv(Duration::from_secs(5)).unwrap().is_some());
-    assert!(read_all(&mut reader).is_empty());
 }
 
 #[test]

@@ -68,13 +68,14 @@ fn main() -> ExitCode {
 }
 
 /// The result files that the README shows.
-const SHOWN: [&str; 16] = [
+const SHOWN: [&str; 17] = [
     "verdict",
     "floor",
     "table",
     "tap",
     "policy",
     "capture",
+    "capture-kept",
     "scale",
     "scale-load",
     "scale-memory",
@@ -130,7 +131,7 @@ fn measure(name: &str, rounds: Rounds, host: &mut Option<Host>) -> Result<Vec<Be
         "floor" => vec![floor::measure(rounds)?],
         "table" => vec![table::measure(rounds)?],
         "tap" => vec![tap::measure(rounds)?],
-        "capture" => vec![capture::measure(rounds)?],
+        "capture" => capture::measure(rounds)?,
         "scale" => scale::measure(rounds, many(host)?)?,
         "launch" => launch::measure(rounds)?,
         "iperf" => vec![iperf::measure(rounds)?],

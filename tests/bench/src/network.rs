@@ -128,6 +128,11 @@ impl Lane {
         })
     }
 
+    /// Does `work` in the namespace of the guest's tap.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        self.namespace.enter(work)?
+    }
+
     /// Nanoseconds of this thread for one frame, over `count` frames; fails unless the uplink's end got
     /// exactly the frames that the filter lets through.
     pub fn send(

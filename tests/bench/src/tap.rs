@@ -19,7 +19,8 @@ const LARGE_BYTES: usize = 60_000;
 /// TCP payload of each segment at an MTU of 1500.
 const SEGMENT: u16 = 1448;
 
-fn small(to: std::net::Ipv4Addr) -> Vec<u8> {
+/// A datagram of the guest's, 64 bytes long.
+pub fn small(to: std::net::Ipv4Addr) -> Vec<u8> {
     let packet = Ipv4::new(GUEST, to, 17).packet(&udp(40000, CONSUMER_PORT, &[0; 22]));
     ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet)
 }

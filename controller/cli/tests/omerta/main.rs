@@ -6,12 +6,14 @@
     reason = "a test fails by panicking"
 )]
 
+mod capture;
 mod console;
 mod daemon;
 mod doctor;
 mod guard;
 mod guard_refusals;
 mod image;
+mod incident;
 mod manual;
 mod omertad;
 mod peer;

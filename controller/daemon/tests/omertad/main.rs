@@ -9,6 +9,7 @@ mod daemon;
 mod faults;
 mod guests;
 mod images;
+mod incidents;
 mod metrics;
 mod peers;
 mod recovery;

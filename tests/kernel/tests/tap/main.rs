@@ -7,6 +7,7 @@
     reason = "helpers of tests"
 )]
 
+mod capture;
 mod diagnostics;
 mod flood;
 mod frames;

@@ -1,0 +1,280 @@
+//! What one guest was caught with: the last frames that its guard dropped, and the entries of the record of
+//! incidents that follow from what the engine says of it.
+
+use std::collections::VecDeque;
+
+use omerta_dataplane::FrameEvent;
+use omerta_engine::{GuestId, Incident as Caught, Monotonic, OnViolation, Record};
+use omerta_incidents::{Deed, Frame, Incident, Outcome, What, Witness};
+
+use crate::clock;
+
+/// How many frames are kept of a guest: before an incident, and after.
+const KEPT: usize = 32;
+
+/// Of one guest.
+#[derive(Debug, Default)]
+pub(crate) struct Evidence {
+    /// Frames older than this are not the guest's: it had not run yet.
+    since: u64,
+    frames: VecDeque<FrameEvent>,
+    cases: u64,
+    /// The incident that what is done to the guest is about.
+    open: Option<String>,
+}
+
+/// Whose evidence it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Whose<'a> {
+    pub(crate) id: GuestId,
+    pub(crate) name: &'a str,
+    pub(crate) interface: &'a str,
+    pub(crate) consumer: &'a str,
+}
+
+impl Evidence {
+    /// The guest runs from `at` on.
+    pub(crate) fn runs_since(&mut self, at: Monotonic) {
+        self.since = at.0;
+    }
+
+    /// Its guard dropped `frame`.
+    pub(crate) fn dropped(&mut self, frame: &FrameEvent) {
+        if frame.at_ns < self.since {
+            return;
+        }
+        if self.frames.len() == KEPT {
+            self.frames.pop_front();
+        }
+        self.frames.push_back(frame.clone());
+    }
+
+    /// What is to be recorded of `record`. `epoch` is asked where that is an incident.
+    pub(crate) fn of(
+        &mut self,
+        record: &Record,
+        whose: Whose<'_>,
+        epoch: impl FnOnce() -> Option<u64>,
+    ) -> Option<What> {
+        match record {
+            Record::Rogue {
+                frame,
+                action,
+                inference,
+                first,
+                ..
+            } => {
+                let acts = matches!(action, OnViolation::Pause | OnViolation::Terminate);
+                // A guest that is only reported gets one entry for each reason: none turns the record over.
+                if !acts && !first {
+                    return None;
+                }
+                self.cases += 1;
+                let case = format!("{}-{}", whose.id.0, self.cases);
+                let mut frames: Vec<_> = self.frames.drain(..).collect();
+                let caught = frames
+                    .iter()
+                    .rposition(|seen| seen.at_ns == frame.at.0 && seen.reason == frame.reason);
+                let after = caught.map_or_else(Vec::new, |at| frames.split_off(at + 1));
+                let caught = caught.and_then(|_| frames.pop());
+                self.frames.extend(after);
+                if acts {
+                    self.open = Some(case.clone());
+                }
+                Some(What::Incident(Box::new(Incident {
+                    case,
+                    guest: whose.name.to_owned(),
+                    interface: whose.interface.to_owned(),
+                    consumer: whose.consumer.to_owned(),
+                    witnesses: vec![Witness::Kernel],
+                    attempt: inference.attempt.word().to_owned(),
+                    inferred_from: inference.from.clone(),
+                    action: action.word().to_owned(),
+                    epoch: epoch(),
+                    frame: Frame {
+                        at_ns: clock::wall_ns(frame.at),
+                        direction: frame.direction.word().to_owned(),
+                        reason: frame.reason.word().to_owned(),
+                        length: frame.length,
+                        bytes: caught.map_or_else(String::new, |seen| hex(&seen.head)),
+                        text: frame.description.clone(),
+                    },
+                    before: frames.iter().map(as_frame).collect(),
+                })))
+            }
+            Record::Paused(caught) => self.outcome(whose, Deed::Paused, Some(caught), None),
+            Record::PauseFailed { message } => {
+                self.outcome(whose, Deed::PauseFailed, None, Some(message.clone()))
+            }
+            Record::Ended(ending) => {
+                let mut said: Vec<_> = ending.message.iter().cloned().collect();
+                said.extend(ending.leftovers.iter().cloned());
+                let message = (!said.is_empty()).then(|| said.join("; "));
+                let outcome = self.outcome(whose, Deed::Ended, ending.incident.as_ref(), message);
+                self.open = None;
+                outcome
+            }
+            _ => None,
+        }
+    }
+
+    /// What was done, where that is about an incident.
+    fn outcome(
+        &mut self,
+        whose: Whose<'_>,
+        deed: Deed,
+        caught: Option<&Caught>,
+        message: Option<String>,
+    ) -> Option<What> {
+        let case = self.open.clone()?;
+        Some(What::Outcome(Box::new(Outcome {
+            case,
+            guest: whose.name.to_owned(),
+            deed,
+            frame_to_paused_us: caught.and_then(Caught::frame_to_paused_us),
+            frame_to_ended_us: caught.and_then(Caught::frame_to_ended_us),
+            frame_to_tap_removed_us: caught.and_then(Caught::frame_to_tap_removed_us),
+            message,
+            since: self
+                .frames
+                .drain(..)
+                .map(|frame| as_frame(&frame))
+                .collect(),
+        })))
+    }
+}
+
+fn as_frame(frame: &FrameEvent) -> Frame {
+    Frame {
+        at_ns: clock::wall_ns(Monotonic(frame.at_ns)),
+        direction: frame.direction.word().to_owned(),
+        reason: frame.reason.word().to_owned(),
+        length: frame.length,
+        bytes: hex(&frame.head),
+        text: frame.describe(),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use omerta_engine::{Attempt, Cause, Ending, Inference, RogueFrame};
+    use omerta_verdict::{Direction, Reason};
+
+    use super::*;
+
+    const WHOSE: Whose<'_> = Whose {
+        id: GuestId(7),
+        name: "alpha",
+        interface: "omalpha",
+        consumer: "KEY@192.0.2.10:51820",
+    };
+
+    fn seen(at: u64) -> FrameEvent {
+        FrameEvent {
+            at_ns: at,
+            ifindex: 1,
+            direction: Direction::Egress,
+            reason: Reason::Endpoint,
+            length: 98,
+            head: at.to_be_bytes().to_vec(),
+        }
+    }
+
+    fn caught(at: u64) -> RogueFrame {
+        RogueFrame {
+            at: Monotonic(at),
+            direction: Direction::Egress,
+            reason: Reason::Endpoint,
+            length: 98,
+            description: "frame".into(),
+            target: None,
+        }
+    }
+
+    fn rogue(at: u64, action: OnViolation, first: bool) -> Record {
+        Record::Rogue {
+            frame: caught(at),
+            action,
+            inference: Inference {
+                attempt: Attempt::Stranger,
+                from: "a test".into(),
+            },
+            first,
+            suppressed: 0,
+        }
+    }
+
+    #[test]
+    fn an_incident_holds_its_frame_and_those_before_and_its_outcome_those_since() {
+        let mut evidence = Evidence::default();
+        evidence.runs_since(Monotonic(10));
+        for at in [1, 11, 12, 13] {
+            evidence.dropped(&seen(at));
+        }
+        let record = rogue(13, OnViolation::Terminate, true);
+        let Some(What::Incident(incident)) = evidence.of(&record, WHOSE, || Some(3)) else {
+            panic!("no incident");
+        };
+        assert_eq!((incident.case.as_str(), incident.epoch), ("7-1", Some(3)));
+        assert_eq!(incident.frame.bytes, "000000000000000d");
+        let before: Vec<_> = incident.before.iter().map(|f| f.bytes.as_str()).collect();
+        assert_eq!(before, ["000000000000000b", "000000000000000c"]);
+        evidence.dropped(&seen(14));
+        let mut case = Caught::new(caught(13));
+        case.paused_at = Some(Monotonic(5013));
+        let Some(What::Outcome(outcome)) =
+            evidence.of(&Record::Paused(case.clone()), WHOSE, || None)
+        else {
+            panic!("no outcome");
+        };
+        assert_eq!((outcome.case.as_str(), outcome.deed), ("7-1", Deed::Paused));
+        assert_eq!(
+            (outcome.frame_to_paused_us, outcome.since.len()),
+            (Some(5), 1)
+        );
+        let ending = Record::Ended(Ending {
+            cause: Cause::Rogue,
+            incident: Some(case),
+            message: None,
+            leftovers: vec!["its tap".into()],
+        });
+        let Some(What::Outcome(outcome)) = evidence.of(&ending, WHOSE, || None) else {
+            panic!("no outcome");
+        };
+        assert_eq!(
+            (outcome.deed, outcome.message.as_deref()),
+            (Deed::Ended, Some("its tap"))
+        );
+    }
+
+    #[test]
+    fn a_flood_of_a_guest_that_is_only_reported_is_one_entry_and_a_bounded_one() {
+        let mut evidence = Evidence::default();
+        let mut entries = Vec::new();
+        for at in 0..1000 {
+            evidence.dropped(&seen(at));
+            entries.extend(evidence.of(&rogue(at, OnViolation::Alert, at == 500), WHOSE, || None));
+        }
+        assert_eq!(entries.len(), 1);
+        let What::Incident(incident) = &entries[0] else {
+            panic!("no incident");
+        };
+        assert_eq!(incident.before.len(), KEPT - 1);
+    }
+
+    #[test]
+    fn what_is_done_for_other_reasons_is_no_outcome() {
+        let mut evidence = Evidence::default();
+        let ending = Record::Ended(Ending {
+            cause: Cause::Killed,
+            incident: None,
+            message: None,
+            leftovers: Vec::new(),
+        });
+        assert_eq!(evidence.of(&ending, WHOSE, || None), None);
+    }
+}

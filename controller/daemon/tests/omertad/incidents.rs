@@ -1,0 +1,176 @@
+//! What omertad records of guests that are caught.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use omerta_dataplane::Guard;
+use omerta_incidents::{Deed, Incident, Outcome, What, read};
+use omerta_test_support::{IDLE, Injector};
+use serde_json::{Value, json};
+
+use crate::daemon::{Daemon, namespace};
+use crate::guests::{give_image, request, run, start};
+
+/// An omertad whose configuration says `text`.
+fn configured(text: &str) -> Daemon {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("omertad.toml");
+    std::fs::write(&config, text).unwrap();
+    let arguments = ["--metrics", "off", "--config", config.to_str().unwrap()];
+    let daemon = Daemon::start_in(namespace(), directory, &arguments);
+    give_image(&daemon, IDLE);
+    daemon
+}
+
+fn within_a_minute(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < end, "{what}: not in a minute");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A datagram of the guest's to `to`, port 53.
+fn datagram(daemon: &Daemon, guest: &Value, to: [u8; 4]) -> Vec<u8> {
+    let policy = || Guard::inspect("omalpha").unwrap().status;
+    let status = serde_json::to_value(daemon.namespace.enter(policy).unwrap()).unwrap();
+    let mac = |text: &Value| -> Vec<u8> {
+        let pairs = text.as_str().unwrap().split(':');
+        pairs
+            .map(|pair| u8::from_str_radix(pair, 16).unwrap())
+            .collect()
+    };
+    let from: std::net::Ipv4Addr = guest["address"].as_str().unwrap().parse().unwrap();
+    let mut frame = mac(&status["gateway_mac"]);
+    frame.extend(mac(&guest["mac"]));
+    frame.extend([0x08, 0, 0x45, 0, 0, 29, 0, 1, 0x40, 0, 64, 17, 0, 0]);
+    frame.extend(from.octets());
+    frame.extend(to);
+    frame.extend([0x12, 0x34, 0, 53, 0, 9, 0, 0, b'x']);
+    frame
+}
+
+/// The incidents and outcomes that are recorded, once `enough` of them are.
+fn recorded(
+    state: &Path,
+    mut enough: impl FnMut(&[Incident], &[Outcome]) -> bool,
+) -> (Vec<Incident>, Vec<Outcome>) {
+    let mut found = (Vec::new(), Vec::new());
+    within_a_minute("it is recorded", || {
+        found = (Vec::new(), Vec::new());
+        // A line that is being written is there at the next look.
+        let read = read(&state.join("incidents"), |entry| match &entry.what {
+            What::Incident(incident) => found.0.push(Incident::clone(incident)),
+            What::Outcome(outcome) => found.1.push(Outcome::clone(outcome)),
+            other => panic!("{other:?}"),
+        });
+        read.is_ok() && enough(&found.0, &found.1)
+    });
+    found
+}
+
+#[test]
+fn a_guest_that_is_ended_for_a_frame_is_recorded_with_the_frame_and_what_was_done() {
+    let daemon = start(IDLE);
+    let guest = run(&daemon, "alpha");
+    let frame = datagram(&daemon, &guest, [198, 51, 100, 1]);
+    let inject = || Injector::into("omalpha").unwrap();
+    let injector = daemon.namespace.enter(inject).unwrap();
+    for _ in 0..3 {
+        injector.inject(&frame).unwrap();
+    }
+    let state = daemon.path().join("state");
+    let ended = |outcomes: &[Outcome]| outcomes.iter().any(|o| o.deed == Deed::Ended);
+    let (incidents, outcomes) = recorded(&state, |_, outcomes| ended(outcomes));
+    assert_eq!(incidents.len(), 1, "{incidents:?}");
+    let incident = &incidents[0];
+    assert_eq!(
+        (incident.guest.as_str(), incident.action.as_str()),
+        ("alpha", "terminate")
+    );
+    assert_eq!(
+        (incident.attempt.as_str(), incident.epoch),
+        ("dns", Some(1))
+    );
+    assert_eq!(incident.frame.reason, "endpoint");
+    assert_eq!(incident.frame.head().unwrap(), frame);
+    let deeds: Vec<_> = outcomes.iter().map(|outcome| outcome.deed).collect();
+    assert_eq!(deeds, [Deed::Paused, Deed::Ended]);
+    assert!(outcomes.iter().all(|outcome| outcome.case == incident.case));
+    let end = &outcomes[1];
+    assert!(end.frame_to_paused_us.is_some() && end.frame_to_tap_removed_us.is_some());
+    let shown = daemon.get("/v1/guests/alpha").json()["ended"].clone();
+    assert_eq!(shown["frame_to_ended_us"], json!(end.frame_to_ended_us));
+    let events = daemon.get("/v1/events?guest=alpha").body;
+    assert!(events.contains(r#""attempt":"dns""#), "{events}");
+}
+
+#[test]
+fn frames_below_their_threshold_are_told_and_those_that_reach_it_act() {
+    let daemon = configured("[rogue.thresholds]\nendpoint = { frames = 3, seconds = 60 }\n");
+    let guest = run(&daemon, "alpha");
+    let frame = datagram(&daemon, &guest, [198, 51, 100, 1]);
+    let inject = || Injector::into("omalpha").unwrap();
+    let injector = daemon.namespace.enter(inject).unwrap();
+    let told = || daemon.get("/v1/guests/alpha").json();
+    for count in 1..=2 {
+        injector.inject(&frame).unwrap();
+        within_a_minute("the frame is counted", || told()["rogue_frames"] == count);
+        assert_eq!(told()["state"], "running");
+    }
+    injector.inject(&frame).unwrap();
+    within_a_minute("the third acts", || told()["state"] == "ended");
+    let state = daemon.path().join("state");
+    let (incidents, _) = recorded(&state, |incidents, outcomes| {
+        incidents.len() == 2 && outcomes.len() == 2
+    });
+    let actions: Vec<_> = incidents.iter().map(|i| i.action.as_str()).collect();
+    assert_eq!(actions, ["alert", "terminate"]);
+}
+
+#[test]
+fn a_guest_that_is_only_reported_is_recorded_once_for_each_reason() {
+    let daemon = start(IDLE);
+    let mut body: Value = serde_json::from_str(&request("alpha", "bare")).unwrap();
+    body["on_violation"] = "alert".into();
+    let answer = daemon.post("/v1/guests", &body.to_string());
+    assert_eq!(answer.status, 201, "{answer:?}");
+    let guest = answer.json();
+    let frame = datagram(&daemon, &guest, [198, 51, 100, 1]);
+    let mut forged = frame.clone();
+    forged[11] ^= 1;
+    let inject = || Injector::into("omalpha").unwrap();
+    let injector = daemon.namespace.enter(inject).unwrap();
+    for _ in 0..50 {
+        injector.inject(&frame).unwrap();
+        injector.inject(&forged).unwrap();
+    }
+    within_a_minute("all are counted", || {
+        daemon.get("/v1/guests/alpha").json()["rogue_frames"] == 100
+    });
+    let state = daemon.path().join("state");
+    let (incidents, outcomes) = recorded(&state, |incidents, _| incidents.len() == 2);
+    let attempts: Vec<_> = incidents.iter().map(|i| i.attempt.as_str()).collect();
+    assert_eq!((attempts, outcomes.len()), (vec!["dns", "spoof"], 0));
+}
+
+#[test]
+fn a_record_that_is_not_written_any_more_keeps_no_guest_from_its_end() {
+    let daemon = start(IDLE);
+    let guest = run(&daemon, "alpha");
+    let frame = datagram(&daemon, &guest, [198, 51, 100, 1]);
+    // The first segment's place is taken, as a full disk would have it.
+    let place = daemon
+        .path()
+        .join(format!("state/incidents/{:020}.ndjson", 1));
+    std::fs::create_dir(&place).unwrap();
+    let inject = || Injector::into("omalpha").unwrap();
+    let injector = daemon.namespace.enter(inject).unwrap();
+    injector.inject(&frame).unwrap();
+    within_a_minute("the guest is ended", || {
+        daemon.get("/v1/guests/alpha").json()["ended"]["cause"] == "rogue"
+    });
+    within_a_minute("it is told", || {
+        daemon.log().contains("an incident is not recorded")
+    });
+}
