@@ -80,7 +80,6 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             Ok(took)
         };
         let directory = tempfile::tempdir()?;
-        let omerta = beside("omerta")?;
         let replace_by_file = |list: &[Endpoint]| -> Result<f64> {
             let file = directory.path().join("allowlist");
             let lines: Vec<_> = list
@@ -88,7 +87,7 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
                 .map(|endpoint| format!("{endpoint}\n"))
                 .collect();
             std::fs::write(&file, lines.concat())?;
-            let mut command = Command::new(&omerta);
+            let mut command = Command::new(beside("omerta")?);
             command
                 .args(["guard", "replace", "guest", "--file"])
                 .arg(&file);
