@@ -3,6 +3,7 @@
 mod attack;
 mod boot;
 mod measure;
+mod roam;
 mod terminate;
 
 use std::path::Path;
@@ -112,6 +113,7 @@ impl Scene<'_> {
         self.attack(&guest_a, &guest_b, report)?;
         let floods = self.terminate(&guest_a, &guest_b, report)?;
         self.measure(&guest_b, floods, report)?;
+        self.roam(&guest_b, report)?;
         report.act("The guests are ended and the stage is taken down");
         let began = Instant::now();
         let traces = Traces::find(&self.stage.provider, &guest_b.interface)?;

@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -121,6 +123,21 @@ impl<'a> Consumer<'a> {
         ];
         bounded::expect(namespace_wg(self.namespace, &add), "", LIMIT)?;
         Ok(())
+    }
+
+    /// Has its WireGuard listen on another port; where the guest reaches it then.
+    pub fn move_to(&self, port: u16) -> Result<SocketAddrV4> {
+        let text = port.to_string();
+        let listen = ["set", &self.interface, "listen-port", &text];
+        bounded::expect(namespace_wg(self.namespace, &listen), "", LIMIT)?;
+        Ok(SocketAddrV4::new(*self.endpoint.ip(), port))
+    }
+
+    /// Serves a download within the tunnel that goes on until `over`. Also tells its URL.
+    pub fn serve_download(&self, over: Arc<AtomicBool>) -> Result<(Page, String)> {
+        let at = SocketAddrV4::new(self.tunnel_peer, 8080);
+        let page = Page::download(self.namespace, at, over)?;
+        Ok((page, format!("http://{at}/")))
     }
 
     /// Whether the consumer's own WireGuard has shaken hands with the guest it let in.

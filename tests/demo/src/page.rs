@@ -16,9 +16,47 @@ pub struct Page {
     server: Option<JoinHandle<()>>,
 }
 
+/// The last line of a download that has no end before it is told to have one.
+pub const THE_END: &str = "the end";
+/// What such a download sends at a time, and how long it rests then.
+const PIECE: usize = 16 << 10;
+const REST: Duration = Duration::from_millis(50);
+
 impl Page {
     /// Serves `text` at an address of `namespace`.
     pub fn serve(namespace: &Namespace, at: SocketAddrV4, text: &str) -> Result<Self> {
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
+            text.len()
+        );
+        Self::answering(namespace, at, move |visitor| {
+            visitor.write_all(answer.as_bytes())
+        })
+    }
+
+    /// Serves a download that goes on until `over`.
+    pub fn download(
+        namespace: &Namespace,
+        at: SocketAddrV4,
+        over: Arc<AtomicBool>,
+    ) -> Result<Self> {
+        Self::answering(namespace, at, move |visitor| {
+            let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n";
+            visitor.write_all(head.as_bytes())?;
+            let piece = [&[b'.'; PIECE - 1][..], b"\n"].concat();
+            while !over.load(Ordering::Relaxed) {
+                visitor.write_all(&piece)?;
+                thread::sleep(REST);
+            }
+            visitor.write_all(format!("{THE_END}\n").as_bytes())
+        })
+    }
+
+    fn answering(
+        namespace: &Namespace,
+        at: SocketAddrV4,
+        answer: impl Fn(&mut TcpStream) -> std::io::Result<()> + Send + 'static,
+    ) -> Result<Self> {
         let listener = namespace
             .enter(|| TcpListener::bind(at))?
             .with_context(|| format!("cannot serve a page at {at}"))?;
@@ -27,10 +65,6 @@ impl Page {
             .with_context(|| format!("cannot serve a page at {at}"))?;
         let ending = Arc::new(AtomicBool::new(false));
         let until = Arc::clone(&ending);
-        let answer = format!(
-            "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
-            text.len()
-        );
         let server = thread::spawn(move || {
             while !until.load(Ordering::Relaxed) {
                 match listener.accept() {
@@ -60,10 +94,14 @@ impl Drop for Page {
     }
 }
 
-fn give(mut visitor: TcpStream, answer: &str) -> std::io::Result<()> {
+fn give(
+    mut visitor: TcpStream,
+    answer: &impl Fn(&mut TcpStream) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     visitor.set_nonblocking(false)?;
     visitor.set_read_timeout(Some(Duration::from_secs(2)))?;
-    visitor.set_write_timeout(Some(Duration::from_secs(2)))?;
+    // A tunnel whose other end moves stands still for a moment.
+    visitor.set_write_timeout(Some(Duration::from_secs(20)))?;
     let mut request = Vec::new();
     let mut piece = [0; 1024];
     while !request.windows(4).any(|end| end == b"\r\n\r\n") && request.len() < 8192 {
@@ -72,5 +110,5 @@ fn give(mut visitor: TcpStream, answer: &str) -> std::io::Result<()> {
             length => request.extend_from_slice(piece.get(..length).unwrap_or_default()),
         }
     }
-    visitor.write_all(answer.as_bytes())
+    answer(&mut visitor)
 }
