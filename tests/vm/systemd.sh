@@ -51,7 +51,9 @@ rm -rf "$root"
 cp -a "$work/base" "$root"
 cp -a "$work/kernel/lib/modules" "$root/usr/lib/"
 install -m 755 "$omertad" "$omerta" "$root/usr/local/bin/"
-install -D -m 644 "$here/deploy/systemd/omertad.service" "$root/etc/systemd/system/omertad.service"
+for unit in omertad omerta-guests; do
+    install -D -m 644 "$here/deploy/systemd/$unit.service" "$root/etc/systemd/system/$unit.service"
+done
 install -D -m 644 "$here/deploy/omertad.toml" "$root/etc/omerta/omertad.toml"
 install -D -m 755 "$here/tests/vm/systemd-inside.sh" "$root/usr/local/bin/inside"
 cat > "$root/etc/systemd/system/inside.service" <<'UNIT'

@@ -24,8 +24,11 @@ const OWN: &str = "/proc/self/cgroup";
 /// What a guest's cgroup is called, before its user's number.
 const PREFIX: &str = "omerta-guest-";
 
-/// Where omertad itself goes in a cgroup that it divides: version 2 has processes in leaves alone.
+/// Where whoever is in a cgroup that is divided goes: version 2 has processes in leaves alone.
 const LEAF: &str = "omertad";
+
+/// The unit whose cgroup is for guests, beside omertad's own.
+const GUESTS_UNIT: &str = "omerta-guests.service";
 
 const PARTS: [Part; 4] = [Part::Cpu, Part::Memory, Part::Pids, Part::Io];
 
@@ -479,9 +482,10 @@ impl Own {
         Ok((!base.parts.is_empty()).then_some(base))
     }
 
-    /// The cgroup of version 2 that can have guests' below it: that of a unit whose leaf we are in
-    /// (`DelegateSubgroup=`), our own where we are alone in it, else the uppermost. A service manager
-    /// that puts us into the unit's own cgroup could not do so again while guests divide it.
+    /// The cgroup of version 2 that can have guests' below it: as a service that of the unit which is there
+    /// for them, or that of our own unit whose leaf we are in (`DelegateSubgroup=`); else our own where we are
+    /// alone in it, else the uppermost. A service manager that puts us into our unit's own cgroup could not
+    /// do so again while guests divide it.
     fn divided(&self, parts: &[Part]) -> Result<PathBuf, PathError> {
         let processes = self.directory.join("cgroup.procs");
         let alone = std::process::id().to_string();
@@ -489,21 +493,18 @@ impl Own {
             self.directory.ends_with(LEAF) && unit.starts_with(&self.mount) && *unit != self.mount
         });
         let is_service = std::env::var_os("INVOCATION_ID").is_some();
-        let directory = if let Some(unit) = unit {
+        let for_guests = self.directory.parent().map(|slice| slice.join(GUESTS_UNIT));
+        let for_guests = for_guests.filter(|directory| is_service && directory.is_dir());
+        let directory = if let Some(for_guests) = &for_guests {
+            vacate(for_guests)?;
+            for_guests
+        } else if let Some(unit) = unit {
             unit
         } else if self.directory != self.mount
             && !is_service
             && fs::read_to_string(&processes).is_ok_and(|all| all.trim() == alone)
         {
-            let leaf = self.directory.join(LEAF);
-            match fs::create_dir(&leaf) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(PathError::of("create", &leaf)(error));
-                }
-                _ => {}
-            }
-            let door = leaf.join("cgroup.procs");
-            fs::write(&door, &alone).map_err(PathError::of("write", &door))?;
+            vacate(&self.directory)?;
             &self.directory
         } else {
             &self.mount
@@ -521,6 +522,31 @@ impl Own {
         }
         Ok(directory.to_owned())
     }
+}
+
+/// Puts everybody in a cgroup into a leaf of it, so that it can be divided.
+fn vacate(directory: &Path) -> Result<(), PathError> {
+    let inside = directory.join("cgroup.procs");
+    let pids = fs::read_to_string(&inside).map_err(PathError::of("read", &inside))?;
+    if pids.is_empty() {
+        return Ok(());
+    }
+    let leaf = directory.join(LEAF);
+    match fs::create_dir(&leaf) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(PathError::of("create", &leaf)(error));
+        }
+        _ => {}
+    }
+    let door = leaf.join("cgroup.procs");
+    for pid in pids.lines() {
+        match fs::write(&door, pid) {
+            // It has ended.
+            Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
+            written => written.map_err(PathError::of("write", &door))?,
+        }
+    }
+    Ok(())
 }
 
 /// This process's cgroups, from /proc/self/mountinfo and /proc/self/cgroup: version 1 first, whose

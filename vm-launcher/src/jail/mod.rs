@@ -171,7 +171,7 @@ impl JailError {
 fn remedy(part: Part) -> &'static str {
     match part {
         Part::Cpu | Part::Memory | Part::Pids | Part::Io => {
-            "give omertad a cgroup with that controller (`Delegate=yes` in its unit, or systemd.unified_cgroup_hierarchy=1 on the kernel's command line)"
+            "give guests a cgroup with that controller (`omerta-guests.service`, with `Delegate=yes`, beside omertad's unit; or systemd.unified_cgroup_hierarchy=1 on the kernel's command line)"
         }
         Part::Landlock => "add landlock to `lsm=` on the kernel's command line",
     }
