@@ -48,17 +48,11 @@ impl LinkWatch {
 
     /// Waits until something has happened to the interface, or may have. Safe to cancel.
     pub(crate) async fn changed(&mut self) -> io::Result<()> {
-        let mut buffer = [0u8; LARGEST];
         loop {
             let mut ready = self.socket.readable().await?;
-            let fd = ready.get_inner().as_raw_fd();
-            match recv(
-                fd,
-                &mut buffer,
-                MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC,
-            ) {
-                Ok(length) if concerns(&buffer, length, self.index) => return Ok(()),
-                Ok(_) | Err(Errno::EINTR) => {}
+            match told(ready.get_inner(), self.index) {
+                Ok(true) => return Ok(()),
+                Ok(false) | Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => ready.clear_ready(),
                 // Notifications were lost.
                 Err(Errno::ENOBUFS) => return Ok(()),
@@ -66,6 +60,15 @@ impl LinkWatch {
             }
         }
     }
+}
+
+/// Whether the next datagram is about the interface. Its buffer is on the stack for this long alone, and
+/// not among what each guest holds while nothing happens.
+fn told(socket: &OwnedFd, index: u32) -> Result<bool, Errno> {
+    let mut buffer = [0u8; LARGEST];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
+    let length = recv(socket.as_raw_fd(), &mut buffer, flags)?;
+    Ok(concerns(&buffer, length, index))
 }
 
 /// Whether any message of a datagram of `length` bytes is about the interface. What cannot be read

@@ -126,7 +126,8 @@ impl Qmp {
     ) -> Result<(Self, mpsc::Receiver<MachineEvent>), QmpError> {
         let broken = |step| move |source| QmpError::Broken { step, source };
         let (from_qemu, to_qemu) = stream.into_split();
-        let (lines_out, lines_in) = tokio::io::duplex(16 << 10);
+        // Both ways are held in full for as long as the guest lives.
+        let (lines_out, lines_in) = tokio::io::duplex(1 << 10);
         let lines = AbortOnDrop(Some(tokio::spawn(copy_lines(from_qemu, lines_out))));
         let greeted = QmpStreamTokio::open_split(lines_in, to_qemu)
             .await
