@@ -10,6 +10,7 @@ pub mod incident;
 pub mod limit;
 pub mod peer;
 pub mod vm;
+pub mod watch;
 
 use std::path::PathBuf;
 

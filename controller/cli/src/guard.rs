@@ -1,6 +1,7 @@
 //! `omerta guard`: guards, without the daemon.
 
 mod upgrade;
+mod watch;
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -19,6 +20,7 @@ use crate::args::guard::{
     AttachArgs, AttachError, GuardCommand, InterfaceName, ReasonsFormat, check_limits,
 };
 use crate::args::limit;
+use crate::args::watch::WatchFileError;
 use crate::exit::{Exit, one_line};
 use crate::output::{Cell, Output, Side, Style, Table, bytes};
 use crate::translation;
@@ -71,6 +73,7 @@ pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandEr
             all,
             shown,
         } => upgrade::run(&interfaces, all, shown.format, out),
+        GuardCommand::Watch { config, once } => watch::run(&config, once, out),
         GuardCommand::Detach { interface } => detach(&interface, out),
         GuardCommand::Reasons { format } => reasons(format, out),
     }
@@ -109,6 +112,14 @@ fn attach(args: AttachArgs, out: &mut Output) -> Result<(), GuardCommandError> {
     // A good moment; what cannot be removed is in nobody's way.
     let _ = Guard::sweep_gone_namespaces();
     let status = guard.status()?;
+    if status.standing != Standing::InForce {
+        // What it says is said by `show` too.
+        let broken = GuardError::Broken {
+            interface: interface.to_owned(),
+            standing: status.standing,
+        };
+        let _ = writeln!(io::stderr(), "warning: {broken}");
+    }
     let endpoints = match status.allow.len() {
         1 => "1 endpoint".to_owned(),
         count => format!("{count} endpoints"),
@@ -446,6 +457,15 @@ pub enum GuardCommandError {
     /// The arguments contradict each other.
     #[error(transparent)]
     Usage(#[from] AttachError),
+    /// The file declares no interfaces.
+    #[error(transparent)]
+    WatchFile(#[from] WatchFileError),
+    /// Interfaces cannot be watched.
+    #[error("cannot watch the interfaces of this network namespace")]
+    Watch(#[source] io::Error),
+    /// Declared interfaces are not as they should be.
+    #[error("{0} of the declared interfaces could not be guarded: each was told above")]
+    Unguarded(usize),
     /// The file is no allowlist.
     #[error(transparent)]
     Allowlist(#[from] AllowlistError),
@@ -465,9 +485,12 @@ impl GuardCommandError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Usage(_) => Exit::Usage,
+            Self::WatchFile(WatchFileError::Missing(_)) => Exit::NotFound,
+            Self::WatchFile(WatchFileError::Unreadable { .. }) => Exit::Failed,
+            Self::WatchFile(_) => Exit::Usage,
             Self::Allowlist(error) => error.exit(),
             Self::Guard(error) => exit_of(error),
-            Self::Wait(_) | Self::Output(_) => Exit::Failed,
+            Self::Wait(_) | Self::Watch(_) | Self::Unguarded(_) | Self::Output(_) => Exit::Failed,
         }
     }
 }

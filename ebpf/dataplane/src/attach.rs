@@ -39,13 +39,36 @@ impl Guard {
         interface: &str,
         config: &GuardConfig,
     ) -> Result<Self, GuardError> {
-        let ifindex = interface::index(interface)?;
-        // Another of its names may have been given (`ip link property add ... altname`).
-        let interface = &interface::name(ifindex).unwrap_or_else(|| interface.to_owned());
+        // What is wrong with the interface or the policy is told before anything is loaded.
+        let (_, interface) = &named(interface)?;
         interface::mac(interface)?;
         let policy = config.policy(interface)?;
         refuse_unreachable(interface, &policy, &config.allow)?;
-        let mut programs = Programs::load(interface, config.mode)?;
+        let programs = Programs::load(interface, config.mode)?;
+        Self::attach_programs(programs, hook, interface, config)
+    }
+
+    /// As [`Guard::attach`], with programs that were loaded for `config`'s mode before there was an
+    /// interface: loading takes a hundred times as long as all else.
+    pub fn attach_loaded(
+        programs: Programs,
+        interface: &str,
+        config: &GuardConfig,
+    ) -> Result<Self, GuardError> {
+        Self::attach_programs(programs, Hook::of_this_kernel()?, interface, config)
+    }
+
+    fn attach_programs(
+        mut programs: Programs,
+        hook: Hook,
+        interface: &str,
+        config: &GuardConfig,
+    ) -> Result<Self, GuardError> {
+        let (ifindex, interface) = named(interface)?;
+        let interface = &interface;
+        interface::mac(interface)?;
+        let policy = config.policy(interface)?;
+        refuse_unreachable(interface, &policy, &config.allow)?;
         let mut store = PolicyStore::of(&mut programs, interface)?;
         store.commit(policy, &config.allow)?;
         store.set_lease_until_ns(lease::word(interface, config.lease)?);
@@ -103,7 +126,7 @@ impl Guard {
                     filter(&aside, &mut programs, interface, ifindex, &mut left).map_err(gone_or)
                 }
             })
-            .and_then(|()| Self::of_pins(interface, ifindex, aside.clone())?.verify())
+            .and_then(|()| Self::of_pins(interface, ifindex, aside.clone())?.judging())
             .and_then(|()| aside.put_in_place(&place));
         if let Err(error) = made {
             // The error to report is the first; whatever stays is removed by the next change. What
@@ -119,6 +142,14 @@ impl Guard {
         let _ = remove_aside(&lock, interface, config.owner.as_ref());
         Ok(guard)
     }
+}
+
+/// The interface's index and name. Another of its names may have been given (`ip link property add ...
+/// altname`).
+fn named(interface: &str) -> Result<(u32, String), GuardError> {
+    let ifindex = interface::index(interface)?;
+    let name = interface::name(ifindex).unwrap_or_else(|| interface.to_owned());
+    Ok((ifindex, name))
 }
 
 fn link(programs: &mut Programs, interface: &str) -> Result<[(Direction, FdLink); 2], GuardError> {

@@ -373,7 +373,7 @@ fn remedy(standing: Standing, interface: &str) -> String {
             "bring the interface back to this network namespace to reach it".to_owned()
         }
         Standing::Preceded => format!(
-            "remove that program (`bpftool net show dev {interface}` names it), or `omerta guard detach {interface}` and attach the guard anew, which puts it first"
+            "remove that program (`bpftool net show dev {interface}` names it; `ip link set dev {interface} xdp off` where it is of XDP), or, where it stands on the guard's hook, `omerta guard detach {interface}` and attach the guard anew, which puts it first"
         ),
         _ => format!(
             "`omerta guard detach {interface}` removes what is left of it, and attach guards anew"

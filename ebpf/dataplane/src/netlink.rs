@@ -1,4 +1,4 @@
-//! Requests to the kernel's traffic control (rtnetlink(7)), and what it answers.
+//! Requests to the kernel's traffic control and about its interfaces (rtnetlink(7)), and what it answers.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,6 +12,8 @@ use nix::sys::socket::{
 /// `struct nlmsghdr` and `struct tcmsg`, in bytes.
 const HEADER: usize = 16;
 const BODY: usize = 20;
+/// `struct ifinfomsg`, in bytes: as `struct tcmsg`, but without the last word.
+const LINK_BODY: usize = 16;
 /// The head of `struct nlattr`.
 const ATTRIBUTE: usize = 4;
 /// A dump comes in datagrams of at most 32 KiB (`netlink_dump` in net/netlink/af_netlink.c).
@@ -19,11 +21,13 @@ const LARGEST: usize = 64 << 10;
 /// The bits of an attribute's type that are flags.
 const TYPE_MASK: u16 = 0x3fff;
 
-/// `struct tcmsg`: what a request or an answer is about.
+/// `struct tcmsg` or `struct ifinfomsg`: what a request or an answer is about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Subject {
     pub ifindex: u32,
+    /// Of interfaces: their flags.
     pub handle: u32,
+    /// Of interfaces: which flags change.
     pub parent: u32,
     /// Of filters: preference << 16 | protocol, in network byte order.
     pub info: u32,
@@ -75,12 +79,34 @@ pub fn dump(kind: u16, subject: Subject) -> io::Result<Vec<Object>> {
     exchange(kind, libc::NLM_F_DUMP, subject, &[])
 }
 
+/// What the kernel finds for `subject`, one answer alone.
+pub fn get(kind: u16, subject: Subject, attributes: &[u8]) -> io::Result<Vec<Object>> {
+    exchange(kind, libc::NLM_F_ACK, subject, attributes)
+}
+
 /// A socket that is told, from now on, of every change to the traffic control of this thread's
 /// network namespace.
 pub fn changes() -> io::Result<OwnedFd> {
-    /// include/uapi/linux/rtnetlink.h.
-    const RTMGRP_TC: u32 = 8;
     open(SockFlag::SOCK_NONBLOCK, RTMGRP_TC)
+}
+
+/// As [`changes`], and of every change to its interfaces.
+pub fn all_changes() -> io::Result<OwnedFd> {
+    open(
+        SockFlag::SOCK_NONBLOCK,
+        RTMGRP_TC | libc::RTMGRP_LINK as u32,
+    )
+}
+
+/// include/uapi/linux/rtnetlink.h.
+const RTMGRP_TC: u32 = 8;
+
+/// Bytes of what stands before the attributes of messages of `kind`.
+fn body_of(kind: u16) -> usize {
+    match kind {
+        libc::RTM_NEWLINK..=libc::RTM_SETLINK => LINK_BODY,
+        _ => BODY,
+    }
 }
 
 fn open(flags: SockFlag, groups: u32) -> io::Result<OwnedFd> {
@@ -96,8 +122,9 @@ fn open(flags: SockFlag, groups: u32) -> io::Result<OwnedFd> {
 
 fn exchange(kind: u16, flags: i32, subject: Subject, attributes: &[u8]) -> io::Result<Vec<Object>> {
     let socket = open(SockFlag::empty(), 0)?;
+    let body = body_of(kind);
     let mut message = Vec::with_capacity(HEADER + BODY + attributes.len());
-    message.extend(((HEADER + BODY + attributes.len()) as u32).to_ne_bytes());
+    message.extend(((HEADER + body + attributes.len()) as u32).to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend(((libc::NLM_F_REQUEST | flags) as u16).to_ne_bytes());
     // Sequence and port: the socket is this exchange's own.
@@ -111,6 +138,7 @@ fn exchange(kind: u16, flags: i32, subject: Subject, attributes: &[u8]) -> io::R
     ] {
         message.extend(word.to_ne_bytes());
     }
+    message.truncate(HEADER + body);
     message.extend(attributes);
     send(socket.as_raw_fd(), &message, MsgFlags::empty())?;
 
@@ -137,7 +165,8 @@ fn read(mut datagram: &[u8], found: &mut Vec<Object>) -> io::Result<bool> {
         if flags & libc::NLM_F_DUMP_INTR != 0 {
             return Err(io::Error::other("it changed while it was read: try again"));
         }
-        match i32::from(half(datagram, 4).ok_or_else(malformed)?) {
+        let kind = half(datagram, 4).ok_or_else(malformed)?;
+        match i32::from(kind) {
             // Both begin with an error number below 0, or 0.
             libc::NLMSG_ERROR | libc::NLMSG_DONE => {
                 return match word(body, 0).ok_or_else(malformed)? as i32 {
@@ -148,14 +177,15 @@ fn read(mut datagram: &[u8], found: &mut Vec<Object>) -> io::Result<bool> {
             libc::NLMSG_NOOP => {}
             _ => {
                 let word = |at| word(body, at).ok_or_else(malformed);
+                let length = body_of(kind);
                 found.push(Object {
                     subject: Subject {
                         ifindex: word(4)?,
                         handle: word(8)?,
                         parent: word(12)?,
-                        info: word(16)?,
+                        info: if length == BODY { word(16)? } else { 0 },
                     },
-                    attributes: body.get(BODY..).ok_or_else(malformed)?.to_vec(),
+                    attributes: body.get(length..).ok_or_else(malformed)?.to_vec(),
                 });
             }
         }
@@ -219,6 +249,21 @@ mod tests {
         assert!(read(&[0; 16], &mut found).is_err());
         assert!(read(&message(44, &[0; 19]), &mut found).is_err());
         assert!(found.is_empty());
+    }
+
+    #[test]
+    fn an_interface_is_read_to_its_own_length() {
+        let mut found = Vec::new();
+        let mut body = vec![0; 4];
+        for word in [7u32, 1, 0] {
+            body.extend(word.to_ne_bytes());
+        }
+        append(&mut body, 3, b"tap0\0");
+        let kind = i32::from(libc::RTM_NEWLINK);
+        assert!(!read(&message(kind, &body), &mut found).unwrap());
+        assert_eq!((found[0].subject.ifindex, found[0].subject.handle), (7, 1));
+        assert_eq!(found[0].attribute(3), Some(&b"tap0\0"[..]));
+        assert!(read(&message(kind, &[0; 15]), &mut found).is_err());
     }
 
     #[test]

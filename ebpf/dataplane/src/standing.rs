@@ -6,14 +6,15 @@ use crate::attach::attached;
 use crate::clsact::{self, Filter};
 use crate::notes::Filters;
 use crate::pins::Pins;
-use crate::{GuardError, interface};
+use crate::{GuardError, interface, links};
 
 /// How a guard stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
     /// Both programs judge, before any other.
     InForce,
-    /// Both programs judge, but another stands before one of them and may let frames pass it by.
+    /// Both programs judge, but another (also of XDP) stands before one of them and may let frames pass
+    /// it by.
     Preceded,
     /// A program that is not the guard's runs in the place of one of its own.
     Exchanged,
@@ -48,7 +49,7 @@ impl Standing {
         match self {
             Self::InForce => "nothing is wrong with it",
             Self::Preceded => {
-                "another program stands before it on the hook, and may let frames pass it by"
+                "another program stands before it, on the hook or by XDP, and may let frames pass it by"
             }
             Self::Exchanged => "another program was put in place of one of its own",
             Self::Partial => "only one of its two programs judges",
@@ -116,6 +117,7 @@ fn look_at_filters(pins: &Pins, filters: Filters) -> Result<Look, GuardError> {
             }
         }
     }
+    preceded |= judging > 0 && links::has_xdp(ifindex).map_err(failed)?;
     let standing = match judging {
         // The index may be another interface's by now, and the filters another guard's.
         0 => return Ok(NOTHING),
@@ -190,6 +192,14 @@ fn look_at_links(pins: &Pins) -> Result<Look, GuardError> {
             None => elsewhere = true,
         }
         exchanged |= !own.contains(&link.program_id);
+    }
+    if let Some(interface) = &found.interface {
+        let failed = |source| GuardError::System {
+            action: "ask for an XDP program",
+            interface: interface.clone(),
+            source,
+        };
+        preceded |= links::has_xdp(found.ifindex).map_err(failed)?;
     }
     found.standing = match living {
         0 => Standing::Gone,

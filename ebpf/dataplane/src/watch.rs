@@ -20,7 +20,7 @@ use crate::bpffs::namespace_directory;
 use crate::link::{self, LinkInfo};
 use crate::state::StateMap;
 use crate::store::state_of;
-use crate::{Guard, GuardError, Standing, clsact, interface, lease, netlink};
+use crate::{Guard, GuardError, Standing, clsact, interface, lease, links, netlink};
 
 /// One of the guard's links, or the program of one of its filters, held open: while it is, the
 /// kernel runs a link's program even where the link's pin is removed, and gives the program's id to
@@ -156,7 +156,7 @@ impl GuardWatch {
 
     /// Proves that nothing has changed since: the interface has its name, each link or program its
     /// pin, each link its program and its interface, that program is the first on its hook, and no
-    /// policy was committed. A dozen system calls.
+    /// policy was committed. Some fifteen system calls.
     ///
     /// # Errors
     /// What has changed.
@@ -183,6 +183,13 @@ impl GuardWatch {
             if let Some(why) = complaint.map_err(self.failed("ask for the programs"))? {
                 return Err(self.not_in_force(why));
             }
+        }
+        let has_xdp = links::has_xdp(self.ifindex);
+        if !matches!(has_xdp, Ok(false)) {
+            self.same_interface()?;
+        }
+        if has_xdp.map_err(self.failed("ask for an XDP program"))? {
+            return Err(self.not_in_force(Standing::Preceded.why()));
         }
         match self.expected.try_lock() {
             Ok(expected) => self.same_policy(*expected),

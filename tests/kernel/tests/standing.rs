@@ -18,7 +18,7 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use omerta_dataplane::{ErrorKind, Guard, GuardConfig, GuardError, Owner, Programs, Standing};
 use omerta_kernel_tests::{config, remove_left_overs};
-use omerta_test_support::{Namespace, Tap};
+use omerta_test_support::{Namespace, Tap, ip};
 use omerta_verdict::{Direction, Mode};
 
 /// Runs `work` in a namespace of its own that has taps `guest` and `other`; it is given the
@@ -97,6 +97,89 @@ fn another_program_before_the_guard_shows_in_its_state() {
         guard.verify().unwrap();
         guard.detach().unwrap();
     });
+}
+
+/// Pins an XDP program that passes everything at `pin`.
+fn pin_xdp(pin: &std::path::Path) {
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log: [u64; 4],
+        name: [u8; 16],
+    }
+    #[repr(C)]
+    struct Pin {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    // r0 = XDP_PASS; exit
+    let instructions: [u64; 2] = [0x0000_0002_0000_00b7, 0x95];
+    let load = Load {
+        kind: 6,
+        count: 2,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        log: [0; 4],
+        name: *b"foreign\0\0\0\0\0\0\0\0\0",
+    };
+    let path = std::ffi::CString::new(pin.to_str().unwrap()).unwrap();
+    // SAFETY: BPF_PROG_LOAD and BPF_OBJ_PIN read requests, instructions and strings, which outlive the
+    // calls.
+    unsafe {
+        let call = |command: i32, request: *const u8, size: usize| {
+            nix::libc::syscall(nix::libc::SYS_bpf, command, request, size)
+        };
+        let fd = call(5, (&raw const load).cast(), size_of::<Load>());
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        let request = Pin {
+            path: path.as_ptr() as u64,
+            fd: fd as u32,
+            flags: 0,
+        };
+        let pinned = call(6, (&raw const request).cast(), size_of::<Pin>());
+        assert_eq!(pinned, 0, "{}", std::io::Error::last_os_error());
+        nix::libc::close(fd as i32);
+    }
+}
+
+#[test]
+fn an_xdp_program_on_the_tap_shows_as_one_before_the_guard() {
+    for hook in omerta_kernel_tests::hooks().unwrap() {
+        with_taps(|_| {
+            let pin = PathBuf::from(format!(
+                "/sys/fs/bpf/omerta-test-xdp-{}",
+                std::process::id()
+            ));
+            pin_xdp(&pin);
+            let guard = Guard::attach_by(*hook, "guest", &config(Mode::Filtered)).unwrap();
+            let watch = omerta_dataplane::GuardWatch::begin(&guard).unwrap();
+            for way in ["xdpdrv", "xdpgeneric"] {
+                let pinned = pin.display();
+                ip(&format!("link set dev guest {way} pinned {pinned}")).unwrap();
+                assert_eq!(standing("guest"), Standing::Preceded, "{way}");
+                not_in_force(guard.verify(), "XDP");
+                not_in_force(watch.check(), "XDP");
+                ip(&format!("link set dev guest {way} off")).unwrap();
+                guard.verify().unwrap();
+                watch.check().unwrap();
+            }
+            // One that is there first does not keep the guard away.
+            guard.detach().unwrap();
+            ip(&format!(
+                "link set dev guest xdpgeneric pinned {}",
+                pin.display()
+            ))
+            .unwrap();
+            let guard = Guard::attach_by(*hook, "guest", &config(Mode::Filtered)).unwrap();
+            assert_eq!(guard.status().unwrap().state, "preceded");
+            guard.detach().unwrap();
+            fs::remove_file(&pin).unwrap();
+        });
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -11,6 +11,7 @@ use omerta_verdict::{Address, Endpoint, MAX_ADDRESSES, Mac, Mode};
 
 use super::Shown;
 use super::limit::{self, Limit};
+use super::watch::{Tap, WatchFileError};
 
 /// The verbs of `omerta guard`.
 #[derive(Debug, Subcommand)]
@@ -108,6 +109,21 @@ after. omertad upgrades the guards of its guests itself when it starts."
 
         #[command(flatten)]
         shown: Shown,
+    },
+
+    /// Keep declared interfaces guarded, whenever they appear, until interrupted
+    #[command(
+        after_help = "An interface without a guard is set down, guarded, and set up again if it was up; where it cannot be \
+guarded it stays down. Guards outlive this command."
+    )]
+    Watch {
+        /// TOML with a [[tap]] for each interface: name, and what `guard attach` takes
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+
+        /// Look once and end: with 1 where an interface could not be guarded
+        #[arg(long)]
+        once: bool,
     },
 
     /// Remove an interface's guard: everything passes again
@@ -223,6 +239,54 @@ pub struct Attachment {
 }
 
 impl AttachArgs {
+    /// What a file declares for one interface.
+    pub(super) fn of_tap(path: &Path, tap: Tap) -> Result<Self, WatchFileError> {
+        let name = tap.name.clone();
+        let unfit = |key, value: &str, why: String| WatchFileError::Value {
+            path: path.to_owned(),
+            tap: name.clone(),
+            key,
+            value: value.to_owned(),
+            why,
+        };
+        fn each<T>(
+            key: &'static str,
+            values: &[String],
+            parse: impl Fn(&str) -> Result<T, String>,
+            unfit: &impl Fn(&'static str, &str, String) -> WatchFileError,
+        ) -> Result<Vec<T>, WatchFileError> {
+            let parsed = values
+                .iter()
+                .map(|value| parse(value).map_err(|why| unfit(key, value, why)));
+            parsed.collect()
+        }
+        fn parsed<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, String> {
+            text.parse().map_err(|error: T::Err| error.to_string())
+        }
+        Ok(Self {
+            interface: parsed(&tap.name).map_err(|why| unfit("name", &tap.name, why))?,
+            mac: parsed(&tap.mac).map_err(|why| unfit("mac", &tap.mac, why))?,
+            addresses: each("ip", &tap.ip, parse_address, &unfit)?,
+            gateways: each("gateway", &tap.gateway, parse_address, &unfit)?,
+            gateway_mac: tap
+                .gateway_mac
+                .as_deref()
+                .map(|mac| parsed(mac).map_err(|why| unfit("gateway_mac", mac, why)))
+                .transpose()?,
+            allow: each("allow", &tap.allow, parsed, &unfit)?,
+            mode: parsed(&tap.mode).map_err(|why| unfit("mode", &tap.mode, why))?,
+            limits: each("limit", &tap.limit, parsed, &unfit)?,
+            lease: tap
+                .lease
+                .as_deref()
+                .map(|lease| parsed(lease).map_err(|why| unfit("lease", lease, why)))
+                .transpose()?,
+            redirect: false,
+            redirect_peers: Vec::new(),
+            verbose: false,
+        })
+    }
+
     /// Checks what only shows when the values are seen together.
     ///
     /// # Errors

@@ -20,3 +20,4 @@ mod peer;
 mod run;
 mod upgrade;
 mod usage;
+mod watch;

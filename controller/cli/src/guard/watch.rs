@@ -1,0 +1,243 @@
+//! `omerta guard watch`: declared interfaces are guarded whenever they appear, and stay so.
+//!
+//! What the kernel notifies of, and a timer, are occasions to look; everything is then looked at as it
+//! is, by a dump of all interfaces, so nothing depends on a notification that may be lost. An interface
+//! that is up without a guard is set down before anything else is done about it.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::thread::{self, JoinHandle};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use omerta_dataplane::links::{self, Interface, InterfaceChanges};
+use omerta_dataplane::{Guard, GuardConfig, GuardError, HeldGuard, Programs};
+
+use super::GuardCommandError;
+use crate::args::guard::Attachment;
+use crate::args::watch;
+use crate::exit::{explain, one_line};
+use crate::output::Output;
+
+/// Milliseconds after which everything is looked at where nothing was notified: of links that are cut and pins
+/// that are lost nobody is.
+const LOOK_AGAIN: u16 = 1000;
+
+/// Guards the interfaces that `path` declares until the process is ended; or once.
+pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommandError> {
+    let mut taps: Vec<_> = watch::read(path)?.into_iter().map(Tap::new).collect();
+    let changes = InterfaceChanges::open().map_err(GuardCommandError::Watch)?;
+    loop {
+        // Taken first: what changes while all is looked at is an occasion to look again.
+        changes.take().map_err(GuardCommandError::Watch)?;
+        match links::all() {
+            Ok(interfaces) => {
+                for tap in &mut taps {
+                    tap.look(interfaces.iter().find(|one| one.name == tap.name()), out)?;
+                }
+            }
+            // They changed while they were listed, which was told as well.
+            Err(error) if error.kind() == io::ErrorKind::Other => continue,
+            Err(error) => return Err(GuardCommandError::Watch(error)),
+        }
+        if once {
+            return match taps.iter().filter(|tap| tap.told.is_some()).count() {
+                0 => Ok(()),
+                count => Err(GuardCommandError::Unguarded(count)),
+            };
+        }
+        // Interfaces that appear from now on are guarded by these.
+        for tap in &mut taps {
+            tap.prepare();
+        }
+        let mut told = [PollFd::new(changes.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut told, PollTimeout::from(LOOK_AGAIN)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(GuardCommandError::Watch(errno.into())),
+        }
+    }
+}
+
+/// One declared interface.
+struct Tap {
+    declared: Attachment,
+    /// Loaded before they are needed, since that takes a hundred times as long as attaching; by a thread of its
+    /// own, since an interface may appear meanwhile.
+    programs: Option<JoinHandle<Result<Programs, GuardError>>>,
+    /// The index of the interface that was looked at last; `None` before the first look.
+    known: Option<u32>,
+    /// The guard that is in force, held open: it judges whatever becomes of its pins.
+    held: Option<HeldGuard>,
+    /// The index of the interface that was set down and is to be set up again.
+    set_down: Option<u32>,
+    /// What is wrong, as it was told last.
+    told: Option<String>,
+}
+
+impl Tap {
+    fn new(declared: Attachment) -> Self {
+        Self {
+            declared,
+            programs: None,
+            known: None,
+            held: None,
+            set_down: None,
+            told: None,
+        }
+    }
+
+    fn name(&self) -> &str {
+        self.declared.interface.as_str()
+    }
+
+    fn config(&self) -> &GuardConfig {
+        &self.declared.config
+    }
+
+    fn prepare(&mut self) {
+        if self.programs.is_none() {
+            let (name, mode) = (self.name().to_owned(), self.config().mode);
+            let thread = thread::Builder::new().name("omerta-load".into());
+            // Where there is no thread, they are loaded when they are needed.
+            self.programs = thread.spawn(move || Programs::load(&name, mode)).ok();
+        }
+    }
+
+    /// Those that were loaded, or others.
+    fn programs(&mut self) -> Result<Programs, GuardError> {
+        match self.programs.take().map(JoinHandle::join) {
+            Some(Ok(programs)) => programs,
+            _ => Programs::load(self.name(), self.config().mode),
+        }
+    }
+
+    /// Looks at the interface as it is, and has it guarded.
+    fn look(&mut self, found: Option<&Interface>, out: &mut Output) -> io::Result<()> {
+        let Some(found) = found else {
+            // A guard follows an interface that is renamed. What is held is of nobody else's use.
+            self.held = None;
+            self.known = Some(0);
+            self.set_down = None;
+            self.told = None;
+            return Ok(());
+        };
+        match self.guard(found) {
+            Ok(None) => {}
+            Ok(Some(how)) => {
+                self.told = None;
+                out.line(format_args!(
+                    "{} (index {}): {how}",
+                    self.name(),
+                    found.index
+                ))?;
+            }
+            Err(error) => self.tell(&explain(&error)),
+        }
+        Ok(())
+    }
+
+    /// What was done, if anything.
+    fn guard(&mut self, found: &Interface) -> Result<Option<&'static str>, GuardError> {
+        let name = self.name().to_owned();
+        let known = self.known.replace(found.index);
+        if known.is_some_and(|known| known != found.index) {
+            // Whoever else guards it has had no time to: nothing is asked before it is down.
+            self.set_down(found)?;
+        }
+        match Guard::open(&name) {
+            Ok(guard) if self.held.as_ref().is_some_and(|held| held.is(&guard)) => {
+                self.set_up_again(found.index)?;
+                return self.is_first(&guard).map(|()| None);
+            }
+            Ok(guard) if guard.ifindex() == found.index => {
+                self.held = Some(guard.hold()?);
+                self.set_up_again(found.index)?;
+                self.is_first(&guard)?;
+                return Ok(Some("in force"));
+            }
+            // Of an interface that came since; the next look finds it.
+            Ok(_) => return Ok(None),
+            Err(error @ (GuardError::NoInterface { .. } | GuardError::Busy { .. })) => {
+                return match error {
+                    GuardError::NoInterface { .. } => Ok(None),
+                    error => Err(error),
+                };
+            }
+            Err(_) => {}
+        }
+        // What is held judges on without its pins, so nothing is open; the new guard stands before it.
+        let judges = match &self.held {
+            Some(held) => held.is_on(found.index)?,
+            None => false,
+        };
+        if !judges {
+            self.set_down(found)?;
+        }
+        let programs = self.programs()?;
+        let guard = Guard::attach_loaded(programs, &name, self.config())?;
+        self.held = Some(guard.hold()?);
+        let how = match (judges, self.set_down) {
+            (true, _) => "its pins were lost: judged on, and guarded anew",
+            (false, Some(_)) => "guarded; it was up without a guard, and set down meanwhile",
+            (false, None) => "guarded",
+        };
+        self.set_up_again(guard.ifindex())?;
+        self.is_first(&guard)?;
+        Ok(Some(how))
+    }
+
+    fn set_down(&mut self, found: &Interface) -> Result<(), GuardError> {
+        if found.is_up {
+            self.system("set down", links::set_up(found.index, false))?;
+            self.set_down = Some(found.index);
+        }
+        Ok(())
+    }
+
+    fn set_up_again(&mut self, index: u32) -> Result<(), GuardError> {
+        if self.set_down == Some(index) {
+            self.system("set up", links::set_up(index, true))?;
+        }
+        self.set_down = None;
+        Ok(())
+    }
+
+    /// Fails where another program stands before the guard's, and tells where that is over.
+    fn is_first(&mut self, guard: &Guard) -> Result<(), GuardError> {
+        match guard.verify() {
+            Ok(()) => {
+                if self.told.take().is_some() {
+                    self.say("as it should be again");
+                }
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn system(&self, action: &'static str, done: io::Result<()>) -> Result<(), GuardError> {
+        done.map_err(|source| GuardError::System {
+            action,
+            interface: self.name().to_owned(),
+            source,
+        })
+    }
+
+    /// Tells what is wrong, once.
+    fn tell(&mut self, why: &str) {
+        if self.told.as_deref() == Some(why) {
+            return;
+        }
+        self.say(&match self.set_down {
+            Some(_) => format!("not guarded, and left down: {why}"),
+            None => why.to_owned(),
+        });
+        self.told = Some(why.to_owned());
+    }
+
+    fn say(&self, what: &str) {
+        // Where stderr is closed guarding goes on all the same.
+        let _ = writeln!(io::stderr(), "omerta: {}: {}", self.name(), one_line(what));
+    }
+}
