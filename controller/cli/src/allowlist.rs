@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use omerta_verdict::{Endpoint, EndpointParseError};
 
 use crate::exit::Exit;
@@ -15,18 +17,24 @@ use crate::exit::Exit;
 pub fn read(path: &Path) -> Result<Vec<Endpoint>, AllowlistError> {
     let mut bytes = Vec::new();
     let (name, read) = if path == Path::new("-") {
-        (
-            PathBuf::from("standard input"),
-            io::stdin()
-                .lock()
-                .take(MAX_BYTES + 1)
-                .read_to_end(&mut bytes),
-        )
+        let stdin = io::stdin().lock();
+        let read = stdin.take(MAX_BYTES + 1).read_to_end(&mut bytes);
+        (PathBuf::from("standard input"), read)
     } else {
-        (
-            path.to_owned(),
-            fs::File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)),
-        )
+        let name = path.to_owned();
+        // What a pipe without a writer would wait for may never come.
+        let opened = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path);
+        let read = match opened.and_then(|file| Ok((file.metadata()?.file_type(), file))) {
+            Ok((kind, _)) if kind.is_fifo() || kind.is_socket() => {
+                return Err(AllowlistError::Pipe(name));
+            }
+            Ok((_, file)) => file.take(MAX_BYTES + 1).read_to_end(&mut bytes),
+            Err(error) => Err(error),
+        };
+        (name, read)
     };
     match read {
         Ok(length) if length as u64 > MAX_BYTES => Err(AllowlistError::TooLong(name)),
@@ -41,10 +49,13 @@ pub fn read(path: &Path) -> Result<Vec<Endpoint>, AllowlistError> {
     }
 }
 
-/// Parses an allowlist. A byte order mark, blank lines and what follows `#` are ignored.
+/// Parses an allowlist. A byte order mark, blank lines and what follows `#` are ignored. A last line without
+/// a line break is that of a file that was cut off, or of an editor that writes none: it is taken only where
+/// nothing that could follow makes another endpoint of it.
 pub(crate) fn parse(name: &Path, bytes: &[u8]) -> Result<Vec<Endpoint>, AllowlistError> {
     let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
     let mut endpoints = Vec::new();
+    let last = bytes.split(|&byte| byte == b'\n').count();
     for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
         let number = index + 1;
         let line = str::from_utf8(line).map_err(|_| AllowlistError::NotText {
@@ -62,8 +73,22 @@ pub(crate) fn parse(name: &Path, bytes: &[u8]) -> Result<Vec<Endpoint>, Allowlis
             cause,
         })?;
         endpoints.push(endpoint);
+        // Neither a comment nor a blank has ended it, and no line follows.
+        if line.ends_with(text) && last == number && may_go_on(text) {
+            return Err(AllowlistError::CutOff {
+                name: name.to_owned(),
+                number,
+                text: text.to_owned(),
+            });
+        }
     }
     Ok(endpoints)
+}
+
+/// Whether a digit more makes another endpoint of `text`.
+fn may_go_on(text: &str) -> bool {
+    let longer = |digit| format!("{text}{digit}").parse::<Endpoint>();
+    (0..10).any(|digit| longer(digit).is_ok())
 }
 
 /// The longest allowlist that is read, in bytes: more than a full one of the longest endpoints.
@@ -89,6 +114,19 @@ pub enum AllowlistError {
     /// A directory.
     #[error("{} is a directory: give a file with one endpoint a line, or - for standard input", .0.display())]
     Directory(PathBuf),
+    /// A pipe.
+    #[error("{} is a pipe and no file: give a file with one endpoint a line, or - for standard input", .0.display())]
+    Pipe(PathBuf),
+    /// The last line may be half of one.
+    #[error("{}, line {number}: '{text}' has no line break after it, so the file may be cut off; nothing was changed: end it with one where it is whole", name.display())]
+    CutOff {
+        /// The file.
+        name: PathBuf,
+        /// The line, counted from 1.
+        number: usize,
+        /// The line's text.
+        text: String,
+    },
     /// More than any allowlist has.
     #[error("{} is longer than {} MiB, so it is no allowlist: give a file with one endpoint a line", .0.display(), MAX_BYTES >> 20)]
     TooLong(PathBuf),
@@ -121,6 +159,8 @@ impl AllowlistError {
             Self::Missing(_) => Exit::NotFound,
             Self::Read { .. } => Exit::Failed,
             Self::Directory(_)
+            | Self::Pipe(_)
+            | Self::CutOff { .. }
             | Self::TooLong(_)
             | Self::NotText { .. }
             | Self::Endpoint { .. } => Exit::Usage,
@@ -140,7 +180,7 @@ mod tests {
 
     #[test]
     fn comments_blank_lines_and_crlf_are_no_endpoints() {
-        let text = "# consumers\r\n\r\nudp:192.0.2.1:51820\r\n  tcp:[2001:db8::1]:443 # web\n\n#\nicmp:192.0.2.1";
+        let text = "# consumers\r\n\r\nudp:192.0.2.1:51820\r\n  tcp:[2001:db8::1]:443 # web\n\n#\nicmp:192.0.2.1\n";
         assert_eq!(
             parsed(text).unwrap(),
             [
@@ -168,6 +208,28 @@ mod tests {
                 .to_string()
                 .starts_with("list, line 2: not text")
         );
+    }
+
+    #[test]
+    fn a_last_line_that_may_be_cut_off_is_refused() {
+        for cut in ["udp:192.0.2.1:518", "icmp:192.0.2.1", "tcp:[2001:db8::1]:4"] {
+            let complaint = parsed(&format!("udp:192.0.2.9:9\n{cut}")).unwrap_err();
+            assert!(
+                complaint.contains("line 2") && complaint.contains("cut off"),
+                "{complaint}"
+            );
+            for whole in ["\n", "\r\n", " # consumer", " "] {
+                assert_eq!(parsed(&format!("{cut}{whole}")).unwrap(), [cut]);
+            }
+        }
+        // Nothing that could follow makes another of these.
+        for whole in [
+            "udp:192.0.2.1:51820",
+            "icmp:[2001:db8::1]",
+            "icmp:192.0.2.100",
+        ] {
+            assert_eq!(parsed(whole).unwrap(), [whole]);
+        }
     }
 
     #[test]

@@ -6,20 +6,39 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 
-/// The inodes of the network namespaces that a process is in or a mount of this mount namespace holds
-/// (`ip netns`). One that is held by a descriptor alone, or by a mount elsewhere, is not found.
+/// The inodes of the network namespaces that a process is in or that a mount in any process's mount
+/// namespace holds (`ip netns`). One that is held by a descriptor alone is not found.
 pub fn namespaces() -> HashSet<u64> {
-    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
-    let mut living: HashSet<u64> = mounts.lines().filter_map(of_mount).collect();
+    let (mut living, mut mounts) = (HashSet::new(), HashSet::new());
+    let own = [PathBuf::from("/proc/thread-self")];
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    // Of a process that ends meanwhile there is nothing to tell.
-    let of_processes = processes.filter_map(|process| {
-        let namespace = fs::metadata(process.path().join("ns/net")).ok()?;
-        Some(namespace.ino())
-    });
-    living.extend(of_processes);
+    for process in own
+        .into_iter()
+        .chain(processes.map(|process| process.path()))
+    {
+        // Of a process that ends meanwhile there is nothing to tell.
+        let inode = |kind| Some(fs::metadata(process.join(kind)).ok()?.ino());
+        living.extend(inode("ns/net"));
+        if inode("ns/mnt").is_some_and(|namespace| mounts.insert(namespace)) {
+            let lines = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+            living.extend(lines.lines().filter_map(of_mount));
+        }
+    }
     living
+}
+
+/// Whether a process holds the network namespace of that inode by a descriptor.
+pub fn is_held(inode: u64) -> bool {
+    let held = format!("net:[{inode}]");
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let descriptors = processes
+        .filter_map(|process| fs::read_dir(process.path().join("fd")).ok())
+        .flat_map(Iterator::flatten);
+    descriptors
+        .filter_map(|descriptor| fs::read_link(descriptor.path()).ok())
+        .any(|leads_to| leads_to.as_os_str() == held.as_str())
 }
 
 /// The number of this thread's network namespace that no other is ever given, as inodes are
@@ -65,5 +84,7 @@ mod tests {
         let other = "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw";
         assert_eq!(of_mount(other), None);
         assert_eq!(cookie().unwrap(), cookie().unwrap());
+        let _held = fs::File::open("/proc/thread-self/ns/net").unwrap();
+        assert!(is_held(own) && !is_held(1));
     }
 }

@@ -144,7 +144,7 @@ impl Pins {
             .map_err(failed("read the link", &path))
     }
 
-    /// Whether there are links and none is on an interface. Filters go with theirs and tell nothing.
+    /// Whether there are links and none is on an interface.
     fn is_of_gone_interface(&self) -> Result<bool, GuardError> {
         let mut links = 0;
         for direction in Direction::ALL {
@@ -154,7 +154,7 @@ impl Pins {
                 None => {}
             }
         }
-        Ok(links > 0 && self.filters()?.is_none())
+        Ok(links > 0)
     }
 
     /// The id of the guard's program of `direction`.
@@ -365,7 +365,8 @@ pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
     let own = namespace_directory()?;
     for namespace in read(&root()?)? {
         let name = namespace.file_name().unwrap_or_default().to_string_lossy();
-        let is_gone = name.parse().is_ok_and(|inode| !living.contains(&inode));
+        let inode = name.parse().ok();
+        let is_gone = inode.is_some_and(|inode| !living.contains(&inode));
         let is_own = namespace == own;
         if !(is_gone || is_own) || !namespace.is_dir() {
             continue;
@@ -380,9 +381,11 @@ pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
             if !pins.exist() {
                 continue;
             }
-            // Filters went with their interface, where its namespace is known to be gone.
+            // Filters went with their interface, and that with its namespace. (Where that is held in a way that
+            // nobody can see, as by a socket, they judge on without pins.)
             let judges_nothing = match is_own {
                 true => pins.is_of_gone_namespace()? && look(&pins)?.standing == Standing::Gone,
+                false if pins.filters()?.is_some() => !inode.is_some_and(living::is_held),
                 false => pins.is_of_gone_interface()?,
             };
             if !judges_nothing {

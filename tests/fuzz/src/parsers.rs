@@ -50,8 +50,8 @@ pub fn words(bytes: &[u8]) {
 pub fn allowlist_file(bytes: &[u8]) {
     match allowlist::parse(Path::new("list"), bytes) {
         Ok(endpoints) => {
-            let lines: Vec<_> = endpoints.iter().map(ToString::to_string).collect();
-            let again = allowlist::parse(Path::new("again"), lines.join("\n").as_bytes()).unwrap();
+            let lines: String = endpoints.iter().map(|one| format!("{one}\n")).collect();
+            let again = allowlist::parse(Path::new("again"), lines.as_bytes()).unwrap();
             assert_eq!(again, endpoints);
             assert!(endpoints.len() <= bytes.split(|b| *b == b'\n').count());
         }

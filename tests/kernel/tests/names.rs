@@ -187,10 +187,12 @@ fn a_guard_that_moved_out_of_a_namespace_is_not_its_successors() {
 /// Nobody can enter a namespace that is gone, so nobody could remove what is pinned for it.
 #[test]
 fn guards_of_namespaces_that_are_gone_are_removed_and_those_of_others_are_not() {
-    if omerta_dataplane::Hook::of_this_kernel().unwrap() != omerta_dataplane::Hook::Tcx {
-        println!("skipped: Linux 6.1: this kernel has no TCX");
-        return;
+    for hook in omerta_kernel_tests::hooks().unwrap() {
+        swept(*hook);
     }
+}
+
+fn swept(hook: omerta_dataplane::Hook) {
     let [gone, living, own] =
         ["ot-gone", "ot-living", "ot-own"].map(|name| Namespace::new(name).unwrap());
     let guarded = |namespace: &Namespace| {
@@ -198,7 +200,7 @@ fn guards_of_namespaces_that_are_gone_are_removed_and_those_of_others_are_not() 
             .enter(|| {
                 remove_left_overs().unwrap();
                 let tap = Tap::create("tap0").unwrap();
-                Guard::attach("tap0", &config(Mode::Filtered)).unwrap();
+                Guard::attach_by(hook, "tap0", &config(Mode::Filtered)).unwrap();
                 tap
             })
             .unwrap()

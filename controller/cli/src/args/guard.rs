@@ -30,8 +30,8 @@ pub enum GuardCommand {
         /// The guarded interface
         interface: InterfaceName,
 
-        /// The new allowlist: one endpoint a line; blank lines and what follows `#` are ignored;
-        /// `-` reads standard input
+        /// The new allowlist: one endpoint a line, the last one too (a line that may be cut off is
+        /// refused); blank lines and what follows `#` are ignored; `-` reads standard input
         #[arg(long, value_name = "FILE")]
         file: PathBuf,
     },

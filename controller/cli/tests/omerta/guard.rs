@@ -416,3 +416,28 @@ fn guard_of_an_interface_that_moved_away_is_shown() {
     stage.omerta("guard show omv0").done();
     stage.omerta("guard detach omv0").done();
 }
+
+#[test]
+fn what_is_left_of_a_guard_whose_interface_is_gone_is_not_found_and_removed_once() {
+    let Some(stage) = Stage::set() else { return };
+    stage.guard("attach", GUEST).done();
+    stage.namespace().ip("link del omt0").unwrap();
+    assert_eq!(stage.pins(), ["omt0"]);
+    for line in [
+        "show omt0",
+        "mode omt0 direct",
+        "lease omt0 off",
+        "log omt0",
+        "upgrade omt0",
+    ] {
+        stage.omerta(&format!("guard {line}")).failed(3, &["omt0"]);
+    }
+    assert_eq!(stage.omerta("guard list").done().stdout, "");
+    let ran = stage.guard("detach", "").done();
+    assert!(
+        ran.stdout.contains("what was left of it is removed"),
+        "{ran:?}"
+    );
+    assert_eq!(stage.pins(), [""; 0]);
+    stage.guard("detach", "").failed(3, &["omt0"]);
+}

@@ -71,6 +71,28 @@ fn guarded_interface_is_not_guarded_again() {
 }
 
 #[test]
+fn a_pipe_or_a_file_that_is_cut_off_is_no_list_and_is_not_waited_for() {
+    let Some(stage) = Stage::set() else { return };
+    stage
+        .guard("attach", &format!("{GUEST} --allow udp:192.0.2.1:1"))
+        .done();
+    let before = stage.shown();
+    let files = tempfile::TempDir::new().unwrap();
+    let pipe = files.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let path = pipe.to_str().unwrap();
+    stage
+        .guard("replace", &format!("--file {path}"))
+        .failed(2, &[path, "is a pipe"]);
+    let list = files.path().join("list");
+    std::fs::write(&list, "udp:192.0.2.2:2\nudp:192.0.2.3:518").unwrap();
+    stage
+        .guard("replace", &format!("--file {}", list.display()))
+        .failed(2, &["line 2", "udp:192.0.2.3:518", "nothing was changed"]);
+    assert_eq!(stage.shown(), before);
+}
+
+#[test]
 fn bad_list_changes_nothing() {
     let Some(stage) = Stage::set() else { return };
     stage
