@@ -73,6 +73,7 @@ impl Userspace {
         };
         // Dropped, it ends the driver and removes the directory.
         device.await_socket()?;
+        device.drain();
         Ok(device)
     }
 
@@ -105,6 +106,13 @@ impl Userspace {
                 interface: self.interface.clone(),
                 why,
             });
+        }
+    }
+
+    /// Reads what it says from here on, so that it never waits for a reader: strangers can make it complain.
+    fn drain(&mut self) {
+        if let Some(mut stderr) = self.driver.stderr.take() {
+            std::thread::spawn(move || io::copy(&mut stderr, &mut io::sink()));
         }
     }
 
