@@ -7,11 +7,14 @@ use std::sync::Arc;
 
 use omerta_dataplane::{AtUplink, Guard, Hook, Uplink, UplinkHook};
 use omerta_kernel_tests::{
-    CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, config, ethernet,
-    remove_left_overs, tcp, udp,
+    CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Generator, Ipv4, STRANGER, allowlist,
+    config, ethernet, remove_left_overs, tcp, udp,
 };
 use omerta_test_support::{Namespace, Tap};
-use omerta_verdict::{Endpoint, Mac, Mode, Protocol, Reason};
+use omerta_verdict::{
+    Bucket, Endpoint, INLINE_BUCKETS, Mac, MemoryGuard, Mode, Protocol, Reason, Table, Verdict,
+    ingress,
+};
 
 const ROUTER: Mac = Mac([0x52, 0x54, 0, 0, 0, 0xcc]);
 const UPLINK: Mac = Mac([0x52, 0x54, 0, 0, 0, 0xdd]);
@@ -147,6 +150,36 @@ fn what_is_of_no_endpoint_ends_at_the_uplink_and_all_else_at_the_tap() {
 
         drop(at);
         assert_eq!(host.end_of(None, &bad), End::Guard(Reason::Endpoint));
+    });
+}
+
+#[test]
+fn whatever_arrives_ends_at_the_uplink_only_where_the_verdict_drops_it_for_its_endpoint() {
+    const FRAMES: usize = 5_000;
+    with_host(Mode::Filtered, |host, _| {
+        let at = host.enter();
+        let mut policy = config(Mode::Filtered).policy("guest").unwrap();
+        policy.table_mask = INLINE_BUCKETS as u32 - 1;
+        let mut buckets = [Bucket::EMPTY; INLINE_BUCKETS];
+        let mut table = Table::new(&mut buckets, policy.table_seed).unwrap();
+        assert!(allowlist().iter().all(|endpoint| table.insert(endpoint)));
+        let guard = MemoryGuard::new(&policy, &buckets);
+        let (mut frames, mut ended) = (Generator::new(7), 0);
+        for _ in 0..FRAMES {
+            let mut frame = frames.frame();
+            frame[..6].copy_from_slice(&UPLINK.0);
+            let before = at.dropped().unwrap().packets;
+            host.uplink.send(&frame).unwrap();
+            if at.dropped().unwrap().packets == before {
+                continue;
+            }
+            ended += 1;
+            frame[..6].copy_from_slice(&GUEST_MAC.0);
+            frame[6..12].copy_from_slice(&GATEWAY_MAC.0);
+            let verdict = ingress(&frame[..], &guard);
+            assert_eq!(verdict, Verdict::Drop(Reason::Endpoint), "{frame:02x?}");
+        }
+        assert!(ended > FRAMES / 100, "{ended} of {FRAMES}");
     });
 }
 
