@@ -15,6 +15,7 @@ mod guard_refusals;
 mod image;
 mod incident;
 mod manual;
+mod memory;
 mod omertad;
 mod peer;
 mod run;
