@@ -10,12 +10,13 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use omerta_images::qcow2::{HEAD_BYTES, Header, HeaderError, Layer};
 use omerta_images::{Digest, DiskFormat};
 
 use crate::command::DiskDescriptors;
 use crate::memory_file::MemoryFile;
+use crate::process::QemuProcess;
 use crate::{Spec, SpecError, seed};
 
 /// Where a guest's own layer is made, and how large its disk is.
@@ -142,30 +143,27 @@ impl Disks {
 
     /// The layer of a QEMU whose launcher is dead, if it has one: the one file without a name that it
     /// can write. No other process knows it by anything but this descriptor.
-    pub(crate) fn adopt(pid: u32) -> io::Result<Option<Self>> {
-        let open = PathBuf::from(format!("/proc/{pid}/fd"));
-        for entry in std::fs::read_dir(&open)? {
-            let path = entry?.path();
-            let Ok(target) = std::fs::read_link(&path) else {
-                continue;
-            };
-            let Ok(found) = std::fs::metadata(&path) else {
-                continue;
-            };
+    pub(crate) fn adopt(process: &QemuProcess) -> io::Result<Option<Self>> {
+        for descriptor in process.descriptors()? {
+            let layer = File::from(descriptor);
+            let found = layer.metadata()?;
+            let own = format!("/proc/self/fd/{}", layer.as_raw_fd());
+            let target = std::fs::read_link(own)?;
             // The seed is in memory, and sealed.
-            if !found.is_file()
-                || found.nlink() > 0
-                || target.to_string_lossy().starts_with("/memfd:")
-            {
-                continue;
+            // A log that somebody has removed is open for appending.
+            let how = fcntl(&layer, FcntlArg::F_GETFL)?;
+            let is_layer = found.is_file()
+                && found.nlink() == 0
+                && how & (libc::O_ACCMODE | libc::O_APPEND) == libc::O_RDWR
+                && !target.to_string_lossy().starts_with("/memfd:");
+            if is_layer {
+                return Ok(Some(Self {
+                    base: None,
+                    layer,
+                    layer_bytes: found.len(),
+                    seed: None,
+                }));
             }
-            let layer = OpenOptions::new().read(true).write(true).open(&path)?;
-            return Ok(Some(Self {
-                base: None,
-                layer,
-                layer_bytes: found.len(),
-                seed: None,
-            }));
         }
         Ok(None)
     }

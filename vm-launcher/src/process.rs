@@ -20,7 +20,7 @@ use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 
 use crate::command::QEMU;
-use crate::jail::{Entry, Step, confine};
+use crate::jail::{Entry, MAX_DESCRIPTORS, Step, confine};
 
 /// How QEMU ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,6 +219,20 @@ impl QemuProcess {
         self.pid
     }
 
+    /// Copies of all that it has open. By its pidfd, which takes CAP_SYS_PTRACE: `/proc/PID/fd` is its user's,
+    /// and would take a capability to get around every file's mode.
+    pub(crate) fn descriptors(&self) -> io::Result<Vec<OwnedFd>> {
+        let mut all = Vec::new();
+        for number in 0..MAX_DESCRIPTORS as RawFd {
+            match self.pidfd.get_ref().descriptor(number) {
+                Ok(descriptor) => all.push(descriptor),
+                Err(error) if error.raw_os_error() == Some(Errno::EBADF as i32) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
+    }
+
     /// Whether this process started it.
     pub(crate) fn is_child(&self) -> bool {
         self.is_child
@@ -361,6 +375,17 @@ impl Pidfd {
             Ok(_) | Err(Errno::ESRCH) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// A copy of one of its descriptors.
+    fn descriptor(&self, number: RawFd) -> io::Result<OwnedFd> {
+        // SAFETY: no pointer is passed; pidfd_getfd sets close-on-exec.
+        let fd = Errno::result(unsafe {
+            libc::syscall(libc::SYS_pidfd_getfd, self.0.as_raw_fd(), number, 0)
+        })?;
+        let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Whether it has ended, after `patience` at most.

@@ -26,7 +26,7 @@ use super::JailError;
 pub(crate) const MAX_LOG_BYTES: u64 = 16 << 20;
 
 /// The most descriptors that QEMU may have open.
-const MAX_DESCRIPTORS: u64 = 1024;
+pub(crate) const MAX_DESCRIPTORS: u32 = 1024;
 
 /// Half of all memory, as the kernel's choice of whom to kill reckons (proc_pid_oom_score_adj(5)).
 const OOM_SCORE: &[u8] = b"500";
@@ -278,7 +278,7 @@ fn limit(file_bytes: u64) -> nix::Result<()> {
     for (resource, most) in [
         (Resource::RLIMIT_FSIZE, file_bytes),
         (Resource::RLIMIT_CORE, 0),
-        (Resource::RLIMIT_NOFILE, MAX_DESCRIPTORS),
+        (Resource::RLIMIT_NOFILE, MAX_DESCRIPTORS.into()),
     ] {
         // What this process has less of cannot be raised again.
         let most = most.min(getrlimit(resource)?.1);

@@ -20,7 +20,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 pub use entry::Step;
-pub(crate) use entry::{Entry, MAX_LOG_BYTES, confine};
+pub(crate) use entry::{Entry, MAX_DESCRIPTORS, MAX_LOG_BYTES, confine};
 pub(crate) use root::{CONFIG, INITRD, KERNEL, Root};
 pub use uid::{UidRange, UidRangeError};
 

@@ -98,7 +98,7 @@ async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, Laun
     if !cell.holds(pid) {
         return Err(JailError::Escaped(pid).into());
     }
-    machine.disks = Disks::adopt(pid).map_err(DiskError::Handles)?;
+    machine.disks = Disks::adopt(&process).map_err(DiskError::Handles)?;
     machine.run_dir = Some(RunDir::adopt(&spec.run_dir)?);
     let tap = machine.tap.insert(Tap::adopt(&spec.tap, index)?).index();
 
@@ -201,7 +201,7 @@ pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces)
         let ended = match QemuProcess::adopt(pid, start) {
             Ok(process) => {
                 // While it lives: nobody else knows its disk.
-                disks = Disks::adopt(pid).unwrap_or_else(|error| {
+                disks = Disks::adopt(&process).unwrap_or_else(|error| {
                     // It goes with its QEMU, and nobody has seen it go.
                     tracing::warn!(tap, %error, "the disk of a guest that is ended cannot be held");
                     None
