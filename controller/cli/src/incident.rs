@@ -148,10 +148,20 @@ fn list(cases: &[Case], out: &mut Output) -> io::Result<()> {
             Cell::new(&case.at),
             Cell::new(&incident.guest),
             Cell::new(&incident.attempt),
-            Cell::new(&incident.frame.reason),
+            Cell::new(
+                incident
+                    .frame
+                    .as_ref()
+                    .map_or("-", |frame| frame.reason.as_str()),
+            ),
             Cell::new(&incident.action),
             Cell::new(done),
-            Cell::new(&incident.frame.text),
+            Cell::new(
+                incident
+                    .frame
+                    .as_ref()
+                    .map_or("-", |frame| frame.text.as_str()),
+            ),
         ]);
     }
     out.table(&table)
@@ -180,7 +190,9 @@ fn show(case: &Case, out: &mut Output) -> io::Result<()> {
         "tried",
         &format!("{} ({})", incident.attempt, incident.inferred_from),
     );
-    pair("frame", &frame(&incident.frame));
+    if let Some(caught) = &incident.frame {
+        pair("frame", &frame(caught));
+    }
     pair("witnesses", &witnesses.join(", "));
     pair("epoch", &epoch);
     pair("action", &incident.action);
@@ -220,7 +232,7 @@ fn frame(frame: &Frame) -> String {
 const fn weight(witness: Witness) -> &'static str {
     match witness {
         Witness::Kernel => "kernel (proof)",
-        Witness::Console => "console (the guest's word)",
+        Witness::Agent => "agent (the guest's word, but for its silence)",
     }
 }
 
@@ -307,8 +319,7 @@ fn packets(case: &Case, stream: impl Write) -> io::Result<()> {
     let incident = &case.incident;
     let mut writer = PacketWriter::new(stream, &incident.interface)?;
     let since = case.outcomes.iter().flat_map(|outcome| &outcome.since);
-    let caught = std::iter::once(&incident.frame);
-    for frame in incident.before.iter().chain(caught).chain(since) {
+    for frame in incident.before.iter().chain(&incident.frame).chain(since) {
         let bytes = frame.head().unwrap_or_default();
         writer.write(&Seen {
             at: Duration::from_nanos(frame.at_ns),

@@ -1,7 +1,7 @@
 //! What one guest was caught with: the last frames that its guard dropped, and the entries of the record of
 //! incidents that follow from what the engine says of it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use omerta_dataplane::FrameEvent;
 use omerta_engine::{GuestId, Incident as Caught, Monotonic, OnViolation, Record};
@@ -19,6 +19,8 @@ pub(crate) struct Evidence {
     since: u64,
     frames: VecDeque<FrameEvent>,
     cases: u64,
+    /// What its agent has been recorded for.
+    agent: BTreeSet<&'static str>,
     /// The incident that what is done to the guest is about.
     open: Option<String>,
 }
@@ -30,6 +32,7 @@ pub(crate) struct Whose<'a> {
     pub(crate) name: &'a str,
     pub(crate) interface: &'a str,
     pub(crate) consumer: &'a str,
+    pub(crate) on_violation: OnViolation,
 }
 
 impl Evidence {
@@ -69,8 +72,7 @@ impl Evidence {
                 if !acts && !first {
                     return None;
                 }
-                self.cases += 1;
-                let case = format!("{}-{}", whose.id.0, self.cases);
+                let case = self.case(whose, acts);
                 let mut frames: Vec<_> = self.frames.drain(..).collect();
                 let caught = frames
                     .iter()
@@ -78,9 +80,6 @@ impl Evidence {
                 let after = caught.map_or_else(Vec::new, |at| frames.split_off(at + 1));
                 let caught = caught.and_then(|_| frames.pop());
                 self.frames.extend(after);
-                if acts {
-                    self.open = Some(case.clone());
-                }
                 Some(What::Incident(Box::new(Incident {
                     case,
                     guest: whose.name.to_owned(),
@@ -91,15 +90,41 @@ impl Evidence {
                     inferred_from: inference.from.clone(),
                     action: action.word().to_owned(),
                     epoch: epoch(),
-                    frame: Frame {
+                    frame: Some(Frame {
                         at_ns: clock::wall_ns(frame.at),
                         direction: frame.direction.word().to_owned(),
                         reason: frame.reason.word().to_owned(),
                         length: frame.length,
                         bytes: caught.map_or_else(String::new, |seen| hex(&seen.head)),
                         text: frame.description.clone(),
-                    },
+                    }),
                     before: frames.iter().map(as_frame).collect(),
+                })))
+            }
+            // As of frames: one entry for each thing that its agent is held to account for.
+            Record::Agent(report) if report.is_violation() && self.agent.insert(report.word()) => {
+                let action = whose.on_violation;
+                let acts = matches!(action, OnViolation::Pause | OnViolation::Terminate);
+                let case = self.case(whose, acts);
+                let what = report
+                    .what()
+                    .map_or_else(String::new, |what| format!(": {what}"));
+                Some(What::Incident(Box::new(Incident {
+                    case,
+                    guest: whose.name.to_owned(),
+                    interface: whose.interface.to_owned(),
+                    consumer: whose.consumer.to_owned(),
+                    witnesses: vec![Witness::Agent],
+                    attempt: "agent".to_owned(),
+                    inferred_from: format!("its agent: {}{what}", report.word()),
+                    action: action.word().to_owned(),
+                    epoch: epoch(),
+                    frame: None,
+                    before: self
+                        .frames
+                        .drain(..)
+                        .map(|frame| as_frame(&frame))
+                        .collect(),
                 })))
             }
             Record::Paused(caught) => self.outcome(whose, Deed::Paused, Some(caught), None),
@@ -116,6 +141,16 @@ impl Evidence {
             }
             _ => None,
         }
+    }
+
+    /// The name of a new incident, which what is done from now on is about where it acts.
+    fn case(&mut self, whose: Whose<'_>, acts: bool) -> String {
+        self.cases += 1;
+        let case = format!("{}-{}", whose.id.0, self.cases);
+        if acts {
+            self.open = Some(case.clone());
+        }
+        case
     }
 
     /// What was done, where that is about an incident.
@@ -161,7 +196,7 @@ fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use omerta_engine::{Attempt, Cause, Ending, Inference, RogueFrame};
+    use omerta_engine::{AgentReport, Attempt, Cause, Ending, Inference, RogueFrame};
     use omerta_verdict::{Direction, Reason};
 
     use super::*;
@@ -171,6 +206,7 @@ mod tests {
         name: "alpha",
         interface: "omalpha",
         consumer: "KEY@192.0.2.10:51820",
+        on_violation: OnViolation::Terminate,
     };
 
     fn seen(at: u64) -> FrameEvent {
@@ -220,7 +256,8 @@ mod tests {
             panic!("no incident");
         };
         assert_eq!((incident.case.as_str(), incident.epoch), ("7-1", Some(3)));
-        assert_eq!(incident.frame.bytes, "000000000000000d");
+        let frame = incident.frame.as_ref().unwrap();
+        assert_eq!(frame.bytes, "000000000000000d");
         let before: Vec<_> = incident.before.iter().map(|f| f.bytes.as_str()).collect();
         assert_eq!(before, ["000000000000000b", "000000000000000c"]);
         evidence.dropped(&seen(14));
@@ -264,6 +301,33 @@ mod tests {
             panic!("no incident");
         };
         assert_eq!(incident.before.len(), KEPT - 1);
+    }
+
+    #[test]
+    fn an_agent_that_is_missed_is_an_incident_without_a_frame_and_recorded_once() {
+        let mut evidence = Evidence::default();
+        let missed = Record::Agent(AgentReport::Missed);
+        let sound = Record::Agent(AgentReport::Sound);
+        assert_eq!(evidence.of(&sound, WHOSE, || None), None);
+        let Some(What::Incident(incident)) = evidence.of(&missed, WHOSE, || Some(1)) else {
+            panic!("no incident");
+        };
+        assert_eq!(incident.witnesses, [Witness::Agent]);
+        assert_eq!(
+            (incident.frame, incident.action.as_str()),
+            (None, "terminate")
+        );
+        assert_eq!(evidence.of(&missed, WHOSE, || None), None);
+        let ending = Record::Ended(Ending {
+            cause: Cause::Agent,
+            incident: None,
+            message: Some("its agent: missed".into()),
+            leftovers: Vec::new(),
+        });
+        let Some(What::Outcome(outcome)) = evidence.of(&ending, WHOSE, || None) else {
+            panic!("no outcome");
+        };
+        assert_eq!((outcome.case, outcome.deed), (incident.case, Deed::Ended));
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::time::Duration;
 use omerta_api::{ApiError, Ended, ErrorKind, Event, Guest, RunRequest};
 use omerta_dataplane::{Counters, Uplink};
 use omerta_engine::{
-    Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic, Record,
+    Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic,
+    OnViolation, Record,
 };
 use omerta_tunnel::Roaming;
 use omerta_vm_launcher::{Scrubbed, Spec};
@@ -359,6 +360,13 @@ impl Fleet {
             event = serde_json::to_string(&event.what).unwrap_or_default(),
         );
         self.journal.append(&event);
+    }
+
+    /// What rogue traffic does to a guest; the hardest where it is not known any more.
+    pub(crate) fn on_violation(&self, id: GuestId) -> OnViolation {
+        let roster = self.lock();
+        let guest = roster.engine.guest(id);
+        guest.map_or(OnViolation::Terminate, omerta_engine::Guest::on_violation)
     }
 
     /// Notes the hypervisor's process id.

@@ -227,6 +227,7 @@ impl GuestTask {
             name: self.spec.name.as_str(),
             interface: &self.spec.tap,
             consumer: &consumer,
+            on_violation: self.fleet.on_violation(self.id),
         };
         let stage = &self.stage;
         let epoch = || match stage {

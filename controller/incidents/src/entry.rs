@@ -53,8 +53,8 @@ pub enum What {
 pub enum Witness {
     /// Its guard in the kernel: proof.
     Kernel,
-    /// Its own firewall's log on its console: the guest's word.
-    Console,
+    /// The agent in it, which was missed or said so: the guest's word, but for its silence.
+    Agent,
 }
 
 impl Witness {
@@ -62,7 +62,7 @@ impl Witness {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Kernel => "kernel",
-            Self::Console => "console",
+            Self::Agent => "agent",
         }
     }
 }
@@ -121,8 +121,9 @@ pub struct Incident {
     /// The epoch of the guard's policy; absent where it could not be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<u64>,
-    /// The frame that it was caught with.
-    pub frame: Frame,
+    /// The frame that it was caught with; absent where no frame was needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frame: Option<Frame>,
     /// Frames that were dropped before it, oldest first.
     pub before: Vec<Frame>,
 }

@@ -41,7 +41,7 @@ fn incident(number: u8) -> What {
         inferred_from: "udp to port 53".into(),
         action: "terminate".into(),
         epoch: Some(1),
-        frame: frame(number),
+        frame: Some(frame(number)),
         before: vec![frame(1), frame(2)],
     }))
 }

@@ -36,7 +36,7 @@ fn record(directory: &Path) -> Book {
             inferred_from: "port 53 of 198.51.100.1".into(),
             action: action.into(),
             epoch: Some(1),
-            frame: frame(2),
+            frame: Some(frame(2)),
             before: vec![frame(1)],
         };
         book.append(AT, What::Incident(Box::new(incident))).unwrap();

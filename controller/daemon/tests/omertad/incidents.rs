@@ -92,8 +92,9 @@ fn a_guest_that_is_ended_for_a_frame_is_recorded_with_the_frame_and_what_was_don
         (incident.attempt.as_str(), incident.epoch),
         ("dns", Some(1))
     );
-    assert_eq!(incident.frame.reason, "endpoint");
-    assert_eq!(incident.frame.head().unwrap(), frame);
+    let caught = incident.frame.as_ref().unwrap();
+    assert_eq!(caught.reason, "endpoint");
+    assert_eq!(caught.head().unwrap(), frame);
     let deeds: Vec<_> = outcomes.iter().map(|outcome| outcome.deed).collect();
     assert_eq!(deeds, [Deed::Paused, Deed::Ended]);
     assert!(outcomes.iter().all(|outcome| outcome.case == incident.case));
