@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::OFlag;
 use omerta_verdict::{Endpoint, EndpointParseError};
 
 use crate::exit::Exit;
@@ -22,16 +21,13 @@ pub fn read(path: &Path) -> Result<Vec<Endpoint>, AllowlistError> {
         (PathBuf::from("standard input"), read)
     } else {
         let name = path.to_owned();
-        // What a pipe without a writer would wait for may never come.
-        let opened = fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(OFlag::O_NONBLOCK.bits())
-            .open(path);
-        let read = match opened.and_then(|file| Ok((file.metadata()?.file_type(), file))) {
-            Ok((kind, _)) if kind.is_fifo() || kind.is_socket() => {
+        let read = match fs::metadata(path).map(|found| found.file_type()) {
+            // What a pipe without a writer would be waited for may never come.
+            Ok(kind) if kind.is_fifo() || kind.is_socket() => {
                 return Err(AllowlistError::Pipe(name));
             }
-            Ok((_, file)) => file.take(MAX_BYTES + 1).read_to_end(&mut bytes),
+            Ok(_) => fs::File::open(path)
+                .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)),
             Err(error) => Err(error),
         };
         (name, read)

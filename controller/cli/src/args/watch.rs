@@ -177,6 +177,17 @@ mod tests {
     }
 
     #[test]
+    fn the_example_is_one() {
+        let text = include_str!("../../../../deploy/taps.toml");
+        let example = parse(Path::new("taps"), text).unwrap();
+        assert_eq!(example[0].interface.as_str(), "tap100i0");
+        // What it shows as a comment is as good.
+        let text = text.replace("# limit", "limit").replace("# lease", "lease");
+        let example = parse(Path::new("taps"), &text).unwrap();
+        assert!(example[0].config.lease.is_some());
+    }
+
+    #[test]
     fn what_is_not_known_or_cannot_be_right_is_refused_whole() {
         for (text, words) in [
             (String::new(), "declares no tap"),
