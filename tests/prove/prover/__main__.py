@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import z3
-
 from . import mutants
 from .elf import Object, Unmodelled, load
 from .jobs import at_once
 from .layout import Layout, layouts
 from .machine import Branch, Machine
 from .mutants import Mutant
-from .solve import Answer, Program, describe
+from .solve import Answer, Program, Question, describe
 
 FUNCTIONS = ("guest_egress", "guest_ingress")
 # Claims that some mutant must violate, or the proof is worth nothing. The others hold by the
@@ -101,7 +99,7 @@ class Wanted:
     only: str
     workers: int
 
-    def among(self, questions: dict[str, z3.BoolRef]) -> dict[str, z3.BoolRef]:
+    def among(self, questions: dict[str, Question]) -> dict[str, Question]:
         return {name: question for name, question in questions.items() if self.only in name}
 
 
@@ -117,7 +115,7 @@ def prove(report: Report, function: str, subject: Subject, wanted: Wanted) -> No
         f"{time.monotonic() - began:.0f} s"
     )
 
-    def ask(question: z3.BoolRef) -> Finding:
+    def ask(question: Question) -> Finding:
         began = time.process_time()
         answer, model = proof.ask(question)
         about = None if model is None else describe(model)

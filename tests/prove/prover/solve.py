@@ -27,6 +27,10 @@ class Answer(enum.Enum):
     UNDECIDED = "unknown"
 
 
+# Conditions of which one is to be fulfilled.
+Question = list[z3.BoolRef]
+
+
 @dataclass
 class Program:
     """A program that has been run, with all that is to be shown of it."""
@@ -42,13 +46,12 @@ class Program:
         ends, slots = machine.run(function), machine.memory.slots
         return cls(machine, ends, [Run(function, program, layouts, slots, end) for end in ends])
 
-    def violations(self) -> dict[str, z3.BoolRef]:
+    def violations(self) -> dict[str, Question]:
         """For each claim by name: that some run violates it. First, that memory is left."""
-        found = {"every access is within its memory": self._unsafe()}
-        parts: dict[str, list[z3.BoolRef]] = {}
+        found = {"every access is within its memory": [self._unsafe()]}
         for claim in (claim for run in self.runs for claim in run.claims()):
-            parts.setdefault(claim.name, []).append(_violated(claim))
-        return found | {name: z3.Or(*part) for name, part in parts.items()}
+            found.setdefault(claim.name, []).append(_violated(claim))
+        return found
 
     def _unsafe(self) -> z3.BoolRef:
         wrongs = []
@@ -59,29 +62,38 @@ class Program:
         torn = [z3.Not(judged(n)) for n in range(len(self.machine.memory.slots.generations))]
         return z3.And(z3.Or(*wrongs), *torn)
 
-    def possible(self) -> dict[str, z3.BoolRef]:
+    def possible(self) -> dict[str, Question]:
         """What must be possible, at one end or another."""
-        parts: dict[str, list[z3.BoolRef]] = {}
+        found: dict[str, Question] = {}
         for run in self.runs:
             for name, part in run.possible().items():
-                parts.setdefault(name, []).append(part)
-        return {name: z3.Or(*part) for name, part in parts.items()}
+                found.setdefault(name, []).append(part)
+        return found
 
-    def ask(self, *conditions: z3.BoolRef) -> tuple[Answer, z3.ModelRef | None]:
-        """Whether some input fulfils all conditions, and one that does.
+    def ask(self, question: Question) -> tuple[Answer, z3.ModelRef | None]:
+        """Whether some input fulfils one of the conditions, and one that does.
 
         Each stage of a run is asked for itself: of the others only what it took from them is left.
+        So is each condition: what it demands of the frame decides most of the run before the solver
+        searches.
         """
         answer = Answer.NO
         for stage in range(self.machine.tries.stages):
-            solver = _bit_level_solver()
-            solver.add(STAGE == stage, *self.machine.axioms, *conditions)
-            found = Answer(str(solver.check()))
-            if found is Answer.YES:
-                return found, solver.model()
-            if found is Answer.UNDECIDED:
-                answer = found
+            for condition in question:
+                found, model = self._ask(stage, condition)
+                if found is Answer.YES:
+                    return found, model
+                if found is Answer.UNDECIDED:
+                    answer = found
         return answer, None
+
+    def _ask(self, stage: int, condition: z3.BoolRef) -> tuple[Answer, z3.ModelRef | None]:
+        number = z3.BitVecVal(stage, STAGE.size())
+        asked = z3.And(*self.machine.axioms, condition)
+        solver = _bit_level_solver()
+        solver.add(STAGE == stage, z3.simplify(z3.substitute(asked, (STAGE, number))))
+        answer = Answer(str(solver.check()))
+        return answer, solver.model() if answer is Answer.YES else None
 
 
 def _bit_level_solver() -> z3.Solver:

@@ -4,8 +4,10 @@ Such a function is given the context alone, so whatever it does in a later try i
 first: what it reads is the frame, constants, and what others may have changed. So its first call is
 executed from a state that allows for all that earlier tries, and whatever else came before, may
 have done: nothing is known of how the program came there (`STAGE` keeps such parts of a run apart),
-of private maps, or of how much of the frame is linear. Further calls end as that one did; a
-prophecy tells which call it is. What follows the calls is executed for each of them.
+of private maps, or of how much of the frame is linear. What the first call's caller knows of the
+inputs alone (mark, frame, constants) is kept, as inputs never change; that each further caller
+knows the same is asked of the solver. Further calls end as that one did; a prophecy tells which
+call it is. What follows the calls is executed for each of them.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import TYPE_CHECKING
 import z3
 
 from .cells import without_packet_pointers
-from .elf import PSEUDO_CALL, Object
+from .elf import PSEUDO_CALL, Object, Unmodelled
 from .flow import Flow
+from .inputs import is_input
 from .state import UNWRITTEN, Pointer, SlotReads, State, same_value
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ class Tries:
         self.machine = machine
         self.stages = 1
         self._kept: dict[int, State] = {}
+        # By the function: what its body was executed under, of the inputs.
+        self._assumed: dict[int, list[z3.BoolRef]] = {}
         self._several: set[int] = set()
 
     def start(self, entry: int) -> None:
@@ -49,20 +54,30 @@ class Tries:
             return None
         kept = self._kept.pop(callee, None)
         if kept is not None and _is_as_before(state, kept, self._unread(state.pc + 1)):
+            self._ask(state, callee)
             kept.pc, kept.returned_from = state.pc + 1, callee
             return kept
-        if kept is None and not state.frame_changed:
-            self._forget(state)
+        if not state.frame_changed:
+            self._forget(state, callee)
         return None
+
+    def _ask(self, state: State, callee: int) -> None:
+        """Asks whether all that the function was executed under holds at this call, too."""
+        for assumed in self._assumed[callee]:
+            solver = z3.Solver()
+            solver.add(*self.machine.axioms, *state.path, z3.Not(assumed))
+            if solver.check() != z3.unsat:
+                raise Unmodelled(f"a call that knows less than an earlier one, at {state.pc}")
 
     def _unread(self, pc: int) -> set[int]:
         """The registers of which what is in them now is no longer needed."""
         flow = Flow(self.machine.program)
         return {register for register in range(6, 10) if not flow.is_read(pc, register)}
 
-    def _forget(self, state: State) -> None:
+    def _forget(self, state: State, callee: int) -> None:
         """Leaves only what no earlier call could have changed."""
-        state.path = (self.stages == STAGE,)
+        self._assumed[callee] = [known for known in state.path if is_input(known)]
+        state.path = (self.stages == STAGE, *self._assumed[callee])
         self.stages += 1
         state.replace_values(without_packet_pointers)
         state.registers[2:6] = [UNWRITTEN] * 4
