@@ -20,7 +20,8 @@ const EVENTS: Rate = Rate::per_second(1000, 250);
 const PROBES: Rate = Rate::per_second(1, 16);
 /// Bursts last this part of a second, and hold at least the frames below.
 const BURST_PARTS: u64 = 8;
-const BURST_FRAMES: u64 = 32;
+/// As many as the longest frame is cut into: 128 datagrams (`UDP_MAX_SEGMENTS`), 122 segments of the smallest usual size.
+const BURST_FRAMES: u64 = 128;
 /// What the longest frame may hold: 64 KiB that the host is to cut, and headers.
 const LONGEST_FRAME: u64 = 65_549;
 
@@ -29,7 +30,7 @@ const LONGEST_FRAME: u64 = 65_549;
 pub struct Limits {
     /// Frames a second. What the host is to cut counts as what it becomes.
     pub packets_per_second: Option<NonZero<u64>>,
-    /// Bits a second, of whole frames with their Ethernet headers.
+    /// Bits a second, of whole frames with their Ethernet headers. What the host is to cut counts as what it becomes.
     pub bits_per_second: Option<NonZero<u64>>,
 }
 

@@ -6,7 +6,7 @@ use crate::arp;
 use crate::discovery::{self, ADVERTISEMENT, ROUTER_SOLICITATION, SOLICITATION};
 use crate::network::{ETHERNET_HEADER, Packet};
 use crate::reason::{Direction, Outcome, Reason};
-use crate::transport::{self, Segment};
+use crate::transport::{self, Segment, Sent};
 use crate::{Flow, Frame, Guard, Mac, Meter, Mode, Policy};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -183,10 +183,10 @@ fn to_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
         return Err(Reason::DestinationMac);
     }
     let segment = Segment::read(frame, packet, Direction::Egress)?;
-    let count = segment.offload(frame, packet)?;
+    let sent = segment.offload(frame, packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
-    police(frame, guard, policy, Direction::Egress, count)?;
+    police(guard, policy, Direction::Egress, sent)?;
     // Last, so that only what passes lets anything in: a frame that a rate drops opens no flow.
     if !matches!(mode, Mode::Conntrack) {
         guard.note_sent(&flow);
@@ -290,7 +290,7 @@ fn from_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
     if segment.is_error && guard.owns(policy, packet.source) {
         return Err(Reason::PeerAddress);
     }
-    let count = segment.offload(frame, packet)?;
+    let sent = segment.offload(frame, packet)?;
     let flow = segment.flow();
     admit(guard, policy, mode, &segment, &flow)?;
     let is_live = |seen: Option<u64>| match seen {
@@ -305,7 +305,7 @@ fn from_peer<F: Frame + ?Sized, G: Guard + ?Sized>(
         // Whoever makes an error up would have to know a flow that the guest uses.
         return Err(Reason::IcmpQuote);
     }
-    police(frame, guard, policy, Direction::Ingress, count)?;
+    police(guard, policy, Direction::Ingress, sent)?;
     Ok(Verdict::Allow)
 }
 
@@ -317,7 +317,7 @@ fn consume<F: Frame + ?Sized, G: Guard + ?Sized>(
     policy: &Policy,
     answer: Answer,
 ) -> Result<Verdict, Reason> {
-    police(frame, guard, policy, Direction::Egress, 1)?;
+    police(guard, policy, Direction::Egress, Sent::whole(frame))?;
     Ok(Verdict::Answer(answer))
 }
 
@@ -329,7 +329,7 @@ fn finish<F: Frame + ?Sized, G: Guard + ?Sized>(
     policy: &Policy,
     verdict: Verdict,
 ) -> Result<Verdict, Reason> {
-    police(frame, guard, policy, Direction::Ingress, 1)?;
+    police(guard, policy, Direction::Ingress, Sent::whole(frame))?;
     Ok(verdict)
 }
 
@@ -347,25 +347,24 @@ fn unchanged<F: Frame + ?Sized>(frame: &F) -> Result<(), Reason> {
 }
 
 /// The guard's rates, which only frames that would pass use up. A frame that the host is to cut
-/// counts as the `count` that it becomes.
+/// counts as the frames that it becomes, each with its headers.
 #[inline(always)]
-fn police<F: Frame + ?Sized, G: Guard + ?Sized>(
-    frame: &F,
+fn police<G: Guard + ?Sized>(
     guard: &G,
     policy: &Policy,
     direction: Direction,
-    count: u32,
+    sent: Sent,
 ) -> Result<(), Reason> {
     let (packets, bytes) = match direction {
         Direction::Egress => (Meter::EgressPackets, Meter::EgressBytes),
         Direction::Ingress => (Meter::IngressPackets, Meter::IngressBytes),
     };
     let rate = |meter: Meter| policy.rates[meter as usize];
-    if !guard.take(packets, rate(packets), count) {
+    if !guard.take(packets, rate(packets), sent.frames) {
         return Err(Reason::Policed);
     }
-    if !guard.take(bytes, rate(bytes), frame.length()) {
-        guard.put_back(packets, rate(packets), count);
+    if !guard.take(bytes, rate(bytes), sent.bytes) {
+        guard.put_back(packets, rate(packets), sent.frames);
         return Err(Reason::Policed);
     }
     Ok(())

@@ -124,17 +124,17 @@ impl Segment {
     }
 
     /// Judges what the host was asked to do to the frame after the verdict: it may fill in the
-    /// transport header's own checksum, and cut TCP and UDP into segments that the interface carries. Gives how
-    /// many frames it becomes.
+    /// transport header's own checksum, and cut TCP and UDP into segments that the interface carries. Gives what
+    /// becomes of it.
     #[inline(always)]
     pub(crate) fn offload<F: Frame + ?Sized>(
         &self,
         frame: &F,
         packet: &Packet,
-    ) -> Result<u32, Reason> {
+    ) -> Result<Sent, Reason> {
         let ethernet = ETHERNET_HEADER as u32;
-        let (count, longest) = match frame.segment_size() {
-            0 => (1, frame.length().wrapping_sub(ethernet)),
+        let (sent, longest) = match frame.segment_size() {
+            0 => (Sent::whole(frame), frame.length().wrapping_sub(ethernet)),
             size => {
                 // The host cuts UDP either into datagrams or into fragments (UFO), as the guest's
                 // offload header asks.
@@ -148,7 +148,11 @@ impl Segment {
                     return Err(Reason::Fragment);
                 }
                 let headers = packet.payload_offset as u32 - ethernet + self.header_length;
-                (frame.length().div_ceil(size), headers.saturating_add(size))
+                let payload = frame.length().saturating_sub(ethernet + headers);
+                let frames = payload.div_ceil(size).max(1);
+                // Each has the headers.
+                let bytes = payload.saturating_add(frames.saturating_mul(ethernet + headers));
+                (Sent { frames, bytes }, headers.saturating_add(size))
             }
         };
         if longest > MINIMUM_MTU && longest > frame.mtu() {
@@ -161,7 +165,26 @@ impl Segment {
             {
                 Err(Reason::ChecksumOffload)
             }
-            _ => Ok(count),
+            _ => Ok(sent),
+        }
+    }
+}
+
+/// What becomes of a frame on its way: itself, or the segments that the host cuts it into.
+#[derive(Clone, Copy)]
+pub(crate) struct Sent {
+    pub(crate) frames: u32,
+    /// With their Ethernet headers.
+    pub(crate) bytes: u32,
+}
+
+impl Sent {
+    /// A frame that is not cut.
+    #[inline(always)]
+    pub(crate) fn whole<F: Frame + ?Sized>(frame: &F) -> Self {
+        Self {
+            frames: 1,
+            bytes: frame.length(),
         }
     }
 }

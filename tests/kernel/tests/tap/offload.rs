@@ -1,8 +1,9 @@
 //! Frames that the host, or its card, is still to change: taps with offload headers (virtio-net).
 
+use std::num::NonZero;
 use std::thread::sleep;
 
-use omerta_dataplane::Guard;
+use omerta_dataplane::{Guard, Limits};
 use omerta_kernel_tests::*;
 use omerta_test_support::Tap;
 use omerta_verdict::{Direction, Mode, Reason};
@@ -40,7 +41,13 @@ fn from_guest(protocol: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 fn stage() -> Stage {
-    let stage = Stage::with_tap(Mode::Filtered, || Tap::create_with_offload_header("guest"));
+    stage_with(Limits::default())
+}
+
+fn stage_with(egress: Limits) -> Stage {
+    let mut guard = config(Mode::Filtered);
+    guard.egress = egress;
+    let stage = Stage::with_guard(&guard, || Tap::create_with_offload_header("guest"));
     // The uplink leaves nothing to a card: the host finishes every checksum before it sends.
     let off = stage
         .provider
@@ -178,6 +185,42 @@ fn tcp_is_cut_by_the_host_and_udp_not_into_fragments() {
         stage.guarded(Guard::counters).egress
     );
     assert_eq!(stage.tap.recv(PATIENCE / 20).unwrap(), None);
+}
+
+/// TCP to be cut into segments of `size` bytes of payload.
+fn to_be_cut(payload: usize, size: u16) -> Vec<u8> {
+    let whole = from_guest(6, &[tcp(40000, 443), vec![0xaa; payload]].concat());
+    header(NEEDS_CHECKSUM, TCP_V4, size, (TRANSPORT, 16), &whole)
+}
+
+#[test]
+fn what_the_host_cuts_counts_with_the_headers_of_each_segment() {
+    // 131,098 bytes at once, and a byte a second.
+    let limits = Limits {
+        bits_per_second: NonZero::new(8),
+        ..Limits::default()
+    };
+    let stage = stage_with(limits);
+    // A thousand segments of 62 bytes each.
+    let frame = to_be_cut(8000, 8);
+    for _ in 0..10 {
+        stage.tap.send(&frame).unwrap();
+    }
+    let egress = stage.guarded(Guard::counters).egress;
+    assert_eq!(egress.allowed.packets, 2, "{egress:?}");
+    assert_eq!(egress.dropped_for(Reason::Policed).packets, 8);
+}
+
+#[test]
+fn the_longest_frame_of_usual_segments_passes_an_idle_rate_of_frames() {
+    let limits = Limits {
+        packets_per_second: NonZero::new(1),
+        ..Limits::default()
+    };
+    let stage = stage_with(limits);
+    stage.tap.send(&to_be_cut(64_000, 536)).unwrap();
+    let egress = stage.guarded(Guard::counters).egress;
+    assert_eq!(egress.allowed.packets, 1, "{egress:?}");
 }
 
 #[test]
