@@ -101,6 +101,10 @@ fn is_to_host(start: usize, end: usize) -> bool {
     let Some(to) = bytes::<6>(start, end, 0) else {
         return false;
     };
+    // Free places hold it, and no interface has it.
+    if *to == [0; 6] {
+        return false;
+    }
     let mut place = 0;
     while place < MAC_PLACES {
         // SAFETY: the constant is this program's own; the read is volatile because the loader has
