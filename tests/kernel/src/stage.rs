@@ -1,6 +1,8 @@
 //! The one guest that the kernel tests judge.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use omerta_dataplane::{Guard, GuardConfig, GuardError, Limits};
 use omerta_verdict::{Endpoint, Mac, Mode};
@@ -42,6 +44,19 @@ pub fn allowlist() -> Vec<Endpoint> {
     .iter()
     .filter_map(|text| text.parse().ok())
     .collect()
+}
+
+/// Whether what was pinned at `path` goes: another test's command, which looks whether a namespace is gone, holds a
+/// lock in its directory for a moment, and then removes the directory itself.
+pub fn goes(path: impl AsRef<Path>) -> bool {
+    let end = Instant::now() + Duration::from_secs(5);
+    while path.as_ref().exists() {
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
 }
 
 /// Removes what a killed test has left pinned for a network namespace whose number this thread's

@@ -17,7 +17,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use nix::poll::{PollFd, PollFlags, poll};
 use omerta_dataplane::{ErrorKind, Guard, GuardError, GuardWatch, Hook, Programs, Standing};
 use omerta_kernel_tests::{
-    GATEWAY_MAC, GUEST_MAC, STRANGER_MAC, config, ethernet, judging, remove_left_overs, tc,
+    GATEWAY_MAC, GUEST_MAC, STRANGER_MAC, config, ethernet, goes, judging, remove_left_overs, tc,
 };
 use omerta_test_support::{Namespace, Tap};
 use omerta_verdict::{Direction, Mode, Reason};
@@ -110,7 +110,7 @@ fn a_guard_judges_outlives_its_handle_and_ends_with_detach() {
         guard.detach().unwrap();
         assert_eq!(filters(), [0, 0]);
         assert!(!has_qdisc(), "the guard made it");
-        assert!(!pins.exists());
+        assert!(goes(&pins));
     });
 }
 
@@ -151,7 +151,7 @@ fn a_hook_that_is_taken_is_refused_and_nothing_left() {
             let freeing = format!("filter del dev guest {hook} pref 1");
             assert!(error.to_string().contains(&freeing), "{error}");
             assert_eq!(filters(), before);
-            assert!(!pins.exists());
+            assert!(goes(&pins));
             tc(&freeing).unwrap();
             attach().detach().unwrap();
             tc("qdisc del dev guest clsact").unwrap();
@@ -160,7 +160,7 @@ fn a_hook_that_is_taken_is_refused_and_nothing_left() {
         let error = attach_error();
         assert_eq!(error.kind(), ErrorKind::Refused);
         assert!(error.to_string().contains("qdisc del"), "{error}");
-        assert!(!pins.exists());
+        assert!(goes(&pins));
         tc("qdisc del dev guest ingress").unwrap();
         attach().detach().unwrap();
     });
