@@ -8,10 +8,11 @@ use std::os::fd::AsFd;
 use aya::programs::links::FdLink;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
-use omerta_verdict::Direction;
+use omerta_verdict::{Direction, Mode};
 
 use crate::bpffs::{anchor, failed};
 use crate::clsact::{self, Qdisc};
+use crate::hold::Enforced;
 use crate::layout::Layout;
 use crate::lock::Lock;
 use crate::notes::{self, Filters};
@@ -22,7 +23,7 @@ use crate::rules::refuse_unreachable;
 use crate::standing::look;
 use crate::store::PolicyStore;
 use crate::upgrade::build_note;
-use crate::{Guard, GuardConfig, GuardError, Hook, interface, lease};
+use crate::{Guard, GuardConfig, GuardError, HeldGuard, Hook, interface, lease};
 
 impl Guard {
     /// Guards `interface`, which may be down and should be: attach before the guest can send. The
@@ -45,7 +46,7 @@ impl Guard {
         let policy = config.policy(interface)?;
         refuse_unreachable(interface, &policy, &config.allow)?;
         let programs = Programs::load(interface, config.mode)?;
-        Self::attach_programs(programs, hook, interface, config)
+        Self::attach_programs(programs, hook, interface, config, None)
     }
 
     /// As [`Guard::attach`], with programs that were loaded for `config`'s mode before there was an
@@ -55,7 +56,23 @@ impl Guard {
         interface: &str,
         config: &GuardConfig,
     ) -> Result<Self, GuardError> {
-        Self::attach_programs(programs, Hook::of_this_kernel()?, interface, config)
+        Self::attach_programs(programs, Hook::of_this_kernel()?, interface, config, None)
+    }
+
+    /// As [`Guard::attach_loaded`], in the place of a guard that lost its pins or was cut off: the new one
+    /// enforces what `held` does, by its policy, allowlist and lease as they stand. Only the owner is
+    /// `config`'s. `programs` must have been loaded for [`HeldGuard::mode`], or for conntrack mode.
+    ///
+    /// # Errors
+    /// Also where what `held` enforces cannot be read.
+    pub fn attach_in_place_of(
+        held: &HeldGuard,
+        programs: Programs,
+        interface: &str,
+        config: &GuardConfig,
+    ) -> Result<Self, GuardError> {
+        let hook = Hook::of_this_kernel()?;
+        Self::attach_programs(programs, hook, interface, config, Some(held))
     }
 
     fn attach_programs(
@@ -63,18 +80,31 @@ impl Guard {
         hook: Hook,
         interface: &str,
         config: &GuardConfig,
+        held: Option<&HeldGuard>,
     ) -> Result<Self, GuardError> {
         let (ifindex, interface) = named(interface)?;
         let interface = &interface;
         interface::mac(interface)?;
-        let policy = config.policy(interface)?;
-        refuse_unreachable(interface, &policy, &config.allow)?;
-        let mut store = PolicyStore::of(&mut programs, interface)?;
-        store.commit(policy, &config.allow)?;
-        store.set_lease_until_ns(lease::word(interface, config.lease)?);
-
         let lock = Lock::of(interface)?;
         recover(&lock)?;
+        // Read under the lock, so that whoever changed the held guard has done so before.
+        let enforced = match held {
+            Some(held) => held.enforced()?,
+            None => Enforced {
+                policy: config.policy(interface)?,
+                allow: config.allow.clone(),
+                lease_until_ns: lease::word(interface, config.lease)?,
+            },
+        };
+        refuse_unreachable(interface, &enforced.policy, &enforced.allow)?;
+        let mut store = PolicyStore::of(&mut programs, interface)?;
+        if enforced.policy.mode == Mode::Conntrack as u32 && !store.has_room_for_flows()? {
+            return Err(GuardError::NoRoomForFlows {
+                interface: interface.clone(),
+            });
+        }
+        store.commit(enforced.policy, &enforced.allow)?;
+        store.set_lease_until_ns(enforced.lease_until_ns);
         // An owner that watches its guards holds them besides (and may not be able to mount).
         if config.owner.is_none() {
             anchor()?;

@@ -77,10 +77,9 @@ impl Guard {
         match found {
             Some((pins, found)) => {
                 refuse_elsewhere(interface, &found)?;
-                if upgrade::is_interrupted(&pins)? {
-                    let _lock = pins.lock()?;
-                    // Where it cannot be done, the guard judges all the same.
-                    let _ = upgrade::finish(interface, &pins);
+                // An owned guard's is its owner's to finish.
+                if pins.owner()?.is_none() {
+                    finish_upgrade(interface, &pins)?;
                 }
                 Self::of_pins(interface, ifindex, pins)
             }
@@ -150,6 +149,7 @@ impl Guard {
         let mut guard = Self::open(interface)?;
         guard.acting = Some(owner.clone());
         guard.authorise()?;
+        finish_upgrade(guard.interface(), &guard.pins)?;
         Ok(guard)
     }
 
@@ -372,4 +372,14 @@ impl Guard {
     pub fn identity(&self) -> [u32; 2] {
         self.identity
     }
+}
+
+/// Finishes an upgrade that was interrupted. Callers may change the guard.
+fn finish_upgrade(interface: &str, pins: &Pins) -> Result<(), GuardError> {
+    if upgrade::is_interrupted(pins)? {
+        let _lock = pins.lock()?;
+        // Where it cannot be done, the guard judges all the same.
+        let _ = upgrade::finish(interface, pins);
+    }
+    Ok(())
 }

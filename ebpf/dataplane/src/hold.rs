@@ -1,24 +1,51 @@
 //! A guard held open: it judges for as long as it is, whatever becomes of its pins.
 
+use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use omerta_verdict::Direction;
+use aya::maps::MapData;
+use omerta_verdict::{Direction, Endpoint, Mode, Policy, Table};
 
 use crate::link;
-use crate::{Guard, GuardError};
+use crate::{Guard, GuardError, PolicyStore, Standing};
 
-/// The links of a guard, or the programs of its filters, held open.
-#[derive(Debug)]
+/// The links and the policy of a guard, held open.
 pub struct HeldGuard {
     interface: String,
     ifindex: u32,
     identity: [u32; 2],
-    links: Option<[OwnedFd; 2]>,
+    links: Option<[HeldLink; 2]>,
+    /// `None` where it is laid out in a way that this build cannot read.
+    policy: Option<PolicyStore<MapData>>,
+}
+
+#[derive(Debug)]
+struct HeldLink {
+    link: OwnedFd,
+    /// The guard's own, which the link ran when it was held.
+    program: u32,
+}
+
+/// What a guard enforces.
+pub(crate) struct Enforced {
+    pub policy: Policy,
+    pub allow: Vec<Endpoint>,
+    /// As in `STATE`: a lease that has ended stays so.
+    pub lease_until_ns: u64,
+}
+
+impl fmt::Debug for HeldGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeldGuard")
+            .field("interface", &self.interface)
+            .field("links", &self.links)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Guard {
-    /// Holds the guard's links open. Filters need no holder: they are their interface's.
+    /// Holds the guard's links and policy open. Filters need no holder: they are their interface's.
     pub fn hold(&self) -> Result<HeldGuard, GuardError> {
         let failed = |source| GuardError::System {
             action: "hold a link",
@@ -28,16 +55,31 @@ impl Guard {
         let links = match self.pins.filters()? {
             Some(_) => None,
             None => {
-                let open = |direction| link::open(&self.pins.link_path(direction));
-                let egress = open(Direction::Egress).map_err(failed)?;
-                Some([egress, open(Direction::Ingress).map_err(failed)?])
+                let hold = |direction| {
+                    let link = link::open(&self.pins.link_path(direction)).map_err(failed)?;
+                    let program = link::info_of(&link).map_err(failed)?.program_id;
+                    if !self.pins.programs(direction)?.contains(&program) {
+                        return Err(GuardError::NotInForce {
+                            interface: self.interface().to_owned(),
+                            why: Standing::Exchanged.why(),
+                        });
+                    }
+                    Ok(HeldLink { link, program })
+                };
+                Some([hold(Direction::Egress)?, hold(Direction::Ingress)?])
             }
+        };
+        let policy = match PolicyStore::open(self.interface(), &self.pins) {
+            Ok(policy) => Some(policy),
+            Err(GuardError::OtherPolicyLayout { .. }) => None,
+            Err(error) => return Err(error),
         };
         let held = HeldGuard {
             interface: self.interface().to_owned(),
             ifindex: self.ifindex(),
             identity: self.identity(),
             links,
+            policy,
         };
         // What is held now must be what the handle knows.
         self.judging()?;
@@ -51,15 +93,17 @@ impl HeldGuard {
         self.ifindex == guard.ifindex() && self.identity == guard.identity()
     }
 
-    /// Whether both links are on the interface of index `ifindex` still, so that what they run judges
-    /// there, also where their pins are lost. Filters cannot tell.
+    /// Whether both links are on the interface of index `ifindex` still and run the programs that they ran
+    /// when they were held, so that the guard judges there, also where its pins are lost. Filters cannot
+    /// tell; after an upgrade the guard is to be held anew.
     pub fn is_on(&self, ifindex: u32) -> Result<bool, GuardError> {
         let Some(links) = &self.links else {
             return Ok(false);
         };
-        let all = links
-            .iter()
-            .map(|link| Ok(link::info_of(link)?.ifindex == ifindex));
+        let all = links.iter().map(|held| {
+            let now = link::info_of(&held.link)?;
+            Ok(now.ifindex == ifindex && now.program_id == held.program)
+        });
         all.collect::<io::Result<Vec<bool>>>()
             .map(|on| on.into_iter().all(|on| on))
             .map_err(|source| GuardError::System {
@@ -67,5 +111,35 @@ impl HeldGuard {
                 interface: self.interface.clone(),
                 source,
             })
+    }
+
+    /// How it judges.
+    ///
+    /// # Errors
+    /// Where that cannot be read.
+    pub fn mode(&self) -> Result<Mode, GuardError> {
+        let policy = self.store()?.settled()?.1;
+        Mode::from_number(policy.mode).ok_or_else(|| self.unreadable())
+    }
+
+    /// What it enforces, also where its pins are lost.
+    pub(crate) fn enforced(&self) -> Result<Enforced, GuardError> {
+        let store = self.store()?;
+        let (_, policy, buckets) = store.settled()?;
+        Ok(Enforced {
+            policy,
+            allow: Table::endpoints(&buckets).collect(),
+            lease_until_ns: store.lease_until_ns(),
+        })
+    }
+
+    fn store(&self) -> Result<&PolicyStore<MapData>, GuardError> {
+        self.policy.as_ref().ok_or_else(|| self.unreadable())
+    }
+
+    fn unreadable(&self) -> GuardError {
+        GuardError::OtherPolicyLayout {
+            interface: self.interface.clone(),
+        }
     }
 }

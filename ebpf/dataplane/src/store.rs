@@ -200,6 +200,13 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
         Ok(Listed { slot, bank })
     }
 
+    /// Whether it can judge in conntrack mode.
+    pub(crate) fn has_room_for_flows(&self) -> Result<bool, GuardError> {
+        let flows = self.flows.map().info();
+        let flows = flows.map_err(|e| map_error(&self.interface, "read", "FLOWS", e))?;
+        Ok(flows.max_entries() >= FLOWS)
+    }
+
     /// The interface's name.
     pub(crate) fn interface(&self) -> &str {
         &self.interface
@@ -293,8 +300,7 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
             let interface = interface.clone();
             move |source| map_error(&interface, action, "FLOWS", source)
         };
-        let size = self.flows.map().info().map_err(failed("read"))?;
-        if size.max_entries() < FLOWS {
+        if !self.has_room_for_flows()? {
             return Ok(());
         }
         let listed = self.listed()?;

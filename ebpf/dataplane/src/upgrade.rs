@@ -54,13 +54,15 @@ impl Guard {
     /// flows and rates are the same, and each frame is judged by the old programs or the new.
     ///
     /// # Errors
-    /// Where the guard judges by a policy that is laid out in another way. The old programs judge on then,
-    /// as after any error.
+    /// Where the guard judges by a policy that is laid out in another way. The old programs judge on then, as
+    /// after every error up to the exchange. Where the second program cannot be exchanged, one direction is
+    /// judged by the new one and the other by the old, both by the same policy, until the next command
+    /// finishes the upgrade.
     pub fn upgrade(&self) -> Result<Counting, GuardError> {
         let _lock = self.pins.lock()?;
+        self.authorise()?;
         finish(self.interface(), &self.pins)?;
         self.judging()?;
-        self.authorise()?;
         let layout = require_policy(self.interface(), &self.pins)?;
         let counting = match layout.accounts == Layout::of_this_build().accounts {
             true => Counting::Continued,

@@ -166,6 +166,31 @@ fn another_program_in_its_link_is_seen_at_a_glance() {
     );
 }
 
+/// The watch of declared taps asks this when the pins are lost.
+#[test]
+fn a_held_guard_whose_program_was_exchanged_does_not_judge() {
+    let namespace = Namespace::new("watch").unwrap();
+    namespace
+        .enter(|| {
+            let _tap = Tap::create("guest").unwrap();
+            let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+            let held = guard.hold().unwrap();
+            assert!(held.is_on(guard.ifindex()).unwrap());
+            assert!(!held.is_on(guard.ifindex() + 1).unwrap());
+            let mut foreign = Programs::load("foreign", Mode::Filtered).unwrap();
+            let namespace = std::fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+            let pin = format!("/sys/fs/bpf/omerta/{namespace}/guest/link_ingress");
+            let link = FdLink::from(PinnedLink::from_pin(pin).unwrap());
+            let program = foreign.program(Direction::Ingress).unwrap();
+            program.attach_to_link(link.try_into().unwrap()).unwrap();
+            assert!(!held.is_on(guard.ifindex()).unwrap());
+            guard.hold().unwrap_err();
+            drop((held, foreign));
+            guard.detach().unwrap();
+        })
+        .unwrap();
+}
+
 #[test]
 fn after_a_change_that_leaves_the_guard_in_order_a_glance_finds_it_in_order() {
     let namespace = Namespace::new("watch").unwrap();

@@ -114,7 +114,9 @@ after. omertad upgrades the guards of its guests itself when it starts."
     /// Keep declared interfaces guarded, whenever they appear, until interrupted
     #[command(
         after_help = "An interface without a guard is set down, guarded, and set up again if it was up; where it cannot be \
-guarded it stays down. Guards outlive this command."
+guarded it stays down. A guard in force is left as it is; one that lost its pins is replaced by one that enforces the same. \
+A declared lease begins when the guard is attached, and is not renewed by this command: use `guard lease`. Guards outlive \
+this command."
     )]
     Watch {
         /// TOML with a [[tap]] for each interface: name, and what `guard attach` takes

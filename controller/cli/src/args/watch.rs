@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::Deserialize;
 
 use super::guard::{AttachArgs, AttachError, Attachment};
@@ -55,6 +57,9 @@ pub enum WatchFileError {
         #[source]
         source: io::Error,
     },
+    /// A pipe, a device or a directory.
+    #[error("{} is not a regular file: give --config the file that declares the interfaces", .0.display())]
+    NoFile(PathBuf),
     /// It is longer than any.
     #[error("{} is longer than {} MiB, so it is not what declares interfaces", .0.display(), MAX_BYTES >> 20)]
     TooLong(PathBuf),
@@ -110,10 +115,23 @@ pub enum WatchFileError {
 /// At the first thing that is wrong: nothing is guarded by half of a file.
 pub fn read(path: &Path) -> Result<Vec<Attachment>, WatchFileError> {
     let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text));
+    // Without waiting for whoever may write to a pipe.
+    let opened = File::options()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path);
+    let read = opened.and_then(|file| {
+        if !file.metadata()?.is_file() {
+            return Ok(None);
+        }
+        file.take(MAX_BYTES + 1).read_to_string(&mut text).map(Some)
+    });
     match read {
-        Ok(length) if length as u64 > MAX_BYTES => Err(WatchFileError::TooLong(path.to_owned())),
-        Ok(_) => parse(path, &text),
+        Ok(None) => Err(WatchFileError::NoFile(path.to_owned())),
+        Ok(Some(length)) if length as u64 > MAX_BYTES => {
+            Err(WatchFileError::TooLong(path.to_owned()))
+        }
+        Ok(Some(_)) => parse(path, &text),
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
             Err(WatchFileError::Missing(path.to_owned()))
         }

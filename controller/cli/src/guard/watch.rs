@@ -8,11 +8,13 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use omerta_dataplane::links::{self, Interface, InterfaceChanges};
 use omerta_dataplane::{Guard, GuardConfig, GuardError, HeldGuard, Programs};
+use omerta_verdict::Mode;
 
 use super::GuardCommandError;
 use crate::args::guard::Attachment;
@@ -23,22 +25,42 @@ use crate::output::Output;
 /// Milliseconds after which everything is looked at where nothing was notified: of links that are cut and pins
 /// that are lost nobody is.
 const LOOK_AGAIN: u16 = 1000;
+/// How long is waited where the interfaces changed while they were listed.
+const LIST_AGAIN: Duration = Duration::from_millis(2);
+/// After how many lists that were cut short in a row this is told, and `--once` gives up.
+const CUT_SHORT: u32 = 100;
 
 /// Guards the interfaces that `path` declares until the process is ended; or once.
 pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommandError> {
     let mut taps: Vec<_> = watch::read(path)?.into_iter().map(Tap::new).collect();
     let changes = InterfaceChanges::open().map_err(GuardCommandError::Watch)?;
+    let mut cut_short = 0_u32;
     loop {
         // Taken first: what changes while all is looked at is an occasion to look again.
         changes.take().map_err(GuardCommandError::Watch)?;
         match links::all() {
             Ok(interfaces) => {
+                cut_short = 0;
                 for tap in &mut taps {
                     tap.look(interfaces.iter().find(|one| one.name == tap.name()), out)?;
                 }
             }
             // They changed while they were listed, which was told as well.
-            Err(error) if error.kind() == io::ErrorKind::Other => continue,
+            Err(error) if error.kind() == io::ErrorKind::Other => {
+                cut_short = cut_short.wrapping_add(1);
+                if cut_short.is_multiple_of(CUT_SHORT) {
+                    if once {
+                        return Err(GuardCommandError::Watch(error));
+                    }
+                    // Where stderr is closed guarding goes on all the same.
+                    let _ = writeln!(
+                        io::stderr(),
+                        "omerta: the interfaces cannot be listed, {cut_short} times in a row: {error}"
+                    );
+                }
+                thread::sleep(LIST_AGAIN);
+                continue;
+            }
             Err(error) => return Err(GuardCommandError::Watch(error)),
         }
         if once {
@@ -104,8 +126,11 @@ impl Tap {
         }
     }
 
-    /// Those that were loaded, or others.
-    fn programs(&mut self) -> Result<Programs, GuardError> {
+    /// Those that were loaded, or others where these have no room for `mode`.
+    fn programs(&mut self, mode: Mode) -> Result<Programs, GuardError> {
+        if mode == Mode::Conntrack && self.config().mode != mode {
+            return Programs::load(self.name(), mode);
+        }
         match self.programs.take().map(JoinHandle::join) {
             Some(Ok(programs)) => programs,
             _ => Programs::load(self.name(), self.config().mode),
@@ -142,11 +167,17 @@ impl Tap {
         let name = self.name().to_owned();
         let known = self.known.replace(found.index);
         if known.is_some_and(|known| known != found.index) {
+            // Another interface: what was enforced on the last is not for this one.
+            self.held = None;
             // Whoever else guards it has had no time to: nothing is asked before it is down.
             self.set_down(found)?;
         }
         match Guard::open(&name) {
             Ok(guard) if self.held.as_ref().is_some_and(|held| held.is(&guard)) => {
+                if !self.judges(found.index)? {
+                    // Upgraded since, or of filters, which cannot tell.
+                    self.held = Some(guard.hold()?);
+                }
                 self.set_up_again(found.index)?;
                 return self.is_first(&guard).map(|()| None);
             }
@@ -167,15 +198,24 @@ impl Tap {
             Err(_) => {}
         }
         // What is held judges on without its pins, so nothing is open; the new guard stands before it.
-        let judges = match &self.held {
-            Some(held) => held.is_on(found.index)?,
-            None => false,
-        };
+        let judges = self.judges(found.index).unwrap_or(false);
         if !judges {
             self.set_down(found)?;
         }
-        let programs = self.programs()?;
-        let guard = Guard::attach_loaded(programs, &name, self.config())?;
+        let mode = match &self.held {
+            Some(held) => held.mode(),
+            None => Ok(self.config().mode),
+        };
+        if mode.is_err() {
+            // What is held is not known, and ends with this process.
+            self.set_down(found)?;
+        }
+        let programs = self.programs(mode?)?;
+        let guard = match &self.held {
+            // What was revoked since it was declared stays so, and a lease that has ended.
+            Some(held) => Guard::attach_in_place_of(held, programs, &name, self.config())?,
+            None => Guard::attach_loaded(programs, &name, self.config())?,
+        };
         self.held = Some(guard.hold()?);
         let how = match (judges, self.set_down) {
             (true, _) => "its pins were lost: judged on, and guarded anew",
@@ -185,6 +225,13 @@ impl Tap {
         self.set_up_again(guard.ifindex())?;
         self.is_first(&guard)?;
         Ok(Some(how))
+    }
+
+    /// Whether the guard that is held judges on the interface of index `index`.
+    fn judges(&self, index: u32) -> Result<bool, GuardError> {
+        self.held
+            .as_ref()
+            .map_or(Ok(false), |held| held.is_on(index))
     }
 
     fn set_down(&mut self, found: &Interface) -> Result<(), GuardError> {

@@ -48,8 +48,12 @@ impl Watched {
     }
 
     fn over(stage: Stage) -> Self {
+        Self::declaring(stage, TAP)
+    }
+
+    fn declaring(stage: Stage, text: &str) -> Self {
         let files = TempDir::new().unwrap();
-        let path = file(&files, TAP);
+        let path = file(&files, text);
         let watch = stage
             .command(&format!("guard watch --config {}", path.display()))
             .stdout(Stdio::null())
@@ -98,7 +102,12 @@ fn file(directory: &TempDir, text: &str) -> PathBuf {
 
 /// A frame to the host itself, which its stack takes whatever MAC the tap has.
 fn hostile() -> Vec<u8> {
-    let mut frame = vec![0xff; 6];
+    frame([0xff; 6])
+}
+
+/// A frame to the host's service.
+fn frame(gateway: [u8; 6]) -> Vec<u8> {
+    let mut frame = gateway.to_vec();
     frame.extend([0x52, 0x54, 0, 0, 0, 1, 0x08, 0]);
     let mut header = vec![0x45, 0, 0, 32, 0, 1, 0x40, 0, 64, 17, 0, 0, 10, 77, 0, 2];
     header.extend(HOST);
@@ -232,6 +241,76 @@ fn a_guard_that_is_taken_away_or_cut_comes_back() {
         identity().is_some_and(|now| Some(now) != before)
     });
     watched.soon("it is guarded still", guarded);
+}
+
+#[test]
+fn what_was_revoked_or_has_ended_stays_so_when_the_pins_are_lost() {
+    const SERVICE: &str = "udp:10.99.0.1:9999";
+    let Some(stage) = Stage::set() else { return };
+    let declared = TAP.replace("\"udp:192.0.2.10:51820\"", &format!("\"{SERVICE}\""));
+    let watched = Watched::declaring(stage, &declared);
+    let service = watched.within(service);
+    watched.soon("it is guarded", || {
+        watched.standing() == Some(Standing::InForce)
+    });
+    watched.soon("it is up", || watched.stage.tap.send(&hostile()).is_ok());
+    let inode = watched.stage.namespace().inode().unwrap();
+    let identity = || watched.within(|| Guard::open("omt0").map(|guard| guard.identity()).ok());
+    let send = || {
+        for _ in 0..50 {
+            // Where it is set down, nothing passes.
+            let _ = watched.stage.tap.send(&frame([0x52, 0x54, 0, 0, 0, 0xfe]));
+        }
+    };
+    let passed = || {
+        send();
+        std::thread::sleep(Duration::from_millis(50));
+        received(&service)
+    };
+    let lose_pins = || {
+        let before = identity();
+        std::fs::remove_dir_all(format!("/sys/fs/bpf/omerta/{inode}/omt0")).unwrap();
+        watched.soon("it is pinned again", || {
+            send();
+            identity().is_some_and(|now| Some(now) != before)
+        });
+    };
+    assert!(passed() > 0, "what is declared is allowed");
+
+    watched.stage.guard("revoke", SERVICE).done();
+    assert_eq!(passed(), 0, "revoked");
+    lose_pins();
+    assert_eq!(passed(), 0, "LEAKED to what was revoked");
+    assert_eq!(watched.stage.shown()["allow"], serde_json::json!([]));
+
+    watched.stage.guard("allow", SERVICE).done();
+    watched.stage.guard("mode", "direct").done();
+    watched.stage.guard("limit", "egress-packets=20k").done();
+    watched.stage.guard("lease", "1s").done();
+    watched.soon("the lease ends", || {
+        watched.stage.shown()["lease"]["expired"] == true
+    });
+    let _ = passed();
+    let enforced = |shown: serde_json::Value| {
+        ["allow", "mode", "limits", "lease", "gateway_mac"].map(|key| shown[key].clone())
+    };
+    let before = enforced(watched.stage.shown());
+    lose_pins();
+    assert_eq!(passed(), 0, "LEAKED after the lease");
+    assert_eq!(enforced(watched.stage.shown()), before);
+    watched.stage.guard("lease", "off").done();
+    assert!(passed() > 0, "renewed by a command");
+}
+
+#[test]
+fn what_is_no_file_is_refused_at_once() {
+    let files = TempDir::new().unwrap();
+    let pipe = files.path().join("taps.toml");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for path in [&pipe, files.path()] {
+        omerta(&format!("guard watch --config {}", path.display()))
+            .failed(2, &["not a regular file"]);
+    }
 }
 
 #[test]
