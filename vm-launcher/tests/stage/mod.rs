@@ -28,6 +28,14 @@ impl Stage {
         // As the unit has it: what is made for QEMU must not depend on it.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
         let namespace = Namespace::new("vml").expect("a namespace takes root");
+        // What a killed test left under the number that this namespace has now is nobody's.
+        namespace
+            .enter(|| {
+                for left in Guard::pinned().unwrap() {
+                    Guard::remove_stale(&left.interface, None).unwrap();
+                }
+            })
+            .unwrap();
         let directory = tempfile::tempdir().unwrap();
         write_bare_guest(directory.path(), program).unwrap();
         Self {
