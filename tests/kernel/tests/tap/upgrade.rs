@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use omerta_dataplane::{Counting, Guard, GuardError, Hook};
+use omerta_dataplane::{Counting, Guard, GuardConfig, GuardError, Hook, Owner, Programs};
 use omerta_kernel_tests::*;
-use omerta_test_support::{Capture, FrameSender, Tap, Travel, mac_of};
+use omerta_test_support::{Capture, FrameSender, Namespace, Tap, Travel, mac_of};
 use omerta_verdict::{Direction, Mac, Mode, Reason};
 
 use crate::stage::{Stage, WORLD_MAC, udp_payload};
@@ -162,11 +162,14 @@ fn stage(hook: Hook, mode: Mode) -> Stage {
     Stage::by(hook, &config(mode), || Tap::create("guest"))
 }
 
+fn namespace_inode() -> u64 {
+    let namespace = fs::metadata("/proc/thread-self/ns/net");
+    std::os::unix::fs::MetadataExt::ino(&namespace.unwrap())
+}
+
 /// The names of the guard's pins.
 fn pins() -> BTreeSet<String> {
-    let inode = fs::metadata("/proc/thread-self/ns/net");
-    let inode = std::os::unix::fs::MetadataExt::ino(&inode.unwrap());
-    let place = format!("/sys/fs/bpf/omerta/{inode}/guest");
+    let place = format!("/sys/fs/bpf/omerta/{}/guest", namespace_inode());
     fs::read_dir(place)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -312,6 +315,37 @@ fn a_policy_of_an_unknown_layout_is_refused_and_its_guard_stays_in_force() {
         traffic.batch();
         traffic.is_accounted_for();
     }
+}
+
+#[test]
+fn an_owned_guards_upgrade_is_finished_by_its_owner_alone() {
+    let namespace = Namespace::new("upgrade").unwrap();
+    namespace
+        .enter(|| {
+            let _tap = Tap::create("guest").unwrap();
+            let owner: Owner = "someone".parse().unwrap();
+            let owned = GuardConfig {
+                owner: Some(owner.clone()),
+                ..config(Mode::Filtered)
+            };
+            Guard::attach("guest", &owned).unwrap();
+            // As an upgrade leaves it that was killed at its first pin.
+            let inode = namespace_inode();
+            let next = format!("/sys/fs/bpf/omerta/{inode}/guest/next_program_egress");
+            let mut programs = Programs::load("guest", Mode::Filtered).unwrap();
+            let program = programs.program(Direction::Egress).unwrap();
+            program.pin(&next).unwrap();
+            let is_there = || pins().contains("next_program_egress");
+            let guard = Guard::open("guest").unwrap();
+            assert!(matches!(guard.upgrade(), Err(GuardError::Owned { .. })));
+            let other = "other".parse().unwrap();
+            Guard::open_as("guest", &other).unwrap_err();
+            assert!(is_there(), "it was finished by who may not change it");
+            let guard = Guard::open_as("guest", &owner).unwrap();
+            assert!(!is_there());
+            guard.detach().unwrap();
+        })
+        .unwrap();
 }
 
 #[test]
