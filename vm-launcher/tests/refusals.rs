@@ -17,7 +17,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use omerta_dataplane::{ErrorKind, Guard, GuardConfig, Limits};
+use omerta_dataplane::{ErrorKind, Guard, GuardConfig, GuardError, Limits};
 use omerta_test_support::{Tap, ip};
 use omerta_verdict::Mode;
 use omerta_vm_launcher::{LaunchError, Paused, RunDirError, Spec, TapError};
@@ -120,7 +120,7 @@ fn a_run_directory_in_use_and_a_foreign_one_are_left_alone() {
 }
 
 #[test]
-fn a_tap_that_someone_guarded_first_is_refused() {
+fn a_tap_is_guarded_from_the_launch_on_and_nobody_else_guards_it() {
     let stage = Stage::new(IDLE);
     stage.run(|spec| async move {
         let config = GuardConfig {
@@ -137,11 +137,14 @@ fn a_tap_that_someone_guarded_first_is_refused() {
         };
         let tap = spec.tap.clone();
         let paused = Paused::launch(spec).await.unwrap();
-        let theirs = Guard::attach(&tap, &config).unwrap();
-        let error = paused.guard().await.unwrap_err();
-        assert!(matches!(error, LaunchError::Guard(_)), "{error:?}");
-        // Not ours to remove; its interface is gone, so its pins guard nothing.
-        theirs.detach().unwrap();
+        let error = Guard::attach(&tap, &config).unwrap_err();
+        assert!(
+            matches!(error, GuardError::AlreadyGuarded { .. }),
+            "{error:?}"
+        );
+        let guarded = paused.guard().await.unwrap();
+        let ended = guarded.end().await;
+        assert_eq!(ended.leftovers, [""; 0]);
     });
     stage.assert_nothing_is_left();
 }
