@@ -85,7 +85,7 @@ fn two_guarded_interfaces_that_swap_their_names_keep_their_own_guards() {
 fn with_number(number: u64) -> Option<Namespace> {
     let mut others = Vec::new();
     for _ in 0..200 {
-        let namespace = Namespace::new("ot-number").unwrap();
+        let namespace = Namespace::with_left_overs("ot-number").unwrap();
         if namespace.inode().unwrap() == number {
             return Some(namespace);
         }

@@ -32,11 +32,24 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a namespace named `PREFIX-PID-N`, with `lo` up.
+    /// Makes a namespace named `PREFIX-PID-N`, with `lo` up. What another test's namespace has left pinned under the
+    /// number that this one has now is nobody's, and removed.
     ///
     /// # Errors
     /// Without root, or where the name cannot be bound under `/run/netns`.
     pub fn new(prefix: &str) -> Result<Self, StageError> {
+        let namespace = Self::with_left_overs(prefix)?;
+        let pins = format!("/sys/fs/bpf/omerta/{}", namespace.inode()?);
+        // Mostly there is nothing.
+        let _ = fs::remove_dir_all(pins);
+        Ok(namespace)
+    }
+
+    /// As [`Namespace::new`], and leaves what is pinned.
+    ///
+    /// # Errors
+    /// As [`Namespace::new`].
+    pub fn with_left_overs(prefix: &str) -> Result<Self, StageError> {
         let serial = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("{prefix}-{}-{serial}", std::process::id());
         let failed = |action| {

@@ -28,14 +28,6 @@ impl Stage {
         // As the unit has it: what is made for QEMU must not depend on it.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
         let namespace = Namespace::new("vml").expect("a namespace takes root");
-        // What a killed test left under the number that this namespace has now is nobody's.
-        namespace
-            .enter(|| {
-                for left in Guard::pinned().unwrap() {
-                    Guard::remove_stale(&left.interface, None).unwrap();
-                }
-            })
-            .unwrap();
         let directory = tempfile::tempdir().unwrap();
         write_bare_guest(directory.path(), program).unwrap();
         Self {
@@ -109,7 +101,7 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         // Tests that detach a guard behind the launcher's back leave the namespace's directory.
-        let _ = fs::remove_dir(self.pins());
+        let _ = fs::remove_dir_all(self.pins());
         // Those that are killed leave their jails.
         omerta_vm_launcher::sweep_jails(&Jail::default());
     }

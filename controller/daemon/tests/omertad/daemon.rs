@@ -20,8 +20,21 @@ pub struct Daemon {
     pub process: Process,
     /// After the process, which would tell of their end.
     orphans: Orphans,
+    pins: Pins,
     pub namespace: Namespace,
     directory: TempDir,
+}
+
+/// What is pinned for the namespace, removed with it: its number is given again, also to other tests' namespaces.
+struct Pins(Option<PathBuf>);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        if let Some(directory) = &self.0 {
+            // There may be none.
+            let _ = std::fs::remove_dir_all(directory);
+        }
+    }
 }
 
 /// An HTTP answer.
@@ -109,6 +122,10 @@ impl Daemon {
         let daemon = Self {
             process,
             orphans: Orphans::below(directory.path()),
+            pins: Pins(Some(PathBuf::from(format!(
+                "/sys/fs/bpf/omerta/{}",
+                namespace.inode().unwrap()
+            )))),
             namespace,
             directory,
         };
@@ -133,6 +150,7 @@ impl Daemon {
         self.process.signal(Signal::SIGKILL).unwrap();
         self.process.wait(DEADLINE).unwrap();
         self.orphans.let_live();
+        self.pins.0 = None;
         (self.namespace, self.directory)
     }
 
