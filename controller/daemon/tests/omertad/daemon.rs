@@ -154,8 +154,9 @@ impl Daemon {
         (self.namespace, self.directory)
     }
 
-    /// Gives up the process, not the namespace.
-    pub fn into_namespace(self) -> Namespace {
+    /// Gives up the process, not the namespace, with what is pinned.
+    pub fn into_namespace(mut self) -> Namespace {
+        self.pins.0 = None;
         self.namespace
     }
 
