@@ -1,8 +1,8 @@
-//! A file that one process holds locked, with its pid in it, for as long as it lives.
+//! A file that one process holds locked, with its pid in it and what it is for, for as long as it lives.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -50,12 +50,18 @@ fn holder(pid: Option<u32>) -> String {
     pid.map_or_else(|| "another process".to_owned(), |pid| format!("pid {pid}"))
 }
 
+/// How long the first line is, the pid's: one that is written over another's leaves the rest as it is.
+const PID_LINE: usize = 11;
+
+/// What a note is read of at most: a path.
+const MAX_NOTE: u64 = 4_096;
+
 /// A lock that is ours until dropped, or until this process ends, however it ends. The file stays
-/// unless [`LockFile::remove`] is called.
+/// unless [`LockFile::remove`] is called, with the note that its last holder left.
 #[derive(Debug)]
 pub struct LockFile {
     path: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl LockFile {
@@ -74,11 +80,11 @@ impl LockFile {
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(path)
                 .map_err(PathError::of("open", path))?;
-            let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
-                Err((mut file, Errno::EWOULDBLOCK)) => {
+                Err((file, Errno::EWOULDBLOCK)) => {
                     let mut pid = String::new();
-                    let read = file.read_to_string(&mut pid);
+                    let read = file.take(PID_LINE as u64).read_to_string(&mut pid);
                     return Err(LockError::Held {
                         path: path.to_owned(),
                         pid: read.ok().and_then(|_| pid.trim().parse().ok()),
@@ -93,13 +99,11 @@ impl LockFile {
                 Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => {}
                 _ => continue,
             }
-            let written = lock
-                .set_len(0)
-                .and_then(|()| lock.rewind())
-                .and_then(|()| writeln!(lock, "{}", std::process::id()));
+            let pid = format!("{:<width$}\n", std::process::id(), width = PID_LINE - 1);
+            let written = lock.write_all_at(pid.as_bytes(), 0);
             let ours = Self {
                 path: path.to_owned(),
-                _lock: lock,
+                lock,
             };
             return match written {
                 Ok(()) => Ok(ours),
@@ -109,6 +113,32 @@ impl LockFile {
                 }
             };
         }
+    }
+
+    /// What [`LockFile::write_note`] wrote last, also a holder's before; empty where nobody did.
+    ///
+    /// # Errors
+    /// When the system refuses, or what is there is no text.
+    pub fn note(&self) -> Result<String, PathError> {
+        let read = || {
+            let mut note = vec![0; self.lock.metadata()?.len().min(MAX_NOTE) as usize];
+            let length = self.lock.read_at(&mut note, PID_LINE as u64)?;
+            note.truncate(length);
+            String::from_utf8(note).map_err(io::Error::other)
+        };
+        read().map_err(PathError::of("read", &self.path))
+    }
+
+    /// Writes what the lock is for, which stays in the file when this process ends.
+    ///
+    /// # Errors
+    /// When the system refuses. Then there is another note, or a part of this one.
+    pub fn write_note(&self, note: &str) -> Result<(), PathError> {
+        let start = PID_LINE as u64;
+        self.lock
+            .set_len(start)
+            .and_then(|()| self.lock.write_all_at(note.as_bytes(), start))
+            .map_err(PathError::of("write", &self.path))
     }
 
     /// Whether there is a lock file at `path` that nobody holds: who made it is dead.
@@ -146,6 +176,21 @@ mod tests {
         assert!(LockFile::is_abandoned(&path));
         LockFile::acquire(&path).unwrap().remove();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn note_outlives_who_wrote_it_until_another_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let lock = LockFile::acquire(&path).unwrap();
+        assert_eq!(lock.note().unwrap(), "");
+        lock.write_note("/run/a guest\nof two lines").unwrap();
+        drop(lock);
+        let lock = LockFile::acquire(&path).unwrap();
+        assert_eq!(lock.note().unwrap(), "/run/a guest\nof two lines");
+        lock.write_note("b").unwrap();
+        drop(lock);
+        assert_eq!(LockFile::acquire(&path).unwrap().note().unwrap(), "b");
     }
 
     #[test]

@@ -192,7 +192,7 @@ impl Cell {
     /// system that the image is on.
     pub(crate) fn build(spec: &Spec) -> Result<(Self, Root), CellError> {
         let limits = Limits::of(spec);
-        let (reservation, cgroups) = Reservation::take(spec.jail.uids, |uid| {
+        let (reservation, cgroups) = Reservation::take(spec.jail.uids, &spec.run_dir, |uid| {
             Cgroups::make(uid, &limits, &spec.jail.without)
         })?;
         let cell = Self {
@@ -204,11 +204,16 @@ impl Cell {
         Ok((cell, root))
     }
 
-    /// The cell that a dead launcher left to its QEMU, with the cgroups that it recorded, if it did.
-    pub(crate) fn adopt(uid: u32, cgroups: Option<&[PathBuf]>) -> Result<Self, JailError> {
+    /// The cell that a dead launcher left to the QEMU with this run directory, with the cgroups that it
+    /// recorded, if it did.
+    pub(crate) fn adopt(
+        uid: u32,
+        run_dir: &Path,
+        cgroups: Option<&[PathBuf]>,
+    ) -> Result<Self, JailError> {
         Ok(Self {
             uid,
-            reservation: Some(Reservation::adopt(uid)?),
+            reservation: Some(Reservation::adopt(uid, run_dir)?),
             cgroups: Cgroups::of(uid, cgroups)?,
         })
     }

@@ -84,10 +84,12 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// Takes the first free user, and what `make` makes for it: where that finds that a process of
-    /// the user's is still there, a dead launcher's, the next one is tried.
+    /// Takes the first free user for the guest with this run directory, and what `make` makes for it:
+    /// where that finds that a process of the user's is still there, a dead launcher's, the next one is
+    /// tried.
     pub(super) fn take(
         range: UidRange,
+        run_dir: &Path,
         make: impl Fn(u32) -> Result<Cgroups, MakeError>,
     ) -> Result<(Self, Cgroups), JailError> {
         for uid in range.first..=range.last {
@@ -99,14 +101,22 @@ impl Reservation {
             let taken = Self { uid, lock };
             // Also where no cgroup tells: a dead launcher's guest may live on, to be taken over.
             if users::has_any(uid).unwrap_or(true) {
-                taken.give_back();
+                taken.leave();
                 continue;
             }
             match make(uid) {
-                Ok(cgroups) => return Ok((taken, cgroups)),
-                Err(MakeError::InUse) => taken.give_back(),
+                Ok(mut cgroups) => {
+                    // Before any process is: whoever finds one finds whose it is.
+                    if let Err(error) = taken.lock.write_note(&note(run_dir)) {
+                        cgroups.remove();
+                        taken.give_back();
+                        return Err(error.into());
+                    }
+                    return Ok((taken, cgroups));
+                }
+                Err(MakeError::InUse) => taken.leave(),
                 Err(MakeError::Jail(error)) => {
-                    taken.give_back();
+                    taken.leave();
                     return Err(error);
                 }
             }
@@ -114,12 +124,13 @@ impl Reservation {
         Err(JailError::NoUid(range))
     }
 
-    /// The reservation that a dead launcher left.
-    pub(super) fn adopt(uid: u32) -> Result<Self, JailError> {
+    /// The reservation that a dead launcher left of the guest with this run directory. It gives a user
+    /// back before it forgets the guest, and whoever has the user then is another.
+    pub(super) fn adopt(uid: u32, run_dir: &Path) -> Result<Self, JailError> {
         let end = Instant::now() + PASSING;
-        loop {
+        let lock = loop {
             match lock(uid) {
-                Ok(lock) => return Ok(Self { uid, lock }),
+                Ok(lock) => break lock,
                 // Perhaps by one that looks for a free user, and finds that this is none.
                 Err(LockError::Held { .. }) if Instant::now() < end => {
                     std::thread::sleep(Duration::from_millis(5));
@@ -127,6 +138,15 @@ impl Reservation {
                 Err(LockError::Held { .. }) => return Err(JailError::UidHeld(uid)),
                 Err(LockError::Io(error)) => return Err(error.into()),
             }
+        };
+        let found = Self { uid, lock };
+        match found.lock.note() {
+            Ok(theirs) if theirs == note(run_dir) => Ok(found),
+            Ok(_) => {
+                found.leave();
+                Err(JailError::UidHeld(uid))
+            }
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -138,6 +158,13 @@ impl Reservation {
         self.lock.remove();
         // The last one leaves nothing.
         let _ = fs::remove_dir(DIRECTORY);
+    }
+
+    /// Lets go of one that may be a dead launcher's guest's, who is to find it as it was.
+    fn leave(self) {
+        if self.lock.note().is_ok_and(|note| note.is_empty()) {
+            self.give_back();
+        }
     }
 
     pub(super) fn keep(self) {
@@ -165,6 +192,15 @@ fn lock(uid: u32) -> Result<LockFile, LockError> {
     attempt()
 }
 
+/// What tells one guest's reservation from another's of the same number.
+fn note(run_dir: &Path) -> String {
+    run_dir
+        .as_os_str()
+        .as_encoded_bytes()
+        .escape_ascii()
+        .to_string()
+}
+
 fn place(uid: u32) -> PathBuf {
     Path::new(DIRECTORY).join(uid.to_string())
 }
@@ -186,6 +222,7 @@ pub(super) fn sweep(range: UidRange, remove: impl Fn(u32) -> bool) {
             .and_then(|name| name.parse().ok());
         if let Some(uid) = uid.filter(|uid| (range.first..=range.last).contains(uid))
             && let Ok(lock) = LockFile::acquire(&place(uid))
+            && !users::has_any(uid).unwrap_or(true)
             && remove(uid)
         {
             lock.remove();
@@ -198,6 +235,44 @@ pub(super) fn sweep(range: UidRange, remove: impl Fn(u32) -> bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A dead launcher may have given a user back and not yet forgotten the guest: the next guest of that
+    /// user is not taken for it, and not killed.
+    #[test]
+    fn user_that_another_guest_has_since_is_not_the_first_ones() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: to reserve users takes root");
+            return;
+        }
+        let uid = 1_899_900_000 + std::process::id() % 90_000;
+        let range = UidRange {
+            first: uid,
+            last: uid,
+        };
+        let take = |run_dir: &str| {
+            let none = |uid| Ok(Cgroups::of(uid, Some(&[])).unwrap());
+            Reservation::take(range, Path::new(run_dir), none).map(|(taken, _)| taken)
+        };
+        let adopt = |run_dir: &str| Reservation::adopt(uid, Path::new(run_dir));
+        let is_held = |found| matches!(found, Err(JailError::UidHeld(_)));
+
+        take("/run/first").unwrap().give_back();
+        assert!(is_held(adopt("/run/first")), "given back");
+        // The launcher dies.
+        drop(take("/run/second").unwrap());
+        assert!(is_held(adopt("/run/first")), "another's");
+        // Who looks for a free user leaves it as it is.
+        let mut living = std::process::Command::new("sleep");
+        let living = std::os::unix::process::CommandExt::uid(living.arg("60"), uid).spawn();
+        let mut living = living.unwrap();
+        assert!(matches!(take("/run/third"), Err(JailError::NoUid(_))));
+        sweep(range, |_| true);
+        let second = adopt("/run/second").unwrap();
+        living.kill().unwrap();
+        living.wait().unwrap();
+        second.give_back();
+        assert!(!place(uid).exists());
+    }
 
     #[test]
     fn range_is_parsed_as_it_is_shown() {

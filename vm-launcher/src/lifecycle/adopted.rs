@@ -94,7 +94,9 @@ async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, Laun
         .insert(Arc::new(QemuProcess::adopt(pid, start)?));
     let process = Arc::clone(process);
     let cgroups = traces.cgroups.as_deref();
-    let cell = machine.cell.insert(Cell::adopt(uid, cgroups)?);
+    let cell = machine
+        .cell
+        .insert(Cell::adopt(uid, &spec.run_dir, cgroups)?);
     if !cell.holds(pid) {
         return Err(JailError::Escaped(pid).into());
     }
@@ -185,10 +187,10 @@ pub struct Unwound {
 pub fn unwind(tap: &str, run_dir: &Path, owner: Option<&Owner>, traces: &Traces) -> Unwound {
     let mut left = Vec::new();
     let mut disks = None;
-    let adopt = |uid| Cell::adopt(uid, traces.cgroups.as_deref());
+    let adopt = |uid| Cell::adopt(uid, run_dir, traces.cgroups.as_deref());
     let cell = match traces.uid.map(adopt).transpose() {
         Ok(cell) => cell,
-        // It was given back, which is done last, and only without a process is it another's.
+        // It was given back, which is done last and only without a process, and may be another's now.
         Err(JailError::UidHeld(_)) => None,
         Err(error) => {
             return Unwound {
