@@ -112,7 +112,7 @@ fn in_a_machine(kernel: &Kernel, suites: &[Suite], frames: &str, cache: &Path) -
         .cloned()
         .collect();
     // By the hook that the kernel's guards use, and no other: the running kernel tries both.
-    let environment = format!("{PARITY_FRAMES}={frames} OMERTA_HOOKS=own\n");
+    let environment = format!("{PARITY_FRAMES}={frames} OMERTA_HOOKS=own OMERTA_UPGRADES=4\n");
     initramfs::build(kernel, &suites, &environment, &initrd)
         .with_context(|| format!("cannot assemble {}", initrd.display()))?;
     println!("vm: Linux {} boots", kernel.release);

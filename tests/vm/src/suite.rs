@@ -11,15 +11,16 @@ use crate::package;
 
 /// What another kernel may do otherwise, in the order in which it is run. The first says by which
 /// hook the kernel runs guards. Those of `tests/kernel` that are not here need no kernel, or load
-/// the programs so often that emulation takes many minutes. The last is of `controller/tunnel`: the kernel's WireGuard,
+/// the programs so often that emulation takes many minutes; of `tap` it is the exchange of programs alone. The last is of `controller/tunnel`: the kernel's WireGuard,
 /// which the running kernel may lack.
-const SUITES: [&str; 7] = [
+const SUITES: [&str; 8] = [
     "support",
     "load",
     "corpus",
     "parity",
     "lifecycle",
     "clsact",
+    "tap",
     "device",
 ];
 /// What a machine does not run, for the time that emulation takes: `clsact` is run where that is the
@@ -33,9 +34,11 @@ const TESTS_LEFT_OUT: [(&str, &str, &str); 2] =
 
 /// What `suite` is told on a machine with a kernel of `series`.
 pub fn arguments(series: &str, suite: &str) -> String {
-    if suite == "device" {
+    match suite {
         // The userspace program is not there, and is tried where the tests are built.
-        return " kernel::".to_owned();
+        "device" => return " kernel::".to_owned(),
+        "tap" => return " upgrade::programs_are_exchanged".to_owned(),
+        _ => {}
     }
     TESTS_LEFT_OUT
         .iter()

@@ -176,7 +176,12 @@ fn pins() -> BTreeSet<String> {
         .collect()
 }
 
+/// Unless `OMERTA_UPGRADES` says otherwise: where programs are emulated, each takes seconds.
 const UPGRADES: usize = 25;
+
+fn upgrades() -> usize {
+    std::env::var("OMERTA_UPGRADES").map_or(UPGRADES, |count| count.parse().unwrap())
+}
 
 #[test]
 fn programs_are_exchanged_under_traffic_without_a_wrong_verdict() {
@@ -186,7 +191,7 @@ fn programs_are_exchanged_under_traffic_without_a_wrong_verdict() {
             let frames = under_traffic(&stage, mode, || {
                 let guard = Guard::open("guest").unwrap();
                 let before = (guard.identity(), pins(), guard.status().unwrap().epoch);
-                for _ in 0..UPGRADES {
+                for _ in 0..upgrades() {
                     assert_eq!(guard.upgrade().unwrap(), Counting::Continued);
                     guard.verify().unwrap();
                 }
@@ -199,7 +204,7 @@ fn programs_are_exchanged_under_traffic_without_a_wrong_verdict() {
             println!(
                 "{} in {mode} mode: {} upgrades, {frames} good frames each way, 0 lost; {} hostile ones, 0 passed",
                 hook.word(),
-                UPGRADES,
+                upgrades(),
                 3 * frames + if mode == Mode::Conntrack { frames } else { 0 },
             );
         }
