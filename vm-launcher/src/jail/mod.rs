@@ -5,6 +5,7 @@
 
 mod cgroup;
 mod entry;
+mod hierarchy;
 mod landlock;
 mod root;
 mod uid;
@@ -94,7 +95,7 @@ impl FromStr for Part {
 /// # Errors
 /// When the host's cgroups cannot be looked at.
 pub fn lacking_parts() -> Result<Vec<(Part, &'static str)>, PathError> {
-    let mut there = cgroup::host_parts()?;
+    let mut there = hierarchy::host_parts()?;
     if landlock::is_there() {
         there.insert(Part::Landlock);
     }
