@@ -1,4 +1,4 @@
-//! Many taps of one host, guarded or not, all routed to one uplink that swallows everything.
+//! Many taps of one host, guarded, open or judged by one program for all, all routed to one uplink that swallows everything.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -7,16 +7,17 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::time::{ClockId, clock_gettime};
-use omerta_dataplane::Guard;
+use omerta_dataplane::{Guard, Programs};
 use omerta_kernel_tests::{GATEWAY_MAC, config};
 use omerta_test_support::{Namespace, Tap, index_of};
-use omerta_verdict::Mode;
+use omerta_verdict::{Direction, Mode};
 use std::os::fd::OwnedFd;
 
 use crate::kernel::{self, Hook, Kind};
 use crate::network::PLAIN;
+use crate::verdict::loaded;
 
-/// Guarded taps of a [`Host`], and as many others.
+/// Guarded taps of a [`Host`], and as many of each other kind.
 pub const GUARDS: usize = 1_000;
 
 /// The host's namespace and its taps.
@@ -24,7 +25,9 @@ pub struct Host {
     namespace: Namespace,
     guarded: Vec<Tap>,
     open: Vec<Tap>,
+    shared: Vec<Tap>,
     attached: Attached,
+    _one_for_all: (Programs, Vec<OwnedFd>),
     _swallow: OwnedFd,
 }
 
@@ -53,8 +56,8 @@ impl Host {
                 })
                 .collect()
         };
-        let (guarded, open) =
-            namespace.enter(|| -> Result<_> { Ok((taps("guard")?, taps("open")?)) })??;
+        let (guarded, open, shared) = namespace
+            .enter(|| -> Result<_> { Ok((taps("guard")?, taps("open")?, taps("shared")?)) })??;
         let mut commands = String::from(
             "link add uplink type veth peer name sink\n\
              link set sink up\n\
@@ -63,7 +66,7 @@ impl Host {
              route add default via 203.0.113.9\n\
              neigh replace 203.0.113.9 lladdr 52:54:00:00:00:cc dev uplink nud permanent\n",
         );
-        for tap in guarded.iter().chain(&open) {
+        for tap in guarded.iter().chain(&open).chain(&shared) {
             commands += &format!("link set {} address {GATEWAY_MAC} up\n", tap.name());
         }
         run_batch(&namespace, &commands)?;
@@ -73,11 +76,14 @@ impl Host {
             let swallow = kernel::constant(Kind::Classifier, SHOT)?;
             kernel::attach(&swallow, index_of("sink")?, Hook::TcxIngress)
         })??;
+        let one_for_all = namespace.enter(|| one_for_all(&shared))??;
         let mut host = Self {
             namespace,
             guarded,
             open,
+            shared,
             attached: Attached::default(),
+            _one_for_all: one_for_all,
             _swallow: swallow,
         };
         host.attached = host.attach()?;
@@ -125,6 +131,12 @@ impl Host {
     pub fn open(&self) -> &[Tap] {
         &self.open
     }
+
+    /// The taps that one program judges by one policy, as no guard does: its code and its state are in the
+    /// processor's caches whichever tap sends.
+    pub fn shared(&self) -> &[Tap] {
+        &self.shared
+    }
 }
 
 impl Drop for Host {
@@ -137,6 +149,15 @@ impl Drop for Host {
             }
         });
     }
+}
+
+/// A guard's program for what guests send, loaded once and attached to all of `taps`.
+fn one_for_all(taps: &[Tap]) -> Result<(Programs, Vec<OwnedFd>)> {
+    let mut programs = loaded(Mode::Filtered)?;
+    let program = programs.program(Direction::Egress)?;
+    let attach = |tap: &Tap| kernel::attach(program.fd()?, index_of(tap.name())?, Hook::TcxIngress);
+    let links = taps.iter().map(attach).collect::<Result<_>>()?;
+    Ok((programs, links))
 }
 
 /// Nanoseconds of this thread for one frame, over `count` frames that go to `taps` in turn.

@@ -1,9 +1,11 @@
 //! `scale`: one frame of 64 bytes from one of 1, 100 or 1,000 guarded taps, in turn, and from as many
 //! without a guard, in nanoseconds of the sending thread; and what a guard more takes, in time and
-//! memory.
+//! memory. `shared` is the floor of any design: one program with one policy judges all of those taps, so
+//! that what grows is the host's own work for a tap more.
 
 use anyhow::{Result, bail};
 use omerta_dataplane::Guard;
+use omerta_test_support::Tap;
 
 use crate::many::{GUARDS, Host, send_in_turn};
 use crate::report::Bench;
@@ -15,21 +17,25 @@ const FRAMES: u32 = 20_000;
 
 /// All guards stay attached in every case: a case is how many of them send.
 ///
-/// (row, row of which it is a multiple, taps that send, guarded)
-const CASES: [(&str, &str, usize, bool); 6] = [
-    ("taps-1", "taps-1", 1, true),
-    ("taps-100", "taps-1", 100, true),
-    ("taps-1000", "taps-1", 1_000, true),
-    ("open-1", "open-1", 1, false),
-    ("open-100", "open-1", 100, false),
-    ("open-1000", "open-1", 1_000, false),
+/// (row, row of which it is a multiple, taps of the kind, taps that send)
+const CASES: [(&str, &str, Kind, usize); 9] = [
+    ("taps-1", "taps-1", Host::guarded, 1),
+    ("taps-100", "taps-1", Host::guarded, 100),
+    ("taps-1000", "taps-1", Host::guarded, 1_000),
+    ("open-1", "open-1", Host::open, 1),
+    ("open-100", "open-1", Host::open, 100),
+    ("open-1000", "open-1", Host::open, 1_000),
+    ("shared-1", "shared-1", Host::shared, 1),
+    ("shared-100", "shared-1", Host::shared, 100),
+    ("shared-1000", "shared-1", Host::shared, 1_000),
 ];
+
+type Kind = fn(&Host) -> &[Tap];
 
 pub fn measure(rounds: Rounds, host: &Host) -> Result<Vec<Bench>> {
     let frame = allowed_frame();
-    let cases = CASES.map(|(name, against, count, guarded)| {
-        let taps = if guarded { host.guarded() } else { host.open() };
-        let (taps, frame) = (&taps[..count], &frame);
+    let cases = CASES.map(|(name, against, kind, count)| {
+        let (taps, frame) = (&kind(host)[..count], &frame);
         Case::new(name, against, move || send_in_turn(taps, frame, FRAMES))
     });
     let samples = rounds.run(cases.into())?;
