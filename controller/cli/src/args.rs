@@ -4,6 +4,7 @@
 //! `check` functions of [`guard`] and [`vm`], before anything is touched.
 
 pub mod capture;
+pub mod fence;
 pub mod guard;
 pub mod image;
 pub mod incident;

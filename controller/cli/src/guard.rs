@@ -1,5 +1,6 @@
 //! `omerta guard`: guards, without the daemon.
 
+mod fence;
 mod upgrade;
 mod watch;
 
@@ -74,6 +75,8 @@ pub fn run(command: GuardCommand, out: &mut Output) -> Result<(), GuardCommandEr
             shown,
         } => upgrade::run(&interfaces, all, shown.format, out),
         GuardCommand::Watch { config, once } => watch::run(&config, once, out),
+        GuardCommand::Fence { remove: true, .. } => fence::remove(out),
+        GuardCommand::Fence { shown, .. } => fence::show(shown.format, out),
         GuardCommand::Detach { interface } => detach(&interface, out),
         GuardCommand::Reasons { format } => reasons(format, out),
     }
@@ -466,6 +469,12 @@ pub enum GuardCommandError {
     /// Declared interfaces are not as they should be.
     #[error("{0} of the declared interfaces could not be guarded: each was told above")]
     Unguarded(usize),
+    /// The fence could not be made, read or removed.
+    #[error(transparent)]
+    Fence(#[from] fence::FenceError),
+    /// The declared fence does not stand.
+    #[error("the fence could not be made: it was told above")]
+    NoFence,
     /// The file is no allowlist.
     #[error(transparent)]
     Allowlist(#[from] AllowlistError),
@@ -490,7 +499,12 @@ impl GuardCommandError {
             Self::WatchFile(_) => Exit::Usage,
             Self::Allowlist(error) => error.exit(),
             Self::Guard(error) => exit_of(error),
-            Self::Wait(_) | Self::Watch(_) | Self::Unguarded(_) | Self::Output(_) => Exit::Failed,
+            Self::Fence(_)
+            | Self::NoFence
+            | Self::Wait(_)
+            | Self::Watch(_)
+            | Self::Unguarded(_)
+            | Self::Output(_) => Exit::Failed,
         }
     }
 }

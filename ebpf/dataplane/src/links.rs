@@ -6,10 +6,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 
-use crate::netlink::{Object, Subject, all_changes, attribute, change, dump, get};
+use crate::netlink::{
+    Object, Subject, all_changes, append, attribute, change, dump, firewall_changes, get, word,
+};
 
 // include/uapi/linux/if_link.h.
 const IFLA_IFNAME: u16 = 3;
+const IFLA_GROUP: u16 = 27;
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_ATTACHED: u16 = 2;
 const IFF_UP: u32 = libc::IFF_UP as u32;
@@ -23,6 +26,8 @@ pub struct Interface {
     pub name: String,
     /// Whether it is set up.
     pub is_up: bool,
+    /// The group that somebody has put it into; each interface begins in 0.
+    pub group: u32,
 }
 
 /// Every interface.
@@ -41,6 +46,10 @@ fn interface(object: &Object) -> Option<Interface> {
         index: object.subject.ifindex,
         name: String::from_utf8_lossy(name).into_owned(),
         is_up: object.subject.handle & IFF_UP != 0,
+        group: object
+            .attribute(IFLA_GROUP)
+            .and_then(|group| word(group, 0))
+            .unwrap_or(0),
     })
 }
 
@@ -78,38 +87,60 @@ pub fn set_up(index: u32, up: bool) -> io::Result<()> {
     change(libc::RTM_NEWLINK, 0, subject, &[])
 }
 
-/// Occasions to look at the interfaces and what judges on them: its descriptor becomes readable when
-/// the kernel has changed any of them.
-#[derive(Debug)]
-pub struct InterfaceChanges(OwnedFd);
+/// Puts the interface of that index into a group, which it leaves with its end alone.
+///
+/// # Errors
+/// Where it is gone, or the kernel refuses.
+pub fn set_group(index: u32, group: u32) -> io::Result<()> {
+    let subject = Subject {
+        ifindex: index,
+        ..Subject::default()
+    };
+    let mut attributes = Vec::new();
+    append(&mut attributes, IFLA_GROUP, &group.to_ne_bytes());
+    change(libc::RTM_SETLINK, 0, subject, &attributes)
+}
 
-impl InterfaceChanges {
-    /// Of this thread's network namespace, from now on.
+/// Occasions to look: its descriptor becomes readable when the kernel has changed something.
+#[derive(Debug)]
+pub struct Changes(OwnedFd);
+
+impl Changes {
+    /// Of the interfaces of this thread's network namespace and of what judges on them, from now on.
     ///
     /// # Errors
     /// Without a descriptor.
-    pub fn open() -> io::Result<Self> {
+    pub fn of_interfaces() -> io::Result<Self> {
         all_changes().map(Self)
     }
 
-    /// Takes all that there are. What they say is not read: some may have been lost, and whoever is told
-    /// looks at everything.
+    /// Of the rules of nftables(8) there.
+    ///
+    /// # Errors
+    /// Without a descriptor.
+    pub fn of_firewall() -> io::Result<Self> {
+        firewall_changes().map(Self)
+    }
+
+    /// Takes all that there are; whether there was any. What they say is not read: some may have been lost,
+    /// and whoever is told looks at everything.
     ///
     /// # Errors
     /// Where the kernel does not tell any more.
-    pub fn take(&self) -> io::Result<()> {
-        let mut told = [0; 4096];
+    pub fn take(&self) -> io::Result<bool> {
+        let (mut told, mut any) = ([0; 4096], false);
         loop {
             match recv(self.0.as_raw_fd(), &mut told, MsgFlags::MSG_DONTWAIT) {
-                Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return Ok(()),
+                Ok(_) | Err(Errno::ENOBUFS) => any = true,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(any),
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
 }
 
-impl AsFd for InterfaceChanges {
+impl AsFd for Changes {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

@@ -98,6 +98,18 @@ pub fn all_changes() -> io::Result<OwnedFd> {
     )
 }
 
+/// A socket that is told, from now on, of every change to the rules of nftables(8) in this thread's network
+/// namespace.
+pub fn firewall_changes() -> io::Result<OwnedFd> {
+    /// `NFNLGRP_NFTABLES` of include/uapi/linux/netfilter/nfnetlink.h, the seventh group.
+    const NFTABLES: u32 = 1 << 6;
+    open_for(
+        SockProtocol::NetlinkNetFilter,
+        SockFlag::SOCK_NONBLOCK,
+        NFTABLES,
+    )
+}
+
 /// include/uapi/linux/rtnetlink.h.
 const RTMGRP_TC: u32 = 8;
 
@@ -110,11 +122,15 @@ fn body_of(kind: u16) -> usize {
 }
 
 fn open(flags: SockFlag, groups: u32) -> io::Result<OwnedFd> {
+    open_for(SockProtocol::NetlinkRoute, flags, groups)
+}
+
+fn open_for(protocol: SockProtocol, flags: SockFlag, groups: u32) -> io::Result<OwnedFd> {
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC | flags,
-        SockProtocol::NetlinkRoute,
+        protocol,
     )?;
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
     Ok(socket)

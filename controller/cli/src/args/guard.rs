@@ -116,16 +116,32 @@ after. omertad upgrades the guards of its guests itself when it starts."
         after_help = "An interface without a guard is set down, guarded, and set up again if it was up; where it cannot be \
 guarded it stays down. A guard in force is left as it is; one that lost its pins is replaced by one that enforces the same. \
 A declared lease begins when the guard is attached, and is not renewed by this command: use `guard lease`. Guards outlive \
-this command."
+this command, and so does the fence that a [fence] declares: interfaces of its names reach nothing, and nothing reaches them, \
+until this command has guarded them."
     )]
     Watch {
-        /// TOML with a [[tap]] for each interface: name, and what `guard attach` takes
+        /// TOML with a [[tap]] for each interface: name, and what `guard attach` takes; and a [fence] if wanted
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
 
         /// Look once and end: with 1 where an interface could not be guarded
         #[arg(long)]
         once: bool,
+    },
+
+    /// Show what the fence of `guard watch` has kept from whom, or remove it
+    #[command(
+        after_help = "The fence is the table omerta_fence of nftables, in the families inet, arp and bridge. An interface \
+that it names and that is guarded by other means is let through with `ip link set dev IFNAME group 28525`, or what the \
+file's [fence] says for `group`."
+    )]
+    Fence {
+        /// Remove it: interfaces that are not guarded are open then
+        #[arg(long)]
+        remove: bool,
+
+        #[command(flatten)]
+        shown: Shown,
     },
 
     /// Remove an interface's guard: everything passes again

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::OFlag;
 use serde::Deserialize;
 
+use super::fence::FenceConfig;
 use super::guard::{AttachArgs, AttachError, Attachment};
 
 /// The longest file, in bytes: more than a thousand taps need.
@@ -16,8 +17,18 @@ const MAX_BYTES: u64 = 4 << 20;
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Document {
+    fence: Option<FenceConfig>,
     #[serde(default)]
     tap: Vec<Tap>,
+}
+
+/// What a file declares.
+#[derive(Debug)]
+pub struct Declared {
+    /// What is kept from everything until it is guarded.
+    pub fence: Option<FenceConfig>,
+    /// What is guarded.
+    pub taps: Vec<Attachment>,
 }
 
 /// One interface, each key as the option of `guard attach`.
@@ -85,6 +96,18 @@ pub enum WatchFileError {
         /// What is wrong with it.
         why: String,
     },
+    /// The fence cannot be such a one.
+    #[error("{}: fence: {key} = \"{}\": {why}", .path.display(), .value.escape_default())]
+    Fence {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What it says.
+        value: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// Its values contradict each other.
     #[error("{}: the tap {tap}", .path.display())]
     Contradiction {
@@ -113,7 +136,7 @@ pub enum WatchFileError {
 ///
 /// # Errors
 /// At the first thing that is wrong: nothing is guarded by half of a file.
-pub fn read(path: &Path) -> Result<Vec<Attachment>, WatchFileError> {
+pub fn read(path: &Path) -> Result<Declared, WatchFileError> {
     let mut text = String::new();
     // Without waiting for whoever may write to a pipe.
     let opened = File::options()
@@ -142,10 +165,17 @@ pub fn read(path: &Path) -> Result<Vec<Attachment>, WatchFileError> {
     }
 }
 
-fn parse(path: &Path, text: &str) -> Result<Vec<Attachment>, WatchFileError> {
+fn parse(path: &Path, text: &str) -> Result<Declared, WatchFileError> {
     let document: Document = toml::from_str(text).map_err(|error| WatchFileError::Malformed {
         path: path.to_owned(),
         why: error.to_string(),
+    })?;
+    let checked = document.fence.as_ref().map_or(Ok(()), FenceConfig::check);
+    checked.map_err(|(key, value, why)| WatchFileError::Fence {
+        path: path.to_owned(),
+        key,
+        value,
+        why,
     })?;
     let mut taps: Vec<Attachment> = Vec::new();
     for tap in document.tap {
@@ -168,7 +198,10 @@ fn parse(path: &Path, text: &str) -> Result<Vec<Attachment>, WatchFileError> {
     if taps.is_empty() {
         return Err(WatchFileError::Empty(path.to_owned()));
     }
-    Ok(taps)
+    Ok(Declared {
+        fence: document.fence,
+        taps,
+    })
 }
 
 #[cfg(test)]
@@ -187,7 +220,7 @@ mod tests {
         let text = format!(
             "{TAP}gateway_mac = \"52:54:00:00:00:fe\"\nallow = [\"udp:192.0.2.10:51820\"]\nmode = \"conntrack\"\nlimit = [\"egress-bits=100M\"]\nlease = \"12h\"\n"
         );
-        let taps = parse(Path::new("taps"), &text).unwrap();
+        let taps = parse(Path::new("taps"), &text).unwrap().taps;
         assert_eq!(taps[0].interface.as_str(), "tap0");
         assert_eq!(taps[0].config.allow.len(), 1);
         assert_eq!(taps[0].config.mode, omerta_verdict::Mode::Conntrack);
@@ -197,12 +230,17 @@ mod tests {
     #[test]
     fn the_example_is_one() {
         let text = include_str!("../../../../deploy/taps.toml");
-        let example = parse(Path::new("taps"), text).unwrap();
+        let example = parse(Path::new("taps"), text).unwrap().taps;
         assert_eq!(example[0].interface.as_str(), "tap100i0");
         // What it shows as a comment is as good.
-        let text = text.replace("# limit", "limit").replace("# lease", "lease");
+        let text = ["limit", "lease", "[fence]", "interfaces"]
+            .iter()
+            .fold(text.to_owned(), |text, key| {
+                text.replace(&format!("# {key}"), key)
+            });
         let example = parse(Path::new("taps"), &text).unwrap();
-        assert!(example[0].config.lease.is_some());
+        assert!(example.taps[0].config.lease.is_some());
+        assert_eq!(example.fence.unwrap().interfaces, ["tap*"]);
     }
 
     #[test]
@@ -215,6 +253,15 @@ mod tests {
             (format!("{TAP}allow = [\"udp:x\"]\n"), "allow = \"udp:x\""),
             (TAP.replace("tap0", "a/b"), "name = \"a/b\""),
             (TAP.replace("10.0.0.1", "fe80::1"), "10.0.0.5"),
+            (format!("[fence]\n{TAP}"), "interfaces"),
+            (
+                format!("[fence]\ninterfaces = [\"*\"]\n{TAP}"),
+                "interfaces = \"*\"",
+            ),
+            (
+                format!("[fence]\ninterfaces = [\"tap*\"]\nname = 1\n{TAP}"),
+                "name",
+            ),
         ] {
             assert!(complaint(&text).contains(words), "{}", complaint(&text));
         }

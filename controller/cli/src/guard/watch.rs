@@ -12,11 +12,12 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use omerta_dataplane::links::{self, Interface, InterfaceChanges};
+use omerta_dataplane::links::{self, Changes, Interface};
 use omerta_dataplane::{Guard, GuardConfig, GuardError, HeldGuard, Programs};
 use omerta_verdict::Mode;
 
 use super::GuardCommandError;
+use super::fence::Fence;
 use crate::args::guard::Attachment;
 use crate::args::watch;
 use crate::exit::{explain, one_line};
@@ -32,17 +33,29 @@ const CUT_SHORT: u32 = 100;
 
 /// Guards the interfaces that `path` declares until the process is ended; or once.
 pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommandError> {
-    let mut taps: Vec<_> = watch::read(path)?.into_iter().map(Tap::new).collect();
-    let changes = InterfaceChanges::open().map_err(GuardCommandError::Watch)?;
+    let declared = watch::read(path)?;
+    let mut taps: Vec<_> = declared.taps.into_iter().map(Tap::new).collect();
+    let mut fence = declared.fence.map(Fence::new);
+    let changes = Changes::of_interfaces().map_err(GuardCommandError::Watch)?;
+    let firewall = fence.as_ref().map(|_| Changes::of_firewall()).transpose();
+    let firewall = firewall.map_err(GuardCommandError::Watch)?;
     let mut cut_short = 0_u32;
     loop {
         // Taken first: what changes while all is looked at is an occasion to look again.
         changes.take().map_err(GuardCommandError::Watch)?;
+        if let (Some(fence), Some(firewall)) = (&mut fence, &firewall) {
+            let occasion = firewall.take().map_err(GuardCommandError::Watch)?;
+            if let Some(how) = fence.look(occasion) {
+                out.line(format_args!("fence: {how}"))?;
+            }
+        }
+        let group = fence.as_ref().map(Fence::group);
         match links::all() {
             Ok(interfaces) => {
                 cut_short = 0;
                 for tap in &mut taps {
-                    tap.look(interfaces.iter().find(|one| one.name == tap.name()), out)?;
+                    let found = interfaces.iter().find(|one| one.name == tap.name());
+                    tap.look(found, group, out)?;
                 }
             }
             // They changed while they were listed, which was told as well.
@@ -65,6 +78,7 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
         }
         if once {
             return match taps.iter().filter(|tap| tap.told.is_some()).count() {
+                0 if fence.as_ref().is_some_and(Fence::is_wrong) => Err(GuardCommandError::NoFence),
                 0 => Ok(()),
                 count => Err(GuardCommandError::Unguarded(count)),
             };
@@ -73,7 +87,10 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
         for tap in &mut taps {
             tap.prepare();
         }
-        let mut told = [PollFd::new(changes.as_fd(), PollFlags::POLLIN)];
+        let told = [Some(&changes), firewall.as_ref()].into_iter().flatten();
+        let mut told: Vec<_> = told
+            .map(|changes| PollFd::new(changes.as_fd(), PollFlags::POLLIN))
+            .collect();
         match poll(&mut told, PollTimeout::from(LOOK_AGAIN)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(GuardCommandError::Watch(errno.into())),
@@ -137,8 +154,13 @@ impl Tap {
         }
     }
 
-    /// Looks at the interface as it is, and has it guarded.
-    fn look(&mut self, found: Option<&Interface>, out: &mut Output) -> io::Result<()> {
+    /// Looks at the interface as it is, and has it guarded. In `group` are those that the fence lets through.
+    fn look(
+        &mut self,
+        found: Option<&Interface>,
+        group: Option<u32>,
+        out: &mut Output,
+    ) -> io::Result<()> {
         let Some(found) = found else {
             // A guard follows an interface that is renamed. What is held is of nobody else's use.
             self.held = None;
@@ -147,7 +169,11 @@ impl Tap {
             self.told = None;
             return Ok(());
         };
-        match self.guard(found) {
+        let looked = self.guard(found).and_then(|how| {
+            self.let_through(found, group, self.held.is_some())?;
+            Ok(how)
+        });
+        match looked {
             Ok(None) => {}
             Ok(Some(how)) => {
                 self.told = None;
@@ -157,9 +183,34 @@ impl Tap {
                     found.index
                 ))?;
             }
-            Err(error) => self.tell(&explain(&error)),
+            Err(error) => {
+                let judges = self.judges(found.index).unwrap_or(false);
+                // The error to tell is the first.
+                let _ = self.let_through(found, group, judges);
+                self.tell(&explain(&error));
+            }
         }
         Ok(())
+    }
+
+    /// Has the fence let the interface through, or not any more.
+    fn let_through(
+        &self,
+        found: &Interface,
+        group: Option<u32>,
+        through: bool,
+    ) -> Result<(), GuardError> {
+        let Some(group) = group else { return Ok(()) };
+        let to = match (through, found.group == group) {
+            (true, false) => group,
+            (false, true) => 0,
+            _ => return Ok(()),
+        };
+        match links::set_group(found.index, to) {
+            // It has gone, and the next look finds what came.
+            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(()),
+            done => self.system("set the group of", done),
+        }
     }
 
     /// What was done, if anything.

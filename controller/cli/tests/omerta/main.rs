@@ -10,6 +10,7 @@ mod capture;
 mod console;
 mod daemon;
 mod doctor;
+mod fence;
 mod guard;
 mod guard_refusals;
 mod image;

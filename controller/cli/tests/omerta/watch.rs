@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const HOST: [u8; 4] = [10, 99, 0, 1];
 const PORT: u16 = 9999;
 
-const TAP: &str = r#"
+pub const TAP: &str = r#"
 [[tap]]
 name = "omt0"
 mac = "52:54:00:00:00:01"
@@ -28,16 +28,16 @@ gateway = ["10.77.0.1"]
 allow = ["udp:192.0.2.10:51820"]
 "#;
 
-struct Watched {
+pub struct Watched {
     // Ended before the namespace goes.
-    watch: Child,
-    stage: Stage,
+    pub watch: Child,
+    pub stage: Stage,
     _files: TempDir,
 }
 
 impl Watched {
     /// A namespace without a tap, with `omerta guard watch` in it.
-    fn set() -> Option<Self> {
+    pub fn set() -> Option<Self> {
         let stage = Stage::set()?;
         stage
             .namespace()
@@ -51,7 +51,7 @@ impl Watched {
         Self::declaring(stage, TAP)
     }
 
-    fn declaring(stage: Stage, text: &str) -> Self {
+    pub fn declaring(stage: Stage, text: &str) -> Self {
         let files = TempDir::new().unwrap();
         let path = file(&files, text);
         let watch = stage
@@ -66,11 +66,11 @@ impl Watched {
         }
     }
 
-    fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.stage.namespace().enter(work).unwrap()
     }
 
-    fn standing(&self) -> Option<Standing> {
+    pub fn standing(&self) -> Option<Standing> {
         // While it is exchanged, much may be said of it.
         self.within(|| Guard::open("omt0").and_then(|guard| guard.status()))
             .ok()
@@ -78,7 +78,7 @@ impl Watched {
     }
 
     #[track_caller]
-    fn soon(&self, what: &str, mut is_so: impl FnMut() -> bool) {
+    pub fn soon(&self, what: &str, mut is_so: impl FnMut() -> bool) {
         let end = Instant::now() + PATIENCE;
         while !is_so() {
             assert!(Instant::now() < end, "{what}: not yet");
@@ -94,19 +94,19 @@ impl Drop for Watched {
     }
 }
 
-fn file(directory: &TempDir, text: &str) -> PathBuf {
+pub fn file(directory: &TempDir, text: &str) -> PathBuf {
     let path = directory.path().join("taps.toml");
     std::fs::write(&path, text).unwrap();
     path
 }
 
 /// A frame to the host itself, which its stack takes whatever MAC the tap has.
-fn hostile() -> Vec<u8> {
+pub fn hostile() -> Vec<u8> {
     frame([0xff; 6])
 }
 
 /// A frame to the host's service.
-fn frame(gateway: [u8; 6]) -> Vec<u8> {
+pub fn frame(gateway: [u8; 6]) -> Vec<u8> {
     let mut frame = gateway.to_vec();
     frame.extend([0x52, 0x54, 0, 0, 0, 1, 0x08, 0]);
     let mut header = vec![0x45, 0, 0, 32, 0, 1, 0x40, 0, 64, 17, 0, 0, 10, 77, 0, 2];
@@ -126,7 +126,7 @@ fn frame(gateway: [u8; 6]) -> Vec<u8> {
 }
 
 /// The host's own service that no guest may reach.
-fn service() -> UdpSocket {
+pub fn service() -> UdpSocket {
     for step in ["link set lo up", "addr add 10.99.0.1/32 dev lo"] {
         // The second time it is there already.
         let _ = ip(step);
@@ -140,7 +140,7 @@ fn service() -> UdpSocket {
     socket
 }
 
-fn received(service: &UdpSocket) -> u32 {
+pub fn received(service: &UdpSocket) -> u32 {
     let mut buffer = [0; 16];
     let mut count = 0;
     while service.recv(&mut buffer).is_ok() {

@@ -1,0 +1,329 @@
+//! The fence of `omerta guard watch`: rules of nftables(8) that keep interfaces of declared names from
+//! everything, in both directions, until they are guarded.
+//!
+//! Whoever makes a tap and sets it up at once is milliseconds ahead of whoever is to guard it. The rules
+//! drop what comes from, or goes to, an interface whose name is fenced and that is not in the group of those
+//! that are let through. Every interface begins in group 0, whatever its name and index, and leaves a group
+//! only with its end; the watch puts one into that group when its guard is in force. So what is made again
+//! is fenced from its first instant, also while no watch lives: the rules stay when it ends.
+
+use std::io::{self, Write};
+use std::process::{self, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::GuardCommandError;
+use crate::args::Format;
+use crate::args::fence::FenceConfig;
+use crate::output::{Cell, Output, Side, Style, Table};
+
+/// The table's name, in each family.
+const NAME: &str = "omerta_fence";
+/// Each family, with the hook of what comes from an interface and that of what goes to one.
+const FAMILIES: [(&str, [&str; 2]); 3] = [
+    // What is routed or for the host itself.
+    ("inet", ["prerouting", "postrouting"]),
+    ("arp", ["input", "output"]),
+    // What goes from port to port, and between a port and the bridge itself.
+    ("bridge", ["prerouting", "postrouting"]),
+];
+/// The chains of these hooks, and what nftables calls the interface there.
+const WAYS: [(&str, &str); 2] = [("from", "iif"), ("to", "oif")];
+/// Before all that others do (defragmentation is at -400), so that nothing is remembered of what is dropped.
+const PRIORITY: i32 = -500;
+/// Between two looks of which there was occasion: others may change their rules all the time.
+const BETWEEN: Duration = Duration::from_secs(1);
+
+/// Why the fence does not stand, or cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum FenceError {
+    /// There is no `nft`.
+    #[error("cannot run nft, which makes the fence: install nftables")]
+    NoProgram(#[source] io::Error),
+    /// It refuses.
+    #[error("nft cannot {action} the fence (as root, with nf_tables in the kernel): {why}")]
+    Refused {
+        /// What was asked of it.
+        action: &'static str,
+        /// Its complaint.
+        why: String,
+    },
+}
+
+/// The fence as it is declared, and as it was found last.
+pub struct Fence {
+    config: FenceConfig,
+    /// As `nft` lists the rules that were made.
+    made: Option<String>,
+    /// When it was looked at last.
+    looked: Option<Instant>,
+    /// Whether there was an occasion to look again since.
+    is_due: bool,
+    told: Option<String>,
+}
+
+impl Fence {
+    /// One that does not stand yet.
+    pub fn new(config: FenceConfig) -> Self {
+        Self {
+            config,
+            made: None,
+            looked: None,
+            is_due: true,
+            told: None,
+        }
+    }
+
+    /// The group of interfaces that are let through.
+    pub fn group(&self) -> u32 {
+        self.config.group
+    }
+
+    /// Whether anything is wrong with it.
+    pub fn is_wrong(&self) -> bool {
+        self.told.is_some()
+    }
+
+    /// Makes the fence, or looks whether it is as it was made where there is an `occasion`. What is wrong is
+    /// told once, and tried again. Gives how it has changed.
+    pub fn look(&mut self, occasion: bool) -> Option<&'static str> {
+        self.is_due |= occasion || self.told.is_some();
+        if !self.is_due || self.looked.is_some_and(|then| then.elapsed() < BETWEEN) {
+            return None;
+        }
+        self.looked = Some(Instant::now());
+        self.is_due = false;
+        match self.stand() {
+            Ok(how) => {
+                self.told = None;
+                how
+            }
+            Err(error) => {
+                let why = crate::exit::explain(&error);
+                if self.told.as_ref() != Some(&why) {
+                    // Where stderr is closed guarding goes on all the same.
+                    let _ = writeln!(io::stderr(), "omerta: no fence: {why}");
+                }
+                self.told = Some(why);
+                None
+            }
+        }
+    }
+
+    fn stand(&mut self) -> Result<Option<&'static str>, FenceError> {
+        if let Some(made) = &self.made
+            && listed().is_ok_and(|listed| listed == *made)
+        {
+            return Ok(None);
+        }
+        let again = self.made.take().is_some();
+        nft("make", &["-f", "-"], &rules(&self.config))?;
+        self.made = Some(listed()?);
+        Ok(Some(if again {
+            "somebody had changed or removed it: it stands again"
+        } else {
+            "it stands"
+        }))
+    }
+}
+
+/// All of it, in one transaction of the kernel's: what stood before it goes when it comes.
+fn rules(config: &FenceConfig) -> String {
+    let mut text = String::new();
+    for (family, hooks) in FAMILIES {
+        // There must be one to delete.
+        text += &format!("add table {family} {NAME}\ndelete table {family} {NAME}\n");
+        text += &format!("table {family} {NAME} {{\n");
+        for (hook, (chain, way)) in hooks.into_iter().zip(WAYS) {
+            text += &format!(
+                "chain {chain} {{\ntype filter hook {hook} priority {PRIORITY}; policy accept;\n"
+            );
+            for name in &config.interfaces {
+                let group = config.group;
+                text += &format!("{way}name \"{name}\" {way}group != {group} counter drop\n");
+            }
+            text += "}\n";
+        }
+        text += "}\n";
+    }
+    text
+}
+
+/// The rules as they are, without what they have counted.
+fn listed() -> Result<String, FenceError> {
+    FAMILIES
+        .into_iter()
+        .map(|(family, _)| nft("list", &["-s", "list", "table", family, NAME], ""))
+        .collect()
+}
+
+/// One rule, as a person or a program is shown it.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Rule {
+    /// inet, arp or bridge.
+    family: String,
+    /// `from` or `to` the interfaces.
+    direction: String,
+    /// Their name, or how it begins.
+    interfaces: String,
+    /// The group of those that are let through.
+    group: u64,
+    /// What was dropped.
+    packets: u64,
+    bytes: u64,
+}
+
+/// Shows the fence of this network namespace.
+///
+/// # Errors
+/// Where nft cannot be run or understood.
+pub fn show(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
+    let rules = read()?;
+    if format == Format::Json {
+        return Ok(out.json(&rules)?);
+    }
+    if rules.is_empty() {
+        return Ok(out.line("no fence: `omerta guard watch` makes the one that its file declares")?);
+    }
+    let mut table = Table::headed(&[
+        (Side::Left, "INTERFACES"),
+        (Side::Left, "DROPPED"),
+        (Side::Left, "FAMILY"),
+        (Side::Right, "PACKETS"),
+        (Side::Right, "BYTES"),
+    ]);
+    for rule in rules {
+        table.row(vec![
+            Cell::styled(Style::Heading, rule.interfaces),
+            Cell::new(rule.direction),
+            Cell::new(rule.family),
+            Cell::new(rule.packets),
+            Cell::new(rule.bytes),
+        ]);
+    }
+    Ok(out.table(&table)?)
+}
+
+fn read() -> Result<Vec<Rule>, FenceError> {
+    let said = nft("list", &["-j", "list", "ruleset"], "")?;
+    let said: Value = serde_json::from_str(&said).map_err(|error| FenceError::Refused {
+        action: "list",
+        why: format!("its answer is no JSON: {error}"),
+    })?;
+    let objects = said["nftables"].as_array().into_iter().flatten();
+    Ok(objects.filter_map(|object| rule(&object["rule"])).collect())
+}
+
+fn rule(rule: &Value) -> Option<Rule> {
+    if rule["table"] != NAME {
+        return None;
+    }
+    let parts = rule["expr"].as_array()?;
+    let right = |place: usize| Some(&parts.get(place)?["match"]["right"]);
+    let counter = parts.iter().find_map(|part| part.get("counter"))?;
+    Some(Rule {
+        family: rule["family"].as_str()?.to_owned(),
+        direction: rule["chain"].as_str()?.to_owned(),
+        interfaces: right(0)?.as_str()?.to_owned(),
+        group: right(1)?.as_u64()?,
+        packets: counter["packets"].as_u64()?,
+        bytes: counter["bytes"].as_u64()?,
+    })
+}
+
+/// Removes the fence: what it kept is open.
+///
+/// # Errors
+/// Where nft refuses.
+pub fn remove(out: &mut Output) -> Result<(), GuardCommandError> {
+    let there: Vec<_> = FAMILIES
+        .into_iter()
+        .filter(|(family, _)| nft("list", &["list", "table", family, NAME], "").is_ok())
+        .map(|(family, _)| format!("delete table {family} {NAME}\n"))
+        .collect();
+    if there.is_empty() {
+        return Ok(out.line("there is no fence")?);
+    }
+    nft("remove", &["-f", "-"], &there.concat())?;
+    Ok(out.line("the fence is removed")?)
+}
+
+/// Runs nft with `input`, and gives what it prints.
+fn nft(action: &'static str, arguments: &[&str], input: &str) -> Result<String, FenceError> {
+    let run = || -> io::Result<process::Output> {
+        let mut child = Command::new("nft")
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // Where it does not read, it says why.
+            let _ = stdin.write_all(input.as_bytes());
+        }
+        child.wait_with_output()
+    };
+    let ran = run().map_err(FenceError::NoProgram)?;
+    if !ran.status.success() {
+        let why = String::from_utf8_lossy(&ran.stderr);
+        let why = why
+            .lines()
+            .next()
+            .unwrap_or("it did not say why")
+            .to_owned();
+        return Err(FenceError::Refused { action, why });
+    }
+    Ok(String::from_utf8_lossy(&ran.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_name_is_fenced_in_each_family_and_both_ways() {
+        let config = FenceConfig {
+            interfaces: vec!["tap*".into(), "vm0".into()],
+            group: 7,
+        };
+        let text = rules(&config);
+        for way in ["iif", "oif"] {
+            for name in ["tap*", "vm0"] {
+                let rule = format!("{way}name \"{name}\" {way}group != 7 counter drop\n");
+                assert_eq!(text.matches(&rule).count(), 3, "{text}");
+            }
+        }
+        assert_eq!(text.matches("priority -500").count(), 6);
+    }
+
+    #[test]
+    fn a_rule_of_nfts_is_read_and_what_is_another_tables_is_not() {
+        let said: Value = serde_json::from_str(
+            r#"{"family": "arp", "table": "omerta_fence", "chain": "to", "handle": 5, "expr": [
+                {"match": {"op": "==", "left": {"meta": {"key": "oifname"}}, "right": "tap*"}},
+                {"match": {"op": "!=", "left": {"meta": {"key": "oifgroup"}}, "right": 7}},
+                {"counter": {"packets": 3, "bytes": 84}}, {"drop": null}]}"#,
+        )
+        .unwrap();
+        let read = rule(&said).unwrap();
+        assert_eq!(
+            (read.family.as_str(), read.interfaces.as_str()),
+            ("arp", "tap*")
+        );
+        assert_eq!((read.group, read.packets, read.bytes), (7, 3, 84));
+        for broken in [
+            said.to_string().replace("omerta_fence", "filter"),
+            said.to_string().replace("counter", "count"),
+            said.to_string().replace("\"tap*\"", "{}"),
+            "null".to_owned(),
+        ] {
+            assert_eq!(
+                rule(&serde_json::from_str(&broken).unwrap()),
+                None,
+                "{broken}"
+            );
+        }
+    }
+}
