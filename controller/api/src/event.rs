@@ -79,6 +79,15 @@ pub enum Occurrence {
         /// Where it is.
         to: String,
     },
+    /// The name of the guest's consumer leads to no other place where it may be: the guest reaches it where it was.
+    ConsumerStays {
+        /// `NAME:PORT`.
+        name: String,
+        /// Where the guest may reach it: `ADDRESS:PORT`.
+        endpoint: String,
+        /// Why the name is not followed.
+        message: String,
+    },
     /// Nothing has come from the guest's consumer for so long.
     TunnelSilent {
         /// How long.

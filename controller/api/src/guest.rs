@@ -41,7 +41,7 @@ pub struct RunRequest {
     pub name: String,
     /// The image's name, in the store or in the daemon's image directory.
     pub image: String,
-    /// The consumer's WireGuard: `PUBLIC_KEY@ADDRESS:PORT`.
+    /// The consumer's WireGuard: `PUBLIC_KEY@ADDRESS:PORT`, or `PUBLIC_KEY@NAME:PORT`, a name that omertad resolves and follows.
     pub consumer: String,
     /// The guest's address inside the tunnel, `ADDRESS/PREFIX`; 10.66.0.2/24 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -140,6 +140,9 @@ pub struct Guest {
     pub agent: Option<String>,
     /// The consumer: `PUBLIC_KEY@ADDRESS:PORT`.
     pub consumer: String,
+    /// The name by which omertad follows the consumer, `NAME:PORT`; null where its address was given.
+    #[serde(default)]
+    pub consumer_name: Option<String>,
     /// What rogue traffic does to the guest.
     pub on_violation: OnViolation,
     /// The guard's mode.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PeerRequest {
-    /// Where the consumer's WireGuard is now: `ADDRESS:PORT`, IPv4.
+    /// Where the consumer's WireGuard is now: `ADDRESS:PORT`, IPv4, or `NAME:PORT`, a name that omertad resolves and follows.
     pub endpoint: String,
 }
 
@@ -30,6 +30,9 @@ pub struct Peer {
     pub public_key: String,
     /// Where its WireGuard is: the one endpoint that the guest may reach.
     pub endpoint: String,
+    /// The name that is followed, `NAME:PORT`; null where the address was given.
+    #[serde(default)]
+    pub name: Option<String>,
     /// Where it was before, latest first.
     pub former_endpoints: Vec<String>,
     /// The guest's own public key; null until it has reported one.

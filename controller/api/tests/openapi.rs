@@ -83,6 +83,7 @@ fn guest() -> Guest {
         handshake: false,
         agent: Some("sound".into()),
         consumer: "KEY@192.0.2.10:51820".into(),
+        consumer_name: Some("vpn.example.org:51820".into()),
         on_violation: OnViolation::Terminate,
         mode: "filtered".into(),
         limits: GuestLimits::default(),
@@ -126,6 +127,11 @@ fn occurrences() -> Vec<Occurrence> {
             from: text(),
             to: text(),
         },
+        Occurrence::ConsumerStays {
+            name: text(),
+            endpoint: text(),
+            message: text(),
+        },
         Occurrence::Rogue {
             reason: text(),
             direction: text(),
@@ -166,6 +172,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Handshake {}
             | Occurrence::Agent { .. }
             | Occurrence::ConsumerMoved { .. }
+            | Occurrence::ConsumerStays { .. }
             | Occurrence::TunnelSilent { .. }
             | Occurrence::TunnelBack {}
             | Occurrence::Rogue { .. }
@@ -245,6 +252,7 @@ fn every_type_has_the_described_fields() {
         state: GuestState::Running,
         public_key: "KEY".into(),
         endpoint: "192.0.2.10:51820".into(),
+        name: Some("vpn.example.org:51820".into()),
         former_endpoints: Vec::new(),
         guest_public_key: None,
         handshake: false,

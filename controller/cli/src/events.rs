@@ -111,6 +111,15 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
         Occurrence::ConsumerMoved { from, to } => {
             (Style::Changing, "consumer_moved", format!("{from} → {to}"))
         }
+        Occurrence::ConsumerStays {
+            name,
+            endpoint,
+            message,
+        } => (
+            Style::Bad,
+            "consumer_stays",
+            format!("{name}: {message}; still {endpoint}"),
+        ),
         Occurrence::Rogue {
             reason,
             direction,

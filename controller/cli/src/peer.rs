@@ -62,7 +62,10 @@ fn table(peers: &[Peer]) -> Table {
         table.row(vec![
             Cell::styled(Style::Heading, &peer.guest),
             Cell::new(peer.state),
-            Cell::new(&peer.endpoint),
+            Cell::new(match &peer.name {
+                Some(name) => format!("{} ({name})", peer.endpoint),
+                None => peer.endpoint.clone(),
+            }),
             if peer.handshake {
                 Cell::styled(Style::Good, "yes")
             } else {
@@ -113,9 +116,8 @@ impl Imported {
             return Err(Unfit::PresharedKey);
         }
         let endpoint = match &peer.endpoint {
-            Some(PeerEndpoint::Address(SocketAddr::V4(endpoint))) => endpoint,
             Some(PeerEndpoint::Address(SocketAddr::V6(_))) => return Err(Unfit::Ipv6),
-            Some(PeerEndpoint::Name { .. }) => return Err(Unfit::Name),
+            Some(endpoint) => endpoint,
             None => return Err(Unfit::NoEndpoint),
         };
         let (address, prefix) = conf
@@ -207,9 +209,6 @@ pub enum Unfit {
     /// Guests have no IPv6.
     #[error("its Endpoint is IPv6, which guests do not have: give an IPv4 one")]
     Ipv6,
-    /// Names are not resolved.
-    #[error("its Endpoint is a name, which is not resolved: write its IPv4 address")]
-    Name,
     /// The guest cannot be told it.
     #[error(
         "it has a PresharedKey, which guests cannot be given: have the consumer's peer without one"
@@ -297,6 +296,9 @@ mod tests {
         let named = format!("{endpoint}, 10.9.0.254/32");
         let found = imported("Address = 10.9.0.7/24", &named).unwrap();
         assert_eq!(found.tunnel_peer.to_string(), "10.9.0.254");
+        let by_name = "Endpoint = vpn.example.org:1";
+        let found = imported("Address = 10.9.0.7/24", by_name).unwrap();
+        assert_eq!(found.consumer, format!("{KEY}@vpn.example.org:1"));
     }
 
     #[test]
@@ -306,7 +308,6 @@ mod tests {
         for (interface, peer, why) in [
             (address, "", Unfit::NoEndpoint),
             (address, "Endpoint = [2001:db8::1]:1", Unfit::Ipv6),
-            (address, "Endpoint = vpn.example.org:1", Unfit::Name),
             (
                 address,
                 &format!("{endpoint}\nPresharedKey = {KEY}"),

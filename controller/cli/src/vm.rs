@@ -278,6 +278,9 @@ fn details(guest: &Guest) -> Table {
     table.pair("address", Cell::new(guest.address));
     table.pair("gateway", Cell::new(guest.gateway));
     table.pair("consumer", Cell::new(&guest.consumer));
+    if let Some(name) = &guest.consumer_name {
+        table.pair("followed by", Cell::new(name));
+    }
     table.pair(
         "public key",
         Cell::new(guest.public_key.as_deref().unwrap_or("not reported yet")),

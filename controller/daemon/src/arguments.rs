@@ -60,6 +60,7 @@ impl Arguments {
             images: config.images,
             recovery: config.recovery,
             tunnel: config.tunnel,
+            names: config.names,
             agent: config.agent,
             rogue: config.rogue,
             incidents: config.incidents,

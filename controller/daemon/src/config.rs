@@ -19,6 +19,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::images::Images;
+use crate::names::NameSettings;
 use crate::pool::{GuestPool, PoolError};
 use crate::tunnel_health::TunnelSettings;
 
@@ -48,6 +49,7 @@ pub(crate) struct Config {
     pub(crate) images: Option<ImagesConfig>,
     pub(crate) recovery: Option<RecoveryConfig>,
     pub(crate) tunnel: Option<TunnelConfig>,
+    pub(crate) names: Option<NamesConfig>,
     pub(crate) agent: Option<AgentConfig>,
     pub(crate) rogue: Option<RogueConfig>,
     pub(crate) incidents: Option<IncidentsConfig>,
@@ -87,6 +89,20 @@ const SHORTEST_LEASE: Duration = Duration::from_secs(10);
 pub(crate) struct RecoveryConfig {
     on_stop: Option<OnStop>,
     lease: Option<String>,
+}
+
+/// What may be said of consumers by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NamesConfig {
+    #[serde(default)]
+    nameservers: Vec<String>,
+    least_seconds: Option<u32>,
+    most_seconds: Option<u32>,
+    #[serde(default)]
+    forbid: Vec<String>,
+    #[serde(default)]
+    allow: Vec<String>,
 }
 
 /// What may be said of the agents in guests.
@@ -193,6 +209,8 @@ pub(crate) struct Settings {
     pub(crate) agent: AgentSettings,
     /// What is expected of guests' tunnels.
     pub(crate) tunnel: TunnelSettings,
+    /// How consumers are followed by name.
+    pub(crate) names: NameSettings,
     /// What becomes of guests when omertad is told to stop.
     pub(crate) on_stop: OnStop,
     /// How long guests' guards let anything pass when omertad is not there; `None` is for ever.
@@ -248,6 +266,14 @@ pub(crate) enum ConfigError {
         "[tunnel] {what} is {given}: give {SHORTEST_SILENCE} or more, for a tunnel that is up may bring one frame in two minutes, or 0 for never"
     )]
     SilenceSeconds { what: &'static str, given: u32 },
+    #[error("[names] nameserver `{}` is none: write ADDRESS or ADDRESS:PORT", .0.escape_default())]
+    Nameserver(String),
+    #[error("[names] `{}` is no network: write ADDRESS/PREFIX as in 10.0.0.0/8", .0.escape_default())]
+    Network(String),
+    #[error(
+        "[names] least_seconds is {least} and most_seconds {most}: give 1 to {MOST_AGENT_SECONDS}, and no more for the least than for the most"
+    )]
+    NameSeconds { least: u32, most: u32 },
     #[error("max_guests is {given}: give 1 to {pool}, as many as the guest pool has room for")]
     MaxGuests { given: usize, pool: usize },
     #[error("[rogue.thresholds] {reason}")]
@@ -364,6 +390,7 @@ impl Config {
             jail: self.jail.unwrap_or_default().validate()?,
             lease: recovery.checked_lease()?,
             tunnel: self.tunnel.unwrap_or_default().validate()?,
+            names: self.names.unwrap_or_default().validate()?,
             agent: self.agent.unwrap_or_default().validate()?,
             on_stop: recovery.on_stop.unwrap_or_default(),
             thresholds: self.rogue.unwrap_or_default().validate()?,
@@ -429,6 +456,38 @@ impl TunnelConfig {
                 later: seconds(self.silent_seconds),
             },
             on_silence: self.on_silence,
+        })
+    }
+}
+
+impl NamesConfig {
+    fn validate(self) -> Result<NameSettings, ConfigError> {
+        let server = |text: &String| {
+            let server = text.parse().ok();
+            let server = server.or_else(|| Some(SocketAddr::new(text.parse().ok()?, 53)));
+            server.ok_or_else(|| ConfigError::Nameserver(text.clone()))
+        };
+        let network = |text: &String| {
+            let network = text.parse();
+            network.map_err(|_| ConfigError::Network(text.clone()))
+        };
+        let (least, most) = (
+            self.least_seconds.unwrap_or(30),
+            self.most_seconds.unwrap_or(3600),
+        );
+        if least == 0 || least > most || most > MOST_AGENT_SECONDS {
+            return Err(ConfigError::NameSeconds { least, most });
+        }
+        Ok(NameSettings {
+            nameservers: self
+                .nameservers
+                .iter()
+                .map(server)
+                .collect::<Result<_, _>>()?,
+            least: Duration::from_secs(least.into()),
+            most: Duration::from_secs(most.into()),
+            forbid: self.forbid.iter().map(network).collect::<Result<_, _>>()?,
+            allow: self.allow.iter().map(network).collect::<Result<_, _>>()?,
         })
     }
 }
@@ -543,6 +602,17 @@ mod tests {
             ("uplink_hook = \"generic\"", "`generic`"),
             ("accel = \"hvf\"", "`hvf`"),
             ("machine = \"pc\"", "`pc` is no machine"),
+            (
+                "[names]\nnameservers = [\"dns.example\"]",
+                "nameserver `dns.example`",
+            ),
+            (
+                "[names]\nallow = [\"10.0.0.0/33\"]",
+                "`10.0.0.0/33` is no network",
+            ),
+            ("[names]\nforbid = [\"lan\"]", "`lan` is no network"),
+            ("[names]\nleast_seconds = 7200", "least_seconds is 7200"),
+            ("[names]\nleast_seconds = 0", "least_seconds is 0"),
             ("max_guests = 0", "max_guests is 0"),
             ("[recovery]\nlease = \"60\"", "[recovery] lease `60`"),
             ("[recovery]\nlease = \"9s\"", "give 10 s or more"),

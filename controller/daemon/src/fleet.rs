@@ -23,6 +23,7 @@ use crate::guest_task::{Adopted, Command, GuestTask};
 use crate::incidents::Incidents;
 use crate::journal::{Journal, Reader};
 use crate::lookups::{self, Lookups};
+use crate::names::{Follower, Naming, PeerName};
 use crate::order::Order;
 use crate::pool::Slot;
 use crate::record::occurrence;
@@ -142,6 +143,11 @@ impl Fleet {
 
     /// Runs a guest; returns once it runs, or once nothing of it is left.
     pub(crate) async fn run(self: &Arc<Self>, request: RunRequest) -> Result<Guest, ApiError> {
+        let (request, naming) = self.with_address(request).await?;
+        let (name, ttl) = match naming {
+            Naming::Name(name, ttl) => (Some(name), ttl),
+            Naming::Address | Naming::AsBefore => (None, Duration::ZERO),
+        };
         let image = request.image.chars().take(64);
         let image = format!(
             "image `{}`",
@@ -149,9 +155,9 @@ impl Fleet {
         );
         let settings = Arc::clone(&self.settings);
         let check = move || Order::check(request, &settings);
-        let order = self.lookups.look(&image, check).await??;
+        let order = self.lookups.look(&image, check).await??.of_consumer(name);
         let platform = self.acceleration.of(order.image()).await;
-        let (id, mut state) = self.admit(&order, platform)?;
+        let (id, mut state) = self.admit(&order, platform, ttl)?;
         let settled = |state: &GuestState| {
             use GuestState::{Ended, Held, Running, Stopping, Suspended};
             matches!(state, Running | Held | Suspended | Stopping | Ended)
@@ -169,6 +175,37 @@ impl Fleet {
             (Some(error), _) => Err(error),
             (None, Some(ended)) => Err(ended_at_once(name, ended)),
             (None, None) => Ok(guest),
+        }
+    }
+
+    /// The request, with an address for its consumer where that is known by name.
+    async fn with_address(&self, request: RunRequest) -> Result<(RunRequest, Naming), ApiError> {
+        // What is wrong with it is told by whoever checks it.
+        let Some((key, endpoint)) = request.consumer.split_once('@') else {
+            return Ok((request, Naming::Address));
+        };
+        let (at, naming) = self.resolved(endpoint).await?;
+        let consumer = match at {
+            Some(at) => format!("{key}@{at}"),
+            None => request.consumer,
+        };
+        let request = RunRequest {
+            consumer,
+            ..request
+        };
+        Ok((request, naming))
+    }
+
+    /// Has a guest follow its consumer's name, which holds for so long yet, or none.
+    pub(crate) fn follow(
+        self: &Arc<Self>,
+        roster: &mut Roster,
+        id: GuestId,
+        name: Option<PeerName>,
+        holds: Duration,
+    ) {
+        if let Some(facts) = roster.facts.get_mut(&id) {
+            facts.follower = name.map(|name| Follower::begin(self, id, name, holds));
         }
     }
 
@@ -302,6 +339,13 @@ impl Fleet {
             }
             taken
         };
+        // When it was asked for last is not known.
+        self.follow(
+            &mut self.lock(),
+            id,
+            order.consumer_name.clone(),
+            Duration::ZERO,
+        );
         let task = GuestTask::new(id, spec, Arc::clone(self), commands).adopted(adopted);
         self.spawn(task, actions);
     }
@@ -430,12 +474,19 @@ impl Fleet {
         self: &Arc<Self>,
         order: &Order,
         platform: Platform,
+        name_holds: Duration,
     ) -> Result<(GuestId, watch::Receiver<GuestState>), ApiError> {
         let (admitted, actions) = {
             let mut roster = self.lock();
             let boot = self.store.boot();
             let mut admitted = roster.admit(order, platform, &self.settings, &self.room, boot)?;
             let actions = std::mem::take(&mut admitted.actions);
+            self.follow(
+                &mut roster,
+                admitted.id,
+                order.consumer_name.clone(),
+                name_holds,
+            );
             (admitted, roster.carry_out_own(actions))
         };
         let task = GuestTask::new(

@@ -21,6 +21,7 @@ mod log;
 mod lookups;
 mod made_directories;
 mod metrics;
+mod names;
 mod order;
 mod order_words;
 mod peers;

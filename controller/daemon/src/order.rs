@@ -21,6 +21,7 @@ use crate::acceleration::Platform;
 use crate::config::Settings;
 use crate::failure::{failed, usage};
 use crate::host_memory::HostMemory;
+use crate::names::PeerName;
 use crate::order_words::{
     checked_labels, checked_ssh_key, checked_timeout, consumer_text, direction_limits,
     guest_limits, parse_consumer, parse_name, parse_tunnel,
@@ -39,6 +40,8 @@ pub(crate) struct Order {
     pub(crate) name: GuestName,
     pub(crate) image_name: String,
     pub(crate) on_violation: OnViolation,
+    /// What its consumer is known by, if by name.
+    pub(crate) consumer_name: Option<PeerName>,
     /// Whether an interface has the name of its tap, as its own guest's does while it lives.
     pub(crate) tap_exists: bool,
     image: Image,
@@ -102,6 +105,14 @@ impl Order {
         Self::of(request, settings)
     }
 
+    /// The same, of a consumer that is known by name.
+    pub(crate) fn of_consumer(self, consumer_name: Option<PeerName>) -> Self {
+        Self {
+            consumer_name,
+            ..self
+        }
+    }
+
     /// The request, with what was not said filled in: it means the same whatever defaults come to be.
     pub(crate) fn request(&self) -> RunRequest {
         RunRequest {
@@ -143,6 +154,7 @@ impl Order {
             name,
             image_name: request.image,
             on_violation: request.on_violation.unwrap_or(settings.on_violation),
+            consumer_name: None,
             // A guest that runs has its image, its disk and its key.
             layer: None,
             disk_mib: request.disk_mib,

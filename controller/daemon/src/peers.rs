@@ -20,6 +20,7 @@ use crate::failure::{failed, refused, report, usage};
 use crate::fleet::Fleet;
 use crate::guest_task::Command;
 use crate::metrics::read_guard;
+use crate::names::{Naming, PeerName};
 use crate::order::{kind_of, refuse_forbidden};
 use crate::roster::unknown;
 use crate::store::Change;
@@ -48,23 +49,56 @@ impl Fleet {
         name: String,
         request: PeerRequest,
     ) -> Result<Guest, ApiError> {
-        let to = checked(&request.endpoint, self.settings())?;
+        // Whoever is not there is no reason to ask for a name.
+        self.show(&name)?;
+        let (resolved, naming) = self.resolved(&request.endpoint).await?;
+        let to = match resolved {
+            Some(resolved) => resolved,
+            None => checked(&request.endpoint, self.settings())?,
+        };
         let fleet = Arc::clone(self);
         // It goes on where whoever asked for it goes away.
-        let moving = tokio::spawn(async move { fleet.carry_over(&name, to).await });
+        let moving = tokio::spawn(async move { fleet.carry_over(&name, None, to, naming).await });
         moving.await.map_err(|error| failed(&error))?
     }
 
-    async fn carry_over(self: &Arc<Self>, name: &str, to: SocketAddrV4) -> Result<Guest, ApiError> {
+    /// The same, where its consumer's name has led elsewhere, for the guest of this id alone.
+    pub(crate) async fn follow_consumer(
+        self: &Arc<Self>,
+        name: &str,
+        id: GuestId,
+        to: SocketAddrV4,
+    ) -> Result<(), ApiError> {
+        let (fleet, name) = (Arc::clone(self), name.to_owned());
+        // A move is made whole, also where another name is followed meanwhile.
+        let moving = async move {
+            let moved = fleet.carry_over(&name, Some(id), to, Naming::AsBefore);
+            moved.await.map(drop)
+        };
+        tokio::spawn(moving).await.map_err(|error| failed(&error))?
+    }
+
+    async fn carry_over(
+        self: &Arc<Self>,
+        name: &str,
+        expected: Option<GuestId>,
+        to: SocketAddrV4,
+        naming: Naming,
+    ) -> Result<Guest, ApiError> {
         use GuestState::{Held, Running};
         let moving = "move the consumer of";
         let (id, control) = self.ask(name, moving, &[Running, Held], Command::Control)?;
+        if expected.is_some_and(|expected| expected != id) {
+            return Err(unknown(name));
+        }
         let control = control.await.map_err(|_| {
             refused(format!(
                 "guest `{name}` is ending: see `omerta vm show {name}`"
             ))
         })?;
-        let Some(turn) = self.begin_move(id, name, to)? else {
+        let turn = self.begin_move(id, name, to)?;
+        self.name_consumer(id, naming).await?;
+        let Some(turn) = turn else {
             return self.view(id, name);
         };
         let endpoints = [SocketAddr::V4(to)]
@@ -89,6 +123,20 @@ impl Fleet {
         control.tell(&consumer);
         drop(turn);
         self.view(id, name)
+    }
+
+    /// Has a consumer known by another name, or none, from now on.
+    async fn name_consumer(self: &Arc<Self>, id: GuestId, naming: Naming) -> Result<(), ApiError> {
+        let (name, holds) = match naming {
+            Naming::AsBefore => return Ok(()),
+            Naming::Address => (None, Duration::ZERO),
+            Naming::Name(name, holds) => (Some(name), holds),
+        };
+        let kept = Change::ConsumerName(id, name.as_ref().map(PeerName::to_string));
+        let kept = self.store().change(kept).await;
+        kept.map_err(|error| failed(&error))?;
+        self.follow(&mut self.lock(), id, name, holds);
+        Ok(())
     }
 
     /// Takes the turn of a move, if the consumer is not there already.
@@ -198,6 +246,10 @@ impl Fleet {
             state: guest.state(),
             public_key: public_key.to_string(),
             endpoint: endpoint.to_string(),
+            name: facts
+                .follower
+                .as_ref()
+                .map(|follower| follower.name.to_string()),
             former_endpoints: facts
                 .roaming
                 .former()
@@ -235,7 +287,7 @@ fn checked(endpoint: &str, settings: &Settings) -> Result<SocketAddrV4, ApiError
             .flat_map(char::escape_default)
             .collect();
         usage(format!(
-            "endpoint `{shown}` is not one: write an IPv4 ADDRESS:PORT"
+            "endpoint `{shown}` is not one: write NAME:PORT or an IPv4 ADDRESS:PORT"
         ))
     })?;
     refuse_forbidden(*parsed.ip(), settings)?;

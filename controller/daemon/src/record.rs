@@ -60,6 +60,11 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             from: from.to_string(),
             to: to.to_string(),
         },
+        Record::ConsumerStays { name, at, message } => Occurrence::ConsumerStays {
+            name,
+            endpoint: at.to_string(),
+            message,
+        },
         Record::Held => Occurrence::Held {},
         Record::Released => Occurrence::Released {},
         Record::ReleaseFailed { message } => Occurrence::ReleaseFailed { message },

@@ -11,6 +11,7 @@ use std::time::Duration;
 use omerta_engine::{
     Cause, Ending, Fate, Found as FoundGuest, GuestEvent, GuestState, Monotonic, OnViolation,
 };
+use omerta_tunnel::PeerEndpoint;
 use omerta_vm_launcher::{Accel, Found, Running, Spec, Traces, Unwound, unwind};
 use tokio::task::{JoinSet, spawn_blocking};
 
@@ -20,6 +21,7 @@ use crate::config::Settings;
 use crate::failure::report;
 use crate::fleet::Fleet;
 use crate::guest_task::Adopted;
+use crate::names::PeerName;
 use crate::order::Order;
 use crate::peers::endpoint_in_force;
 use crate::pool::Slot;
@@ -277,10 +279,12 @@ fn understand(kept: Kept, settings: &Settings) -> Result<Known, String> {
         run_dir,
         slot,
         name,
+        consumer_name,
         ..
     } = &kept.grant;
     let request = serde_json::from_str(request).map_err(|error| error.to_string())?;
     let order = Order::of_a_running_guest(request, settings).map_err(|error| error.message)?;
+    let order = order.of_consumer(consumer_name.as_deref().map(name_of).transpose()?);
     let accel = [Accel::Kvm, Accel::Tcg]
         .into_iter()
         .find(|known| known.word() == accel)
@@ -294,4 +298,11 @@ fn understand(kept: Kept, settings: &Settings) -> Result<Known, String> {
         .spec(Slot(*slot).addresses(), tap_name(name), platform, parent)
         .map_err(|error| error.message)?;
     Ok(Known { kept, order, spec })
+}
+
+fn name_of(text: &str) -> Result<PeerName, String> {
+    match text.parse() {
+        Ok(PeerEndpoint::Name { host, port }) => Ok(PeerName { host, port }),
+        _ => Err(format!("`{}` is no consumer's name", text.escape_default())),
+    }
 }

@@ -17,6 +17,7 @@ use crate::clock;
 use crate::config::Settings;
 use crate::failure::{failed, not_found, refused};
 use crate::guest_task::Command;
+use crate::names::{Follower, PeerName};
 use crate::order::Order;
 use crate::order_words::{consumer_text, guest_limits};
 use crate::pool::{Addresses, Slot, Slots};
@@ -39,6 +40,8 @@ pub(crate) struct Facts {
     pub(crate) spec: Arc<Spec>,
     /// Where its consumer is and was.
     pub(crate) roaming: Roaming,
+    /// Its consumer's name, and who follows it, where it is known by one.
+    pub(crate) follower: Option<Follower>,
     /// Its consumer is being moved.
     pub(crate) consumer_moves: bool,
     pub(crate) image_name: String,
@@ -162,6 +165,7 @@ impl Roster {
             machine: spec.machine.word().to_owned(),
             run_dir: spec.run_dir.to_string_lossy().into_owned(),
             boot: boot.to_owned(),
+            consumer_name: order.consumer_name.as_ref().map(PeerName::to_string),
         };
         let spec = Arc::new(spec);
         let (commands, state) = self.know(id, order, Arc::clone(&spec), Some(slot));
@@ -209,6 +213,7 @@ impl Roster {
         let (state, watcher) = watch::channel(GuestState::Launching);
         let facts = Facts {
             roaming: Roaming::at(spec.consumer.endpoint.into()),
+            follower: None,
             consumer_moves: false,
             spec,
             image_name: order.image_name.clone(),
@@ -236,6 +241,7 @@ impl Roster {
             && let Some(slot) = facts.slot.take()
         {
             facts.pid = None;
+            facts.follower = None;
             // What could not be removed may still have the address.
             if ending.leftovers.is_empty() {
                 self.slots.give_back(slot);
@@ -283,6 +289,10 @@ impl Roster {
                 report.to_owned()
             }),
             consumer: consumer_text(&spec.consumer),
+            consumer_name: facts
+                .follower
+                .as_ref()
+                .map(|follower| follower.name.to_string()),
             on_violation: guest.on_violation(),
             mode: spec.mode.to_string(),
             limits: guest_limits(spec.limits),

@@ -112,6 +112,15 @@ pub enum Record {
         /// Where it is.
         to: std::net::SocketAddr,
     },
+    /// Its consumer's name is not followed.
+    ConsumerStays {
+        /// The name.
+        name: String,
+        /// Where its consumer is for the guest.
+        at: std::net::SocketAddr,
+        /// Why.
+        message: String,
+    },
     /// Nothing has come from its consumer for so long.
     TunnelSilent {
         /// How long.

@@ -126,6 +126,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::TunnelSilent { .. } => "silent",
                 Record::TunnelBack => "back",
                 Record::ConsumerMoved { .. } => "consumer moved",
+                Record::ConsumerStays { .. } => "consumer stays",
                 Record::Rogue { .. } => "rogue",
                 Record::Paused(_) => "paused",
                 Record::PauseFailed { .. } => "pause failed",

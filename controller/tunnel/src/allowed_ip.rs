@@ -42,6 +42,11 @@ impl AllowedIp {
         Self { address, prefix }
     }
 
+    /// Whether an address lies in it.
+    pub fn holds(&self, address: IpAddr) -> bool {
+        Self::new(address, self.prefix) == Ok(*self)
+    }
+
     /// Its first address.
     pub const fn address(&self) -> IpAddr {
         self.address

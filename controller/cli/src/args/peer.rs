@@ -1,9 +1,9 @@
 //! Arguments of `omerta peer`.
 
-use std::net::SocketAddrV4;
 use std::path::PathBuf;
 
 use clap::Subcommand;
+use omerta_tunnel::PeerEndpoint;
 
 use super::Shown;
 use super::vm::GuestName;
@@ -25,9 +25,9 @@ pub enum PeerCommand {
         /// The guest
         guest: GuestName,
 
-        /// Where its consumer's WireGuard is now
+        /// Where its consumer's WireGuard is now: an IPv4 address, or a name, which is followed from then on
         #[arg(long, value_name = "ADDR:PORT")]
-        endpoint: SocketAddrV4,
+        endpoint: PeerEndpoint,
 
         #[command(flatten)]
         shown: Shown,

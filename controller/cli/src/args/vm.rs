@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use omerta_api::{OnViolation, RunRequest};
+use omerta_tunnel::PeerEndpoint;
 use omerta_verdict::Mode;
 use serde_json::{Map, Value};
 
@@ -25,7 +26,7 @@ const MAX_KEY_BYTES: u64 = 16 << 10;
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
     /// Start a guest whose only reachable endpoint is its consumer's WireGuard
-    Run(RunArgs),
+    Run(Box<RunArgs>),
 
     /// List guests
     List {
@@ -146,7 +147,7 @@ pub struct RunArgs {
     #[arg(long, required_unless_present = "spec")]
     image: Option<String>,
 
-    /// The consumer's WireGuard: its public key and its only reachable endpoint
+    /// The consumer's WireGuard: its public key and its only reachable endpoint, by IPv4 address or by a name that is followed
     #[arg(
         long,
         value_name = "PUBKEY@ADDR:PORT",
@@ -394,7 +395,7 @@ impl FromStr for GuestName {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Consumer {
     public_key: String,
-    endpoint: SocketAddrV4,
+    endpoint: PeerEndpoint,
 }
 
 impl fmt::Display for Consumer {
@@ -412,9 +413,9 @@ pub enum ConsumerError {
     /// Not 32 bytes in base64.
     #[error("the public key must be 44 characters of base64, as `wg pubkey` prints it")]
     PublicKey,
-    /// Not an IPv4 address and a port.
+    /// Neither an IPv4 address nor a name, and a port.
     #[error(
-        "the endpoint must be an IPv4 address and a port from 1 to 65535, as in 192.0.2.10:51820"
+        "the endpoint must be an IPv4 address or a name, and a port from 1 to 65535, as in 192.0.2.10:51820"
     )]
     Endpoint,
     /// An address that no consumer can have.
@@ -432,12 +433,16 @@ impl FromStr for Consumer {
         if !is_wireguard_key(public_key) {
             return Err(ConsumerError::PublicKey);
         }
-        let endpoint: SocketAddrV4 = endpoint.parse().map_err(|_| ConsumerError::Endpoint)?;
-        if endpoint.port() == 0 {
-            return Err(ConsumerError::Endpoint);
-        }
-        if !omerta_verdict::Address::from(std::net::IpAddr::V4(*endpoint.ip())).is_possible_peer() {
-            return Err(ConsumerError::Unreachable);
+        let endpoint: PeerEndpoint = endpoint.parse().map_err(|_| ConsumerError::Endpoint)?;
+        match endpoint {
+            PeerEndpoint::Address(SocketAddr::V6(_)) => return Err(ConsumerError::Endpoint),
+            PeerEndpoint::Address(SocketAddr::V4(address))
+                if !omerta_verdict::Address::from(std::net::IpAddr::V4(*address.ip()))
+                    .is_possible_peer() =>
+            {
+                return Err(ConsumerError::Unreachable);
+            }
+            PeerEndpoint::Address(_) | PeerEndpoint::Name { .. } => {}
         }
         Ok(Self {
             public_key: public_key.to_owned(),
@@ -510,8 +515,10 @@ mod tests {
 
     #[test]
     fn consumer_round_trips() {
-        let text = format!("{KEY}@192.0.2.10:51820");
-        assert_eq!(text.parse::<Consumer>().unwrap().to_string(), text);
+        for endpoint in ["192.0.2.10:51820", "consumer.example:51820"] {
+            let text = format!("{KEY}@{endpoint}");
+            assert_eq!(text.parse::<Consumer>().unwrap().to_string(), text);
+        }
     }
 
     #[test]
@@ -526,7 +533,7 @@ mod tests {
             (format!("{KEY}@192.0.2.10"), Endpoint),
             (format!("{KEY}@192.0.2.10:0"), Endpoint),
             (format!("{KEY}@[2001:db8::1]:51820"), Endpoint),
-            (format!("{KEY}@consumer.example:51820"), Endpoint),
+            (format!("{KEY}@consumer.example"), Endpoint),
             (format!("{KEY}@127.0.0.1:51820"), Unreachable),
         ] {
             assert_eq!(text.parse::<Consumer>(), Err(cause), "{text}");

@@ -211,6 +211,7 @@ mod tests {
             machine: "q35".to_owned(),
             run_dir: "/run/omerta/alpha".to_owned(),
             boot: "boot".to_owned(),
+            consumer_name: None,
         }
     }
 

@@ -65,6 +65,8 @@ pub(crate) struct Grant {
     pub(crate) machine: String,
     pub(crate) run_dir: String,
     pub(crate) boot: String,
+    /// What its consumer is known by, if by name. It may change: see [`Change::ConsumerName`].
+    pub(crate) consumer_name: Option<String>,
 }
 
 /// What was seen of a guest since it runs.
@@ -112,6 +114,8 @@ pub(crate) enum Change {
     Agent(GuestId, [u8; 32]),
     /// Its consumer is about to be at the first of these, and was at the others.
     Endpoints(GuestId, Vec<SocketAddr>),
+    /// Its consumer is known by this name from now on, or by none.
+    ConsumerName(GuestId, Option<String>),
     /// It is to be gone.
     End(GuestId),
     /// Nothing is left of it.
@@ -119,14 +123,15 @@ pub(crate) enum Change {
 }
 
 const COLUMNS: &str = "id, name, request, slot, accel, machine, run_dir, boot, step, uid, pid, \
-     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake, agent_key, endpoints";
+     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake, agent_key, endpoints, \
+     consumer_name";
 
 /// Makes one change, in one transaction.
 pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), StoreError> {
     let changed = match change {
         Change::Admit(grant) => connection.execute(
-            "INSERT INTO guests (id, name, request, slot, accel, machine, run_dir, boot, step)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'admitted')",
+            "INSERT INTO guests (id, name, request, slot, accel, machine, run_dir, boot, consumer_name, step)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'admitted')",
             params![
                 number(grant.id.0)?,
                 grant.name,
@@ -136,6 +141,7 @@ pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), Store
                 grant.machine,
                 grant.run_dir,
                 grant.boot,
+                grant.consumer_name,
             ],
         )?,
         Change::Reach(id, step, traces) => connection.execute(
@@ -192,6 +198,10 @@ pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), Store
                 serde_json::to_string(&endpoints)
                     .map_err(|_| StoreError::Nonsense("a list of endpoints"))?
             ],
+        )?,
+        Change::ConsumerName(id, name) => connection.execute(
+            "UPDATE guests SET consumer_name = ?2 WHERE id = ?1",
+            params![number(id.0)?, name],
         )?,
         Change::End(id) => connection.execute(
             "UPDATE guests SET step = 'ending' WHERE id = ?1",
@@ -270,6 +280,7 @@ fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
             machine: row.get("machine")?,
             run_dir: row.get("run_dir")?,
             boot: row.get("boot")?,
+            consumer_name: row.get("consumer_name")?,
         },
         step: Step::of(&step).ok_or(StoreError::Nonsense("a step"))?,
         traces: Traces {

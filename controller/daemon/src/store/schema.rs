@@ -5,12 +5,13 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// Each takes the database from the version of its place to the next. What was released is never changed.
-pub(super) const MIGRATIONS: [&str; 5] = [
+pub(super) const MIGRATIONS: [&str; 6] = [
     include_str!("migrations/0001_guests.sql"),
     include_str!("migrations/0002_observed.sql"),
     include_str!("migrations/0003_cgroups.sql"),
     include_str!("migrations/0004_agent.sql"),
     include_str!("migrations/0005_endpoints.sql"),
+    include_str!("migrations/0006_consumer_name.sql"),
 ];
 
 /// Brings the database to the last version: each step whole or not at all, whenever this is killed.

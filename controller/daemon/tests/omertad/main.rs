@@ -11,6 +11,7 @@ mod guests;
 mod images;
 mod incidents;
 mod metrics;
+mod names;
 mod peers;
 mod recovery;
 mod start;
