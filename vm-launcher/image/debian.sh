@@ -89,7 +89,8 @@ cp -R "$modules" "$tree/usr/lib/modules/"
 chroot "$tree" depmod "$version"
 mkdir -p "$tree/usr/lib/omerta" "$tree/etc/omerta"
 cp -R "$recipe/debian/rootfs/." "$tree/"
-cp "$recipe/rootfs/usr/lib/omerta/facts" "$recipe/rootfs/usr/lib/omerta/network" "$recipe/rootfs/usr/lib/omerta/report" "$tree/usr/lib/omerta/"
+cp "$recipe/rootfs/usr/lib/omerta/facts" "$recipe/rootfs/usr/lib/omerta/network" "$recipe/rootfs/usr/lib/omerta/report" \
+    "$recipe/rootfs/usr/lib/omerta/follow" "$tree/usr/lib/omerta/"
 cp "$recipe/rootfs/etc/omerta/firewall.nft" "$tree/etc/omerta/"
 cp "$agent" "$tree/usr/lib/omerta/omerta-agent"
 chmod 755 "$tree/usr/lib/omerta/"*

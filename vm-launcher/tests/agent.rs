@@ -16,7 +16,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use omerta_vm_launcher::{AgentFinding, AgentTiming, GuestEvent, Image, Paused, Running, Spec};
+use omerta_vm_launcher::{
+    AgentFinding, AgentTiming, Consumer, GuestEvent, Image, Paused, Running, Spec,
+};
 use stage::{IDLE, Stage, event};
 
 /// Patient: an emulated guest takes its time where other work keeps the processors busy.
@@ -137,6 +139,46 @@ fn a_guest_whose_firewall_is_changed_tells_so_and_goes_off() {
             log.contains("changed since the start: firewall; powering off"),
             "{log}"
         );
+        running.kill().await;
+    });
+}
+
+#[test]
+fn a_guest_follows_its_consumer_by_its_agent_which_seals_that_and_nothing_else() {
+    Stage::new(IDLE).run(|spec| async move {
+        let Some(spec) = guest(spec) else { return };
+        let consumer = Consumer {
+            endpoint: "198.51.100.7:4500".parse().unwrap(),
+            ..spec.consumer
+        };
+        let mut running = sound(spec).await;
+        let control = running.control();
+        control.allow(&consumer).unwrap();
+        control.tell(&consumer);
+        let log = || fs::read_to_string(running.console_log()).unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !log().contains("omerta: the consumer is at 198.51.100.7:4500 now") {
+            assert!(Instant::now() < until, "{}", log());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        // It answers some times from then on, and finds nothing changed.
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        at_the_console(
+            &running,
+            "nft list ruleset | grep -q 198.51.100.7 && wg show wg0 endpoints | grep -q 198.51.100.7:4500 && echo it-\"follows\"",
+        )
+        .await;
+        let told = fs::read_to_string(running.console_log()).unwrap();
+        assert!(told.contains("it-follows"), "{told}");
+        let socket = running.console_socket().to_owned();
+        let line = "ip route add 203.0.113.0/24 dev wg0; echo the-\"end\"\n";
+        let typed = tokio::task::spawn_blocking(move || type_at(&socket, line));
+        let told = event(&mut running, |e| matches!(e, GuestEvent::AgentFound(_))).await;
+        let GuestEvent::AgentFound(AgentFinding::Changed(changes)) = told else {
+            panic!("{told:?}");
+        };
+        assert_eq!(changes.names().collect::<Vec<_>>(), ["routes"]);
+        typed.await.unwrap();
         running.kill().await;
     });
 }

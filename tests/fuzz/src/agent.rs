@@ -1,9 +1,12 @@
 //! What host and agent read of each other.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
 use omerta_agent::heartbeat::{Finding, Heartbeat, Output, Timing};
 use omerta_agent::message::{Key, Message, Messages};
+
+const CONSUMER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 7), 4500);
 
 fn heard(messages: &mut Messages, bytes: &[u8]) -> Vec<Message> {
     let mut heard = Vec::new();
@@ -48,6 +51,7 @@ pub fn heartbeat(bytes: &[u8]) {
         match piece[0] % 8 {
             0 => heartbeat.stand_still(now),
             1 => heartbeat.go_on(now),
+            2 => heartbeat.consumer_moved(CONSUMER, now),
             _ => {}
         }
         let nonce = [round as u8; 32];

@@ -1,6 +1,7 @@
 //! The host's side: asks the agent in turn and judges what comes back. No I/O and no clock: times are
 //! given, as a [`Duration`] since whenever, of a clock that never goes back.
 
+use std::net::SocketAddrV4;
 use std::time::Duration;
 
 use crate::message::{Answer, Challenge, Changes, Hello, Key, Message, Messages};
@@ -60,6 +61,8 @@ pub struct Heartbeat {
     state: State,
     standing_since: Option<Duration>,
     told: Told,
+    /// Where the guest's consumer is, where it has moved since the guest's launch.
+    consumer: Option<SocketAddrV4>,
 }
 
 #[derive(Clone, Debug)]
@@ -104,6 +107,7 @@ impl Heartbeat {
             },
             standing_since: None,
             told: Told::default(),
+            consumer: None,
         }
     }
 
@@ -146,7 +150,18 @@ impl Heartbeat {
 
     /// The guest has been reset: its agent will come anew.
     pub fn guest_was_reset(&mut self, now: Duration) {
-        *self = Self::new(self.timing, now);
+        *self = Self {
+            consumer: self.consumer,
+            ..Self::new(self.timing, now)
+        };
+    }
+
+    /// The guest's consumer has moved: from the next challenge on, which is due at once, the agent is told where it is.
+    pub fn consumer_moved(&mut self, consumer: SocketAddrV4, now: Duration) {
+        self.consumer = Some(consumer);
+        if let State::Known { next, .. } = &mut self.state {
+            *next = now.min(*next);
+        }
     }
 
     /// The guest stands still, and nothing is expected of it.
@@ -208,6 +223,7 @@ impl Heartbeat {
                         nonce,
                         silence_seconds: timing.silence_seconds,
                         enforce: timing.enforce,
+                        consumer: self.consumer,
                     };
                     *asked = Some(Asked {
                         challenge,

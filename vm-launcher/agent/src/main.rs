@@ -1,12 +1,14 @@
 //! The agent: seals what there is when it starts, goes to the background, and from then on answers its host.
 //! Where something has changed, or the host has long said nothing, it powers the guest off.
 
+mod follow;
 mod guest;
 mod port;
 
 use std::error::Error;
 use std::fs;
 use std::io::Write;
+use std::net::SocketAddrV4;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -90,6 +92,8 @@ struct Agent {
     enforce: bool,
     /// Since when something has changed.
     changed: Option<Instant>,
+    /// Where the host has said last that the consumer is, and the guest has followed it.
+    consumer: Option<SocketAddrV4>,
 }
 
 impl Agent {
@@ -107,6 +111,7 @@ impl Agent {
             silence: Some(SILENCE),
             enforce: true,
             changed: None,
+            consumer: None,
         }
     }
 
@@ -120,6 +125,9 @@ impl Agent {
                     asked = Some(challenge);
                 }
             });
+            if let Some(consumer) = asked.and_then(|challenge: Challenge| challenge.consumer) {
+                self.follow(consumer);
+            }
             let (changes, error) = self.seal.changes();
             if let Some(error) = error {
                 say(&error);
@@ -156,6 +164,17 @@ impl Agent {
             .and_then(PollFd::revents)
             .is_some_and(|events| events.contains(PollFlags::POLLHUP));
         self.port.is_gone(gone);
+    }
+
+    /// Once for each place. What fails is tried again with the next challenge, unless it has changed something, which is told.
+    fn follow(&mut self, consumer: SocketAddrV4) {
+        if self.consumer == Some(consumer) {
+            return;
+        }
+        match self.seal.follow(consumer, || follow::to(consumer)) {
+            Ok(()) => self.consumer = Some(consumer),
+            Err(error) => say(&error),
+        }
     }
 
     fn answer(&mut self, challenge: &Challenge, changes: Changes) {

@@ -5,6 +5,7 @@
 //! are skipped and counted, and at most one message is kept.
 
 use std::collections::VecDeque;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
@@ -12,7 +13,7 @@ use sha2::Sha256;
 /// The name of the port.
 pub const PORT_NAME: &str = "org.omerta.agent";
 /// The version of the protocol. Messages of others are skipped.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 const MARK: [u8; 2] = *b"Om";
 const HEADER: usize = 6;
 const LONGEST_BODY: usize = 96;
@@ -63,6 +64,9 @@ pub struct Challenge {
     pub silence_seconds: u32,
     /// Whether a change powers the guest off.
     pub enforce: bool,
+    /// Where the guest's consumer is, if it is elsewhere than the guest was told at its launch. The agent has the guest follow,
+    /// and takes that one change for sealed.
+    pub consumer: Option<SocketAddrV4>,
 }
 
 /// What has changed since the agent sealed it.
@@ -142,11 +146,33 @@ impl Answer {
 /// `None` for a key that HMAC does not take, which none of this length is.
 fn proof_of(challenge: &Challenge, changes: Changes, key: &Key) -> Option<Hmac<Sha256>> {
     let mut mac = Hmac::<Sha256>::new_from_slice(&key.0).ok()?;
-    mac.update(b"omerta agent 1");
+    mac.update(b"omerta agent 2");
     mac.update(&challenge.sequence.to_le_bytes());
     mac.update(&challenge.nonce);
+    mac.update(&encoded(challenge.consumer));
     mac.update(&[changes.0]);
     Some(mac)
+}
+
+/// An address and a port; zeroes where there is none.
+fn encoded(consumer: Option<SocketAddrV4>) -> [u8; 6] {
+    let mut bytes = [0; 6];
+    if let Some(consumer) = consumer {
+        bytes[..4].copy_from_slice(&consumer.ip().octets());
+        bytes[4..].copy_from_slice(&consumer.port().to_be_bytes());
+    }
+    bytes
+}
+
+/// `None` for what is neither there nor an endpoint.
+fn decoded(bytes: [u8; 6]) -> Option<Option<SocketAddrV4>> {
+    let [a, b, c, d, high, low] = bytes;
+    let consumer = SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), u16::from_be_bytes([high, low]));
+    match (consumer.ip().is_unspecified(), consumer.port()) {
+        (true, 0) => Some(None),
+        (true, _) | (_, 0) => None,
+        (false, _) => Some(Some(consumer)),
+    }
 }
 
 /// Either side's message.
@@ -170,6 +196,7 @@ impl Message {
                 body.extend(challenge.nonce);
                 body.extend(challenge.silence_seconds.to_le_bytes());
                 body.push(u8::from(challenge.enforce));
+                body.extend(encoded(challenge.consumer));
                 (CHALLENGE, body)
             }
             Self::Answer(answer) => {
@@ -202,6 +229,7 @@ impl Message {
                     [1] => true,
                     _ => return None,
                 },
+                consumer: decoded(fields.take()?)?,
             }),
             ANSWER => Self::Answer(Answer {
                 sequence: u64::from_le_bytes(fields.take()?),
@@ -319,13 +347,19 @@ mod tests {
                 key: Key::new(key),
                 program
             })),
-            any::<(u64, [u8; 32], u32, bool)>().prop_map(
-                |(sequence, nonce, silence_seconds, enforce)| Message::Challenge(Challenge {
-                    sequence,
-                    nonce,
-                    silence_seconds,
-                    enforce
-                })
+            any::<(u64, [u8; 32], u32, bool, Option<(u32, u16)>)>().prop_map(
+                |(sequence, nonce, silence_seconds, enforce, consumer)| Message::Challenge(
+                    Challenge {
+                        sequence,
+                        nonce,
+                        silence_seconds,
+                        enforce,
+                        consumer: consumer.map(|(address, port)| SocketAddrV4::new(
+                            Ipv4Addr::from_bits(address.max(1)),
+                            port.max(1)
+                        )),
+                    }
+                )
             ),
             any::<(u64, [u8; 32])>().prop_flat_map(|(sequence, proof)| (0..16_u8).prop_map(
                 move |changes| {
@@ -377,6 +411,7 @@ mod tests {
             nonce: [1; 32],
             silence_seconds: 60,
             enforce: true,
+            consumer: None,
         };
         let answer = Answer::to(&challenge, Changes::NONE, &key);
         assert!(answer.proves(&challenge, &key));
@@ -391,6 +426,11 @@ mod tests {
             ..challenge
         };
         assert!(!answer.proves(&renewed, &key));
+        let moved = Challenge {
+            consumer: "192.0.2.1:51820".parse().ok(),
+            ..challenge
+        };
+        assert!(!answer.proves(&moved, &key));
         let mut altered = answer;
         altered.changes = Changes::FIREWALL;
         assert!(!altered.proves(&challenge, &key));
@@ -403,12 +443,37 @@ mod tests {
             program: [2; 32],
         })
         .encode();
-        for (at, value) in [(2, 2), (3, 9), (4, 63), (5, 1)] {
+        for (at, value) in [(2, 1), (3, 9), (4, 63), (5, 1)] {
             let mut bytes = whole.clone();
             bytes[at] = value;
             let mut messages = Messages::default();
             assert_eq!(received(&mut messages, &bytes), [], "byte {at}");
             assert!(messages.skipped() > 0, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn half_an_endpoint_is_no_challenge() {
+        let challenge = Challenge {
+            sequence: 1,
+            nonce: [1; 32],
+            silence_seconds: 0,
+            enforce: false,
+            consumer: "192.0.2.1:51820".parse().ok(),
+        };
+        let whole = Message::Challenge(challenge).encode();
+        assert_eq!(
+            received(&mut Messages::default(), &whole),
+            [Message::Challenge(challenge)]
+        );
+        let [address, port] = [
+            whole.len() - 6..whole.len() - 2,
+            whole.len() - 2..whole.len(),
+        ];
+        for part in [address, port] {
+            let mut bytes = whole.clone();
+            bytes[part].fill(0);
+            assert_eq!(received(&mut Messages::default(), &bytes), []);
         }
     }
 

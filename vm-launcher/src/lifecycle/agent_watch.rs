@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::future::pending;
 use std::io;
+use std::net::SocketAddrV4;
 use std::time::Duration;
 
 use omerta_agent::heartbeat::{Finding, Heartbeat, Output, Timing};
@@ -44,6 +45,11 @@ impl AgentWatch {
 
     pub(super) fn guest_was_reset(&mut self) {
         self.heartbeat.guest_was_reset(self.begun.elapsed());
+    }
+
+    pub(super) fn consumer_moved(&mut self, consumer: SocketAddrV4) {
+        self.heartbeat
+            .consumer_moved(consumer, self.begun.elapsed());
     }
 
     pub(super) fn stand_still(&mut self) {

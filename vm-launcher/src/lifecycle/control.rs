@@ -18,7 +18,7 @@ pub struct Control {
     watch: Arc<GuardWatch>,
     guard: Arc<Guard>,
     /// What the guest is to be told.
-    words: mpsc::Sender<String>,
+    words: mpsc::Sender<Consumer>,
 }
 
 impl Control {
@@ -26,7 +26,7 @@ impl Control {
         qmp: Arc<Qmp>,
         watch: Arc<GuardWatch>,
         guard: Arc<Guard>,
-        words: mpsc::Sender<String>,
+        words: mpsc::Sender<Consumer>,
     ) -> Self {
         Self {
             qmp,
@@ -47,12 +47,11 @@ impl Control {
             .replace(&self.guard, &[consumer.allowed_endpoint()])?)
     }
 
-    /// Tells the guest where its consumer is, by its control port. It may not listen, which is its own affair.
+    /// Tells the guest where its consumer is: by its agent where that is asked, and else by its control port. It may not
+    /// listen, which is its own affair.
     pub fn tell(&self, consumer: &Consumer) {
-        let endpoint = consumer.endpoint;
-        let word = format!("consumer {} {}\n", endpoint.ip(), endpoint.port());
         // One that hears nothing is told no more than a few.
-        let _ = self.words.try_send(word);
+        let _ = self.words.try_send(*consumer);
     }
 
     /// Stops the guest. When this returns, none of its instructions runs until it is resumed. Gives

@@ -20,7 +20,7 @@ use crate::lifecycle::logs::Logs;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
 use crate::qmp::MachineEvent;
-use crate::{ControlPort, ExitStatus, Report, WgPublicKey};
+use crate::{Consumer, ControlPort, ExitStatus, Report, WgPublicKey};
 
 /// What happens to a running guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,8 +73,8 @@ pub(super) struct Watcher {
     pub(super) machine_events: mpsc::Receiver<MachineEvent>,
     pub(super) control_port: UnixStream,
     pub(super) agent: Option<AgentWatch>,
-    /// What the guest is to be told by its control port.
-    pub(super) to_guest: mpsc::Receiver<String>,
+    /// Where its consumer is, for the guest to be told.
+    pub(super) to_guest: mpsc::Receiver<Consumer>,
     pub(super) events: mpsc::Sender<GuestEvent>,
     pub(super) links: LinkWatch,
     pub(super) alarm: GuardAlarm,
@@ -168,13 +168,7 @@ impl Watcher {
                         permit.send(event);
                     }
                 }
-                Some(word) = self.to_guest.recv(), if port_open => {
-                    // A guest that does not read must keep nothing waiting. QEMU takes a few lines at any time.
-                    match self.control_port.try_write(word.as_bytes()) {
-                        Ok(length) if length == word.len() => {}
-                        _ => tracing::warn!("the guest does not read its control port: it is not told of its consumer's move"),
-                    }
-                }
+                Some(consumer) = self.to_guest.recv() => self.tell_guest(&consumer),
                 read = self.control_port.read(&mut buffer), if port_open => match read {
                     Ok(0) | Err(_) => port_open = false,
                     Ok(length) => {
@@ -195,6 +189,22 @@ impl Watcher {
                     }
                 },
             }
+        }
+    }
+
+    /// An agent would take it for tampering if another had the guest follow, so it does so itself.
+    fn tell_guest(&mut self, consumer: &Consumer) {
+        let endpoint = consumer.endpoint;
+        if let Some(agent) = &mut self.agent {
+            return agent.consumer_moved(endpoint);
+        }
+        let word = format!("consumer {} {}\n", endpoint.ip(), endpoint.port());
+        // A guest that does not read must keep nothing waiting. QEMU takes a few lines at any time.
+        match self.control_port.try_write(word.as_bytes()) {
+            Ok(length) if length == word.len() => {}
+            _ => tracing::warn!(
+                "the guest does not read its control port: it is not told of its consumer's move"
+            ),
         }
     }
 

@@ -85,3 +85,16 @@ fn nobody_is_asked_where_nobody_is_wanted_or_there_is_none() {
         .refusal(400, "usage");
     assert!(refused.contains("--agent"), "{refused}");
 }
+
+#[test]
+fn guest_whose_agent_is_asked_may_have_its_consumer_move() {
+    let daemon = start();
+    run(&daemon, &[("on_violation", json!("alert"))]);
+    let body = json!({ "endpoint": "198.51.100.7:4500" }).to_string();
+    let moved = daemon.request("PUT", "/v1/guests/alpha/peer", &body);
+    assert_eq!(moved.status, 200, "{moved:?}");
+    let consumer = moved.json()["consumer"].clone();
+    let consumer = consumer.as_str().unwrap();
+    assert!(consumer.ends_with("@198.51.100.7:4500"), "{consumer}");
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}

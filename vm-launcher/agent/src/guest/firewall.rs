@@ -34,6 +34,22 @@ pub(crate) struct Known {
     tables: [u8; 32],
 }
 
+impl Known {
+    /// Whether `now` is the same but for one change of nftables' rules, whichever that was.
+    pub(crate) fn is_one_change_before(&self, now: &Self) -> bool {
+        let number = |known: &Self| {
+            let bytes = known.generation.as_deref()?.first_chunk()?;
+            Some(u32::from_be_bytes(*bytes))
+        };
+        // The kernel's number is never 0.
+        let next = |number: u32| number.checked_add(1).unwrap_or(1);
+        self.tables == now.tables
+            && number(self)
+                .map(next)
+                .is_some_and(|next| Some(next) == number(now))
+    }
+}
+
 impl Firewall {
     pub(crate) fn open() -> Result<Self, SealError> {
         Ok(Self {

@@ -7,6 +7,7 @@ mod tunnel;
 
 use std::fs;
 use std::io;
+use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
@@ -41,10 +42,34 @@ pub(crate) enum SealError {
     },
 }
 
+/// Why the guest does not follow its consumer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FollowError {
+    #[error("something has changed before")]
+    Changed,
+    #[error("more has changed than one set of rules and a route to it")]
+    More,
+    #[error("cannot run {program}")]
+    Run {
+        program: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{program} has failed ({status})")]
+    Failed {
+        program: &'static str,
+        status: std::process::ExitStatus,
+    },
+    #[error("{0} does not end")]
+    Slow(&'static str),
+    #[error(transparent)]
+    Look(#[from] SealError),
+}
+
 /// What must not change.
 struct State {
     firewall: firewall::Known,
-    routes: [u8; 32],
+    routes: routes::Known,
     tunnel: tunnel::Known,
     program: [u8; 32],
 }
@@ -69,7 +94,7 @@ impl Seal {
             (Firewall::open()?, Routes::open()?, Tunnels::open()?);
         let sealed = State {
             firewall: firewall.look()?,
-            routes: routes.digest()?,
+            routes: routes.look()?,
             tunnel: tunnels.look()?,
             program: digest_of(&program)?,
         };
@@ -111,7 +136,7 @@ impl Seal {
             Changes::FIREWALL,
         );
         note(
-            self.routes.digest().map(|now| now != sealed.routes),
+            self.routes.look().map(|now| now != sealed.routes),
             Changes::ROUTES,
         );
         note(
@@ -127,6 +152,33 @@ impl Seal {
             Changes::AGENT,
         );
         (changes, error)
+    }
+}
+
+impl Seal {
+    /// Has the guest follow its consumer by `follow`, and seals what that was to change: one change of nftables' rules, and a
+    /// route to where the consumer is. Whatever else has changed meanwhile shows as changed from then on. Nothing is done
+    /// where something has changed before.
+    pub(crate) fn follow(
+        &mut self,
+        consumer: SocketAddrV4,
+        follow: impl FnOnce() -> Result<(), FollowError>,
+    ) -> Result<(), FollowError> {
+        if !self.changes().0.is_none() {
+            return Err(FollowError::Changed);
+        }
+        follow()?;
+        let (firewall, routes) = (self.firewall.look()?, self.routes.look()?);
+        let sealed = &mut self.sealed;
+        if sealed.firewall.is_one_change_before(&firewall)
+            && sealed.routes.is_but_for_a_route_to(*consumer.ip(), &routes)
+        {
+            sealed.firewall = firewall;
+            sealed.routes = routes;
+            Ok(())
+        } else {
+            Err(FollowError::More)
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! What decides where the guest's packets go: interfaces, addresses, routes, rules, forwarding.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::net::Ipv4Addr;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
-use sha2::{Digest, Sha256};
 
 use super::SealError;
 use super::netlink::{Netlink, attributes};
@@ -24,11 +25,55 @@ const UP: u32 = 1;
 /// Times of an address, of a route, and when a route expires.
 const ADDRESS_TIMES: u16 = 6;
 const ROUTE_TIMES: [u16; 2] = [12, 23];
+const DESTINATION: u16 = 1;
 const CLONED: u32 = 0x200;
 const FORWARDING: [&str; 2] = [
     "/proc/sys/net/ipv4/ip_forward",
     "/proc/sys/net/ipv6/conf/all/forwarding",
 ];
+
+/// What is known of the way of packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Known {
+    facts: BTreeSet<Vec<u8>>,
+}
+
+impl Known {
+    /// Whether `now` is the same but for one route more, to that address alone, if any.
+    pub(crate) fn is_but_for_a_route_to(&self, address: Ipv4Addr, now: &Self) -> bool {
+        let mut more = now.facts.difference(&self.facts);
+        let added = more.next();
+        self.facts.is_subset(&now.facts)
+            && more.next().is_none()
+            && added.is_none_or(|fact| leads_to(fact, address))
+    }
+}
+
+fn leads_to(fact: &[u8], address: Ipv4Addr) -> bool {
+    let Some((kind, route)) = fact.split_first_chunk() else {
+        return false;
+    };
+    let Some((head, rest)) = route.split_at_checked(ROUTE_HEADER) else {
+        return false;
+    };
+    // Family, the prefix's length, and in a fact attributes are kind, length and value without padding.
+    u16::from_be_bytes(*kind) == GET_ROUTE
+        && head.first() == Some(&(libc::AF_INET as u8))
+        && head.get(1) == Some(&32)
+        && destination(rest) == Some(&address.octets())
+}
+
+fn destination(mut rest: &[u8]) -> Option<&[u8]> {
+    loop {
+        let (kind, after) = rest.split_first_chunk()?;
+        let (length, after) = after.split_first_chunk()?;
+        let (value, after) = after.split_at_checked(u16::from_be_bytes(*length).into())?;
+        if u16::from_be_bytes(*kind) == DESTINATION {
+            return Some(value);
+        }
+        rest = after;
+    }
+}
 
 /// Asks, and is told of changes.
 pub(crate) struct Routes {
@@ -45,9 +90,10 @@ impl Routes {
         })
     }
 
-    /// SHA-256 of all that this is about.
-    pub(crate) fn digest(&mut self) -> Result<[u8; 32], SealError> {
-        let mut facts = Vec::new();
+    /// All that this is about.
+    pub(crate) fn look(&mut self) -> Result<Known, SealError> {
+        // The kernel's order is not said to mean anything.
+        let mut facts = BTreeSet::new();
         for (kind, header, keep) in [
             (
                 GET_LINK,
@@ -67,22 +113,15 @@ impl Routes {
                     return Err(SealError::Short);
                 };
                 if let Some(fact) = keep(head, attributes) {
-                    facts.push([&kind.to_be_bytes()[..], &fact].concat());
+                    facts.insert([&kind.to_be_bytes()[..], &fact].concat());
                 }
             }
         }
         for file in FORWARDING {
             // Without IPv6 there is no such file.
-            facts.push(fs::read(file).unwrap_or_default());
+            facts.insert([file.as_bytes(), &fs::read(file).unwrap_or_default()].concat());
         }
-        // The kernel's order is not said to mean anything.
-        facts.sort_unstable();
-        let mut digest = Sha256::new();
-        for fact in facts {
-            digest.update((fact.len() as u64).to_be_bytes());
-            digest.update(fact);
-        }
-        Ok(digest.finalize().into())
+        Ok(Known { facts })
     }
 }
 

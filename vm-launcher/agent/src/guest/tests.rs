@@ -129,3 +129,90 @@ fn old_iptables_rules_count_and_their_counters_do_not() {
         assert_eq!(names(&mut seal), ["firewall"]);
     });
 }
+
+const RULES: [&str; 3] = [
+    "add table inet filter",
+    "add chain inet filter output { type filter hook output priority 0 ; policy drop ; }",
+    "add rule inet filter output udp dport 51820 accept",
+];
+
+/// As the images load theirs: all in one change.
+fn load(port: u16) {
+    let rules = RULES.map(|rule| rule.replace("51820", &port.to_string()));
+    let script = format!("flush ruleset\n{}\n", rules.join("\n"));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), script).unwrap();
+    run(&format!("nft -f {}", file.path().display()));
+}
+
+fn sealed() -> (Seal, SocketAddrV4) {
+    load(51820);
+    run("ip addr add 192.0.2.1/24 dev lo");
+    (Seal::new().unwrap(), "198.51.100.7:4500".parse().unwrap())
+}
+
+#[test]
+fn a_guest_that_follows_its_consumer_is_sealed_as_it_is_then() {
+    in_new_network(|| {
+        let (mut seal, consumer) = sealed();
+        let follow = || {
+            run("ip route replace 198.51.100.7 dev lo");
+            load(4500);
+            Ok(())
+        };
+        seal.follow(consumer, follow).unwrap();
+        assert_eq!(names(&mut seal), [""; 0]);
+        // And to another port of the same address, whose route is there.
+        let follow = || {
+            run("ip route replace 198.51.100.7 dev lo");
+            load(4501);
+            Ok(())
+        };
+        seal.follow("198.51.100.7:4501".parse().unwrap(), follow)
+            .unwrap();
+        assert_eq!(names(&mut seal), [""; 0]);
+        load(4502);
+        assert_eq!(names(&mut seal), ["firewall"]);
+    });
+}
+
+#[test]
+fn whatever_else_changes_while_a_guest_follows_is_not_sealed() {
+    for (more, shows) in [
+        ("nft add table inet other", "firewall"),
+        ("ip route add 203.0.113.0/24 dev lo", "routes"),
+        ("ip route add 198.51.100.8 dev lo", "routes"),
+        ("ip route add 198.51.100.0/24 dev lo", "routes"),
+        ("ip addr del 192.0.2.1/24 dev lo", "routes"),
+        ("ip rule add from 192.0.2.1 lookup 100", "routes"),
+    ] {
+        in_new_network(move || {
+            let (mut seal, consumer) = sealed();
+            let follow = || {
+                load(4500);
+                run(more);
+                Ok(())
+            };
+            let refused = seal.follow(consumer, follow).unwrap_err();
+            assert!(matches!(refused, FollowError::More), "{more}: {refused}");
+            assert!(names(&mut seal).contains(&shows), "{more}");
+        });
+    }
+}
+
+#[test]
+fn nothing_is_followed_where_something_has_changed_before_and_what_fails_is_not_sealed() {
+    in_new_network(|| {
+        let (mut seal, consumer) = sealed();
+        let failing = || {
+            load(4500);
+            Err(FollowError::Slow("it"))
+        };
+        seal.follow(consumer, failing).unwrap_err();
+        assert_eq!(names(&mut seal), ["firewall"]);
+        let refused = seal
+            .follow(consumer, || panic!("it was called"))
+            .unwrap_err();
+        assert!(matches!(refused, FollowError::Changed), "{refused}");
+    });
+}

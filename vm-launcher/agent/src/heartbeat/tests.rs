@@ -219,3 +219,34 @@ proptest! {
         prop_assert!(told.len() <= 4 * (asked + 1));
     }
 }
+
+#[test]
+fn an_agent_is_told_of_a_move_at_once_and_with_each_challenge_from_then_on_also_after_a_reset() {
+    let consumer: SocketAddrV4 = "198.51.100.7:4500".parse().unwrap();
+    let (mut heartbeat, first) = arrived();
+    assert_eq!(first.consumer, None);
+    heartbeat.consumer_moved(consumer, at(2));
+    // One is asked already, which comes first.
+    assert_eq!(challenge(&heartbeat.pass(at(2), [2; 32])), None);
+    assert_eq!(
+        found(&heartbeat.receive(at(2), &answer(&first, Changes::NONE))),
+        [Finding::Sound]
+    );
+    assert_eq!(heartbeat.next(), Some(at(2)));
+    let told = challenge(&heartbeat.pass(at(2), [3; 32])).unwrap();
+    assert_eq!(told.consumer, Some(consumer));
+    // Who answers as if it had not been told proves nothing.
+    let untold = Challenge {
+        consumer: None,
+        ..told
+    };
+    let ignoring = heartbeat.receive(at(3), &answer(&untold, Changes::NONE));
+    assert_eq!(found(&ignoring), [Finding::Forged]);
+    assert_eq!(heartbeat.receive(at(3), &answer(&told, Changes::NONE)), []);
+    let again = challenge(&heartbeat.pass(at(7), [4; 32])).unwrap();
+    assert_eq!(again.consumer, Some(consumer));
+    heartbeat.guest_was_reset(at(20));
+    heartbeat.receive(at(30), &hello());
+    let anew = challenge(&heartbeat.pass(at(30), [5; 32])).unwrap();
+    assert_eq!(anew.consumer, Some(consumer));
+}
