@@ -8,12 +8,12 @@ use std::path::PathBuf;
 
 use aya::maps::MapData;
 use aya::util::nr_cpus;
-use omerta_verdict::{
-    DIRECTION_COUNTERS, Direction, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason,
-};
+use omerta_verdict::Direction;
 
 use crate::GuardError;
 use crate::bpf::lookup_batch;
+use crate::count::Row;
+pub use crate::count::{Count, DirectionCounters};
 use crate::pins::Pins;
 use crate::store::map_error;
 use crate::upgrade::require_accounts;
@@ -24,80 +24,8 @@ const DIRECTIONS: usize = Direction::ALL.len();
 /// Why an event may be lost: elements of the map `LOST`.
 const CAUSES: usize = 2;
 
-/// Frames and their bytes (whole frames, with Ethernet headers).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Count {
-    /// Frames.
-    pub packets: u64,
-    /// Bytes.
-    pub bytes: u64,
-}
-
 // SAFETY: `Count` is two `u64`: no padding, every bit pattern valid.
 unsafe impl aya::Pod for Count {}
-
-impl std::ops::AddAssign for Count {
-    fn add_assign(&mut self, other: Self) {
-        self.packets = self.packets.wrapping_add(other.packets);
-        self.bytes = self.bytes.wrapping_add(other.bytes);
-    }
-}
-
-/// One direction's counters.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DirectionCounters {
-    /// Everything that came, counted on entry.
-    pub received: Count,
-    /// Passed on.
-    pub allowed: Count,
-    /// Answered by the guard itself.
-    pub answered: Count,
-    /// Dropped: every reason in index order, also those that never occurred.
-    pub dropped: Vec<(Reason, Count)>,
-    /// The guard's own answers that entered again on their way out; not among what came.
-    pub own_answers: Count,
-}
-
-impl DirectionCounters {
-    /// Everything that came. Equal to [`DirectionCounters::outcomes`], or the guard is at fault:
-    /// the two are counted apart, on entry and by outcome.
-    pub fn rx(&self) -> Count {
-        self.received
-    }
-
-    /// Everything that was judged: allowed, answered and dropped.
-    pub fn outcomes(&self) -> Count {
-        let mut sum = self.allowed;
-        sum += self.answered;
-        for (_, count) in &self.dropped {
-            sum += *count;
-        }
-        sum
-    }
-
-    /// The frames dropped for `reason`.
-    pub fn dropped_for(&self, reason: Reason) -> Count {
-        self.dropped
-            .iter()
-            .find(|(r, _)| *r == reason)
-            .map_or(Count::default(), |(_, count)| *count)
-    }
-
-    fn of(row: &Row) -> Self {
-        let at = |outcome: Outcome| row.0[outcome.index()];
-        Self {
-            received: row.0[RX_COUNTER],
-            allowed: at(Outcome::Allowed),
-            answered: at(Outcome::Answered),
-            dropped: Reason::ALL
-                .iter()
-                .map(|reason| (*reason, at(Outcome::Dropped(*reason))))
-                .collect(),
-            own_answers: row.0[OWN_ANSWERS_COUNTER],
-        }
-    }
-}
 
 /// Both directions' counters.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,36 +38,6 @@ pub struct Counters {
     pub events_lost: Count,
     /// Those of them that exceeded the guard's rate of events; the others did not fit the ring.
     pub events_limited: Count,
-}
-
-/// One direction's counters on one CPU, as the programs keep them.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-struct Row([Count; DIRECTION_COUNTERS]);
-
-impl Row {
-    const NOTHING: Self = Self(
-        [Count {
-            packets: 0,
-            bytes: 0,
-        }; DIRECTION_COUNTERS],
-    );
-
-    /// Whether no program was between counting a frame's entry and its outcome when it was read.
-    fn is_settled(&self) -> bool {
-        let mut sum = Count::default();
-        // What follows are no outcomes.
-        for count in &self.0[..RX_COUNTER] {
-            sum += *count;
-        }
-        sum == self.0[RX_COUNTER]
-    }
-
-    fn add(&mut self, other: &Self) {
-        for (sum, count) in self.0.iter_mut().zip(other.0) {
-            *sum += count;
-        }
-    }
 }
 
 /// Times that a row is read until it is found settled. Under a flood every other row is; one that
@@ -238,7 +136,7 @@ impl CounterReader {
             for (kept, row) in settled.iter().zip(&last).skip(first).take(self.cpus) {
                 sum.add(kept.as_ref().unwrap_or(row));
             }
-            DirectionCounters::of(&sum)
+            sum.direction()
         };
         Ok(Counters {
             egress: direction(Direction::Egress),

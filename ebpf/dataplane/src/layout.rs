@@ -5,9 +5,7 @@
 //! numbers stand for, so that nobody needs to remember to raise them. What no sample shows is in
 //! [`REVISION`].
 
-use std::fmt;
 use std::mem::offset_of;
-use std::str::FromStr;
 use std::sync::OnceLock;
 
 use omerta_verdict::{
@@ -17,20 +15,12 @@ use omerta_verdict::{
 };
 
 use crate::flows::FLOWS;
+pub use crate::note_text::Layout;
 use crate::object::bytes_of;
 use crate::store::Value;
 
 /// To be raised with each change to the meaning of METERS, FLOW_PLACES, FLOW_HAND or LOST.
 const REVISION: u64 = 1;
-
-/// The build of the layout of a guard's maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// Of what is judged by: policy, allowlist, meters, flows.
-    pub policy: u64,
-    /// Of what is counted and told.
-    pub accounts: u64,
-}
 
 impl Layout {
     /// That of the programs of this build.
@@ -40,28 +30,6 @@ impl Layout {
             policy: policy(),
             accounts: accounts(),
         })
-    }
-}
-
-impl fmt::Display for Layout {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}-{:016x}", self.policy, self.accounts)
-    }
-}
-
-impl FromStr for Layout {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let number = |text: &str| u64::from_str_radix(text, 16).ok();
-        text.split_once('-')
-            .and_then(|(policy, accounts)| {
-                Some(Self {
-                    policy: number(policy)?,
-                    accounts: number(accounts)?,
-                })
-            })
-            .ok_or("this is no layout")
     }
 }
 

@@ -11,6 +11,8 @@ use omerta_verdict::Direction;
 use crate::bpffs::failed;
 use crate::layout::Layout;
 use crate::living;
+pub use crate::note_text::Filters;
+use crate::note_text::numbers;
 use crate::pins::Pins;
 use crate::{GuardError, Owner};
 
@@ -20,8 +22,6 @@ pub const OWNER: &str = "owner";
 pub const NAMESPACE: &str = "namespace";
 /// Present where the guard is attached by filters: their interface's index.
 pub const CLSACT: &str = "clsact";
-/// Behind the index, where the guard made the qdisc of its filters.
-const QDISC_MADE: &str = "+qdisc";
 /// The ids of the programs that the guard was attached with, where it is attached by filters and has
 /// others by now.
 pub const IDENTITY: &str = "identity";
@@ -33,15 +33,6 @@ pub const PROGRAMS: &str = "programs";
 pub const MARK: &str = "mark";
 /// The indices of the veths whose peers are handed frames, where something is redirected.
 pub const PEERS: &str = "peers";
-
-/// Where a guard's filters are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Filters {
-    /// The interface's index, in this network namespace.
-    pub ifindex: u32,
-    /// Whether the guard made the clsact qdisc, and so removes it.
-    pub made_qdisc: bool,
-}
 
 impl Pins {
     /// Writes a note that is not there yet.
@@ -73,25 +64,17 @@ impl Pins {
 
     /// Records, before any filter is there, where the guard's filters will be; as the owner.
     pub fn set_filters(&self, filters: Filters) -> Result<(), GuardError> {
-        let made = if filters.made_qdisc { QDISC_MADE } else { "" };
-        self.set_note(CLSACT, &format!("{}{made}", filters.ifindex))
+        self.set_note(CLSACT, &filters.to_string())
     }
 
     /// Where the guard's filters are, if it is attached by filters.
     pub fn filters(&self) -> Result<Option<Filters>, GuardError> {
-        let Some(text) = self.note(CLSACT)? else {
-            return Ok(None);
-        };
-        let (ifindex, made_qdisc) = match text.strip_suffix(QDISC_MADE) {
-            Some(ifindex) => (ifindex, true),
-            None => (&*text, false),
-        };
-        match ifindex.parse() {
-            Ok(ifindex) => Ok(Some(Filters {
-                ifindex,
-                made_qdisc,
-            })),
-            Err(_) => Err(self.unreadable(CLSACT, "this is no interface's index")),
+        match self.note(CLSACT)? {
+            None => Ok(None),
+            Some(text) => text
+                .parse()
+                .map(Some)
+                .map_err(|why| self.unreadable(CLSACT, why)),
         }
     }
 
@@ -178,9 +161,4 @@ impl Pins {
 
 fn set(path: &Path, text: &str) -> Result<(), GuardError> {
     symlink(text, path).map_err(failed("create", path))
-}
-
-/// Numbers with commas between them.
-fn numbers(text: &str) -> Option<Vec<u32>> {
-    text.split(',').map(|number| number.parse().ok()).collect()
 }

@@ -16,6 +16,7 @@
 
 mod agent;
 mod images;
+mod maps;
 mod oracle;
 mod parsers;
 mod streams;
@@ -34,8 +35,11 @@ macro_rules! borrowed {
 borrowed!(
     allowlist = "../../../controller/cli/src/allowlist.rs",
     control_port = "../../../vm-launcher/src/control_port.rs",
+    count = "../../../ebpf/dataplane/src/count.rs",
     exit = "../../../controller/cli/src/exit.rs",
+    failure_line = "../../../ebpf/dataplane/src/failure_line.rs",
     guest_text = "../../../controller/cli/src/guest_text.rs",
+    note_text = "../../../ebpf/dataplane/src/note_text.rs",
     qmp_lines = "../../../vm-launcher/src/qmp_lines.rs",
     spec = "../../../controller/cli/src/spec.rs",
 );
@@ -65,6 +69,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("agent_messages", agent::messages),
     ("agent_heartbeat", agent::heartbeat),
     ("wireguard_conf", parsers::wireguard_conf),
+    ("counters", maps::counters),
+    ("notes", maps::notes),
+    ("failure_line", maps::failure_line),
 ];
 
 /// The target of that name.
