@@ -242,8 +242,8 @@ fn ended_within(patience: Duration, mut command: Command) -> io::Result<ExitStat
 }
 
 /// The outermost process within reach whose mount namespace is not this one's: init, or where
-/// init is out of reach (containers) the eldest ancestor that is not.
-fn outer_process() -> Option<u32> {
+/// init is out of reach (containers) the eldest ancestor that is not. Guards are pinned in its mounts.
+pub fn outer_process() -> Option<u32> {
     let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
     let own = namespace("thread-self")?;
     let mut eldest = None;

@@ -54,6 +54,7 @@ mod upgrade;
 mod uplink;
 mod watch;
 
+pub use bpffs::outer_process;
 pub use config::{GuardConfig, Limits};
 pub use copies::{Copies, Copy};
 pub use counters::{Count, CounterReader, Counters, DirectionCounters};

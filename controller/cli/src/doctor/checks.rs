@@ -3,9 +3,10 @@
 use std::error::Error;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
-use omerta_dataplane::{GuardError, Hook, Programs};
+use omerta_dataplane::{GuardError, Hook, Programs, outer_process};
 use omerta_verdict::Mode;
 
 use super::Check;
@@ -13,7 +14,9 @@ use crate::exit::explain;
 
 /// What the guard's programs need of the kernel.
 pub(super) fn kernel() -> Vec<Check> {
-    vec![hooks(), programs(), jit(), unprivileged(), bpffs()]
+    let mut checks = vec![hooks(), programs(), jit(), unprivileged(), bpffs()];
+    checks.extend(mounts());
+    checks
 }
 
 /// What a guest's frames need.
@@ -113,11 +116,36 @@ fn unprivileged() -> Check {
     }
 }
 
+/// Told where this process does not see the host's mounts: `ip netns exec` gives its command a /sys of its
+/// own, without bpffs and cgroups. (Commands about guards find bpffs all the same.)
+fn mounts() -> Option<Check> {
+    outer_process()?;
+    let own = fs::metadata("/proc/self/ns/net").ok()?.ino();
+    let names = fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    let name = names
+        .filter(|entry| entry.metadata().is_ok_and(|found| found.ino() == own))
+        .find_map(|entry| entry.file_name().into_string().ok());
+    Some(Check::warning(
+        "mounts",
+        "this process has mounts of its own (as within `ip netns exec`): what is said here of the JIT, of \
+         cgroups and of the jail is not of the host",
+        match name {
+            Some(name) => format!("nsenter --net=/run/netns/{name} omerta doctor"),
+            None => {
+                "enter the network namespace alone: `nsenter --net=FILE omerta doctor`".to_owned()
+            }
+        },
+    ))
+}
+
 fn bpffs() -> Check {
     const NAME: &str = "bpffs";
+    // Where guards are pinned, whatever this process has mounted.
+    let root = outer_process().map_or_else(String::new, |outer| format!("/proc/{outer}/root"));
+    let path = format!("{root}/sys/fs/bpf");
     /// include/uapi/linux/magic.h.
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-    match nix::sys::statfs::statfs("/sys/fs/bpf") {
+    match nix::sys::statfs::statfs(path.as_str()) {
         Ok(found) if found.filesystem_type() == nix::sys::statfs::FsType(BPF_FS_MAGIC) => {
             Check::ok(NAME, "mounted at /sys/fs/bpf")
         }

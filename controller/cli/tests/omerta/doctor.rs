@@ -87,3 +87,31 @@ fn where_guards_cannot_work_it_says_so_and_fails() {
     let complaint = String::from_utf8(output.stderr).unwrap();
     assert!(complaint.contains("guards do not work"), "{complaint}");
 }
+
+#[test]
+fn within_ip_netns_exec_the_hosts_bpffs_is_found_and_the_rest_is_told_not_to_be_the_hosts() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: needs root");
+        return;
+    }
+    let namespace = omerta_test_support::Namespace::new("omdoctor").unwrap();
+    let name = namespace.name();
+    let report = |enter: &[&str]| -> Value {
+        let inner = doctor("-o json");
+        let mut outer = std::process::Command::new(enter[0]);
+        outer.args(&enter[1..]).arg(inner.get_program());
+        outer.args(inner.get_args());
+        let ran: Ran = outer.output().unwrap().into();
+        serde_json::from_str(&ran.stdout).unwrap()
+    };
+    let inside = report(&["ip", "netns", "exec", name]);
+    assert_eq!(check(&inside, "bpffs")["status"], "ok");
+    let net = format!("--net=/run/netns/{name}");
+    let remedy = check(&inside, "mounts")["remedy"].as_str().unwrap();
+    assert_eq!(remedy, format!("nsenter {net} omerta doctor"));
+    // Which does as well as it says.
+    let inside = report(&["nsenter", &net]);
+    assert_eq!(check(&inside, "bpffs")["status"], "ok");
+    let checks = inside["checks"].as_array().unwrap();
+    assert!(checks.iter().all(|check| check["name"] != "mounts"));
+}
