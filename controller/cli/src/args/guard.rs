@@ -281,6 +281,13 @@ impl AttachArgs {
         fn parsed<T: FromStr<Err: fmt::Display>>(text: &str) -> Result<T, String> {
             text.parse().map_err(|error: T::Err| error.to_string())
         }
+        if let (false, Some(peer)) = (tap.redirect, tap.redirect_peer.first()) {
+            return Err(unfit(
+                "redirect_peer",
+                peer,
+                "say `redirect = true` too".into(),
+            ));
+        }
         Ok(Self {
             interface: parsed(&tap.name).map_err(|why| unfit("name", &tap.name, why))?,
             mac: parsed(&tap.mac).map_err(|why| unfit("mac", &tap.mac, why))?,
@@ -299,8 +306,8 @@ impl AttachArgs {
                 .as_deref()
                 .map(|lease| parsed(lease).map_err(|why| unfit("lease", lease, why)))
                 .transpose()?,
-            redirect: false,
-            redirect_peers: Vec::new(),
+            redirect: tap.redirect,
+            redirect_peers: each("redirect_peer", &tap.redirect_peer, parsed, &unfit)?,
             verbose: false,
         })
     }

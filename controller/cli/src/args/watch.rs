@@ -47,6 +47,10 @@ pub struct Tap {
     #[serde(default)]
     pub limit: Vec<String>,
     pub lease: Option<String>,
+    #[serde(default)]
+    pub redirect: bool,
+    #[serde(default)]
+    pub redirect_peer: Vec<String>,
 }
 
 fn filtered() -> String {
@@ -233,13 +237,14 @@ mod tests {
         let example = parse(Path::new("taps"), text).unwrap().taps;
         assert_eq!(example[0].interface.as_str(), "tap100i0");
         // What it shows as a comment is as good.
-        let text = ["limit", "lease", "[fence]", "interfaces"]
+        let text = ["limit", "lease", "redirect", "[fence]", "interfaces"]
             .iter()
             .fold(text.to_owned(), |text, key| {
                 text.replace(&format!("# {key}"), key)
             });
         let example = parse(Path::new("taps"), &text).unwrap();
         assert!(example.taps[0].config.lease.is_some());
+        assert!(example.taps[0].redirect.is_some());
         assert_eq!(example.fence.unwrap().interfaces, ["tap*"]);
     }
 
@@ -253,6 +258,10 @@ mod tests {
             (format!("{TAP}allow = [\"udp:x\"]\n"), "allow = \"udp:x\""),
             (TAP.replace("tap0", "a/b"), "name = \"a/b\""),
             (TAP.replace("10.0.0.1", "fe80::1"), "10.0.0.5"),
+            (
+                format!("{TAP}redirect_peer = [\"veth0\"]\n"),
+                "redirect_peer",
+            ),
             (format!("[fence]\n{TAP}"), "interfaces"),
             (
                 format!("[fence]\ninterfaces = [\"*\"]\n{TAP}"),

@@ -18,7 +18,7 @@ use omerta_verdict::Mode;
 
 use super::GuardCommandError;
 use super::fence::Fence;
-use crate::args::guard::Attachment;
+use crate::args::guard::{Attachment, InterfaceName};
 use crate::args::watch;
 use crate::exit::{explain, one_line};
 use crate::output::Output;
@@ -268,6 +268,16 @@ impl Tap {
             None => Guard::attach_loaded(programs, &name, self.config())?,
         };
         self.held = Some(guard.hold()?);
+        if let Some(peers) = &self.declared.redirect {
+            let peers: Vec<_> = peers.iter().map(InterfaceName::as_str).collect();
+            // Where it cannot be, what is allowed goes by the stack.
+            if let Err(error) = guard.redirect(&peers) {
+                self.say(&format!(
+                    "guarded, and nothing is redirected: {}",
+                    explain(&error)
+                ));
+            }
+        }
         let how = match (judges, self.set_down) {
             (true, _) => "its pins were lost: judged on, and guarded anew",
             (false, Some(_)) => "guarded; it was up without a guard, and set down meanwhile",

@@ -244,6 +244,29 @@ fn a_guard_that_is_taken_away_or_cut_comes_back() {
 }
 
 #[test]
+fn what_is_declared_to_be_redirected_is_again_after_its_pins_are_lost() {
+    let Some(stage) = Stage::set() else { return };
+    if omerta_dataplane::Hook::of_this_kernel().unwrap() != omerta_dataplane::Hook::Tcx {
+        // Where there is no TCX nothing can be redirected.
+        return;
+    }
+    let watched = Watched::declaring(stage, &format!("{TAP}redirect = true\n"));
+    let redirected = || {
+        let status = watched.within(|| Guard::open("omt0").and_then(|guard| guard.status()));
+        status.is_ok_and(|status| status.redirect.is_some_and(|redirect| redirect.in_force))
+    };
+    watched.soon("it is redirected", redirected);
+    let inode = watched.stage.namespace().inode().unwrap();
+    let identity = || watched.within(|| Guard::open("omt0").map(|guard| guard.identity()).ok());
+    let before = identity();
+    std::fs::remove_dir_all(format!("/sys/fs/bpf/omerta/{inode}/omt0")).unwrap();
+    watched.soon("it is pinned again", || {
+        identity().is_some_and(|now| Some(now) != before)
+    });
+    watched.soon("it is redirected again", redirected);
+}
+
+#[test]
 fn what_was_revoked_or_has_ended_stays_so_when_the_pins_are_lost() {
     const SERVICE: &str = "udp:10.99.0.1:9999";
     let Some(stage) = Stage::set() else { return };
