@@ -6,7 +6,7 @@ mod measure;
 mod roam;
 mod terminate;
 
-use std::path::Path;
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -97,7 +97,7 @@ pub fn play(
     let version = daemon.omerta.json(&["version"])?;
     let served = version.get("omertad").unwrap_or(&version);
     report.say(&format!("omertad {}", text(served, "version")?));
-    let scene = Scene {
+    let mut scene = Scene {
         stage: &stage,
         daemon,
         consumer_a,
@@ -108,7 +108,7 @@ pub fn play(
 }
 
 impl Scene<'_> {
-    fn tell(&self, report: &mut Report, leftovers: &Leftovers) -> Result<()> {
+    fn tell(&mut self, report: &mut Report, leftovers: &Leftovers) -> Result<()> {
         let (guest_a, guest_b) = self.boot(report)?;
         self.attack(&guest_a, &guest_b, report)?;
         let floods = self.terminate(&guest_a, &guest_b, report)?;
@@ -120,7 +120,7 @@ impl Scene<'_> {
         let shown = self.daemon.omerta.json(&["vm", "kill", TENANT_B])?;
         let took = began.elapsed().as_secs_f64();
         report.check(
-            ending(&shown) == "killed" && !Path::new(&format!("/proc/{}", guest_b.pid)).exists(),
+            ending(&shown) == "killed" && is_gone(guest_b.pid),
             &format!("{TENANT_B} and its process ended {took:.1} s after `omerta vm kill`"),
         );
         let mut left = traces.left()?;
@@ -170,6 +170,16 @@ impl Scene<'_> {
 fn ending(shown: &Value) -> &str {
     let cause = shown.pointer("/ended/cause").and_then(Value::as_str);
     cause.unwrap_or("not ended")
+}
+
+/// Whether a process has ended. One whose parent died first may wait to be reaped by another.
+fn is_gone(pid: u32) -> bool {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat
+            .rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with('Z')),
+        Err(_) => true,
+    }
 }
 
 /// A number of microseconds in an event, in milliseconds.

@@ -5,13 +5,14 @@ use std::net::SocketAddrV4;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use omerta_test_support::{Namespace, Orphans, Process};
 
 use crate::bounded;
+use crate::interrupt;
 use crate::omerta::Omerta;
 use crate::report::Report;
 use crate::requirements::Requirements;
@@ -22,6 +23,9 @@ pub const METRICS: SocketAddrV4 = SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOS
 /// How long omertad may take to end its guests and itself.
 const ENDING: Duration = Duration::from_secs(10);
 
+/// How long omertad may take to answer after another that died.
+const READY: Duration = Duration::from_secs(60);
+
 /// omertad and its command line. Ended, with all its guests, on drop.
 pub struct Daemon<'a> {
     pub omerta: Omerta<'a>,
@@ -29,6 +33,9 @@ pub struct Daemon<'a> {
     /// After the process: what it had no time to end.
     _orphans: Orphans,
     log: PathBuf,
+    omertad: PathBuf,
+    directory: PathBuf,
+    image_dir: PathBuf,
 }
 
 impl<'a> Daemon<'a> {
@@ -38,41 +45,83 @@ impl<'a> Daemon<'a> {
         provider: &'a Namespace,
         directory: &Path,
     ) -> Result<Self> {
-        let socket = directory.join("omertad.sock");
-        let log = directory.join("omertad.log");
-        let output =
-            File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
+        let omerta = Omerta {
+            namespace: provider,
+            binary: requirements.omerta.clone(),
+            socket: directory.join("omertad.sock"),
+        };
+        let mut daemon = Self {
+            omerta,
+            process: None,
+            _orphans: Orphans::below(directory),
+            log: directory.join("omertad.log"),
+            omertad: requirements.omertad.clone(),
+            directory: directory.to_owned(),
+            image_dir: requirements.image_dir.clone(),
+        };
+        daemon.process = Some(daemon.spawn()?);
+        Ok(daemon)
+    }
+
+    fn spawn(&self) -> Result<Process> {
+        let log = &self.log;
+        let output = File::options().create(true).append(true).open(log);
+        let output = output.with_context(|| format!("cannot open {}", log.display()))?;
         let errors = output
             .try_clone()
             .context("cannot share the log of omertad")?;
-        let mut command = provider.command(&requirements.omertad.to_string_lossy());
+        let provider = self.omerta.namespace;
+        let mut command = provider.command(&self.omertad.to_string_lossy());
         command
             .arg("--socket")
-            .arg(&socket)
+            .arg(&self.omerta.socket)
             .arg("--state-dir")
-            .arg(directory.join("state"))
+            .arg(self.directory.join("state"))
             .arg("--run-dir")
-            .arg(directory.join("run"))
+            .arg(self.directory.join("run"))
             .arg("--image-dir")
-            .arg(&requirements.image_dir)
+            .arg(&self.image_dir)
             .args(["--metrics", &METRICS.to_string()])
             .args(["--guest-pool", "10.77.0.0/16"])
             .args(["--on-violation", "alert"])
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors);
-        let process = Process::spawn(command)?;
-        let omerta = Omerta {
-            namespace: provider,
-            binary: requirements.omerta.clone(),
-            socket,
-        };
-        Ok(Self {
-            omerta,
-            process: Some(process),
-            _orphans: Orphans::below(directory),
-            log,
-        })
+        Ok(Process::spawn(command)?)
+    }
+
+    /// Kills omertad, as a crash would, and starts the next, which is ready when this returns. Its guests live on. Tells how
+    /// long it took from the one's end to the other's first answer.
+    pub fn kill_and_restart(&mut self) -> Result<Duration> {
+        if let Some(process) = &mut self.process {
+            process.signal(Signal::SIGKILL)?;
+            process.wait(ENDING)?;
+        }
+        let killed = Instant::now();
+        self.process = Some(self.spawn()?);
+        // It listens before it has taken over its guests, and answers after.
+        while self.omerta.run(&["vm", "list"]).is_err() {
+            if let Some(status) = self
+                .process
+                .as_mut()
+                .map(Process::ended)
+                .transpose()?
+                .flatten()
+            {
+                bail!(
+                    "the next omertad ended at once ({status}): {}",
+                    last_words(&self.log)
+                );
+            }
+            if killed.elapsed() > READY {
+                bail!(
+                    "the next omertad does not answer: {}",
+                    last_words(&self.log)
+                );
+            }
+            interrupt::sleep(Duration::from_millis(20))?;
+        }
+        Ok(killed.elapsed())
     }
 
     /// Waits until omertad answers.
