@@ -20,7 +20,12 @@ fn a_move_is_put_to_the_guest_and_a_bad_endpoint_never_leaves() {
         (asked[0].method.as_str(), asked[0].path.as_str()),
         ("PUT", "/v1/guests/alpha/peer")
     );
-    omerta("peer set alpha --endpoint vpn.example.org:1").failed(2, &["vpn.example.org:1"]);
+    omertad
+        .omerta("peer set alpha --endpoint vpn.example.org:1")
+        .done();
+    let body: Value = serde_json::from_str(&omertad.asked()[1].body).unwrap();
+    assert_eq!(body, json!({"endpoint": "vpn.example.org:1"}));
+    omerta("peer set alpha --endpoint vpn.example.org").failed(2, &["vpn.example.org"]);
 }
 
 #[test]
