@@ -37,10 +37,17 @@ pub struct Peer {
     pub former_endpoints: Vec<String>,
     /// The guest's own public key; null until it has reported one.
     pub guest_public_key: Option<String>,
-    /// Whether the guest has reported a handshake.
+    /// Whether the guest has reported a handshake: its own word.
     pub handshake: bool,
     /// Bytes that the guard let pass to the consumer since the guest was guarded; null before, and where it cannot be read.
     pub sent_bytes: Option<u64>,
     /// Bytes that the guard let pass from the consumer.
     pub received_bytes: Option<u64>,
+    /// For how many seconds at least the guard has let nothing pass to the consumer, by looks at its counters (each scrape of the
+    /// metrics and each list of peers is one): 0 at the first. Null where it cannot be read.
+    #[serde(default)]
+    pub sent_quiet_seconds: Option<u64>,
+    /// The same, from the consumer: a tunnel that is up brings a frame every two minutes.
+    #[serde(default)]
+    pub received_quiet_seconds: Option<u64>,
 }

@@ -253,6 +253,8 @@ fn every_type_has_the_described_fields() {
         public_key: "KEY".into(),
         endpoint: "192.0.2.10:51820".into(),
         name: Some("vpn.example.org:51820".into()),
+        sent_quiet_seconds: Some(1),
+        received_quiet_seconds: Some(1),
         former_endpoints: Vec::new(),
         guest_public_key: None,
         handshake: false,

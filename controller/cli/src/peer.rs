@@ -55,6 +55,7 @@ fn table(peers: &[Peer]) -> Table {
         (Side::Left, "HANDSHAKE"),
         (Side::Right, "SENT"),
         (Side::Right, "RECEIVED"),
+        (Side::Right, "QUIET"),
         (Side::Left, "PUBLIC KEY"),
     ]);
     let counted = |count: Option<u64>| Cell::new(count.map_or("-".to_owned(), bytes));
@@ -73,6 +74,10 @@ fn table(peers: &[Peer]) -> Table {
             },
             counted(peer.sent_bytes),
             counted(peer.received_bytes),
+            Cell::new(
+                peer.received_quiet_seconds
+                    .map_or("-".to_owned(), |quiet| format!("{quiet} s")),
+            ),
             Cell::new(&peer.public_key),
         ]);
     }

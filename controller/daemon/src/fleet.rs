@@ -26,6 +26,7 @@ use crate::lookups::{self, Lookups};
 use crate::names::{Follower, Naming, PeerName};
 use crate::order::Order;
 use crate::pool::Slot;
+use crate::quiet::{Quiet, QuietFor};
 use crate::record::occurrence;
 use crate::room::Room;
 use crate::roster::{Roster, unknown};
@@ -59,6 +60,10 @@ pub(crate) struct Measure {
     pub(crate) state: GuestState,
     pub(crate) rogue_frames: Vec<(omerta_verdict::Reason, u64)>,
     pub(crate) counters: Option<Counters>,
+    /// Whether it has told of a handshake: its own word.
+    pub(crate) handshake: bool,
+    /// For how long at least nothing has passed its guard.
+    pub(crate) quiet: Option<QuietFor>,
 }
 
 impl Fleet {
@@ -434,6 +439,16 @@ impl Fleet {
         }
     }
 
+    /// Notes when something was found to have passed a guest's guard, and tells for how long nothing has.
+    pub(crate) fn note_quiet(&self, id: GuestId, counters: &Counters) -> Option<QuietFor> {
+        let now = Duration::from_nanos(clock::now().0);
+        let mut roster = self.lock();
+        let facts = roster.facts.get_mut(&id)?;
+        let quiet = Quiet::look(facts.quiet, now, counters);
+        facts.quiet = Some(quiet);
+        Some(quiet.at(now))
+    }
+
     /// Notes what is kept of a guest whose process is gone: its guard's last counters and the end
     /// of its console log.
     pub(crate) fn note_remains(&self, id: GuestId, counters: Option<Counters>, console: Vec<u8>) {
@@ -465,6 +480,8 @@ impl Fleet {
                     state: guest.state(),
                     rogue_frames: guest.rogue_frames().collect(),
                     counters: facts.counters.clone(),
+                    handshake: guest.handshake(),
+                    quiet: None,
                 })
             })
             .collect()

@@ -29,6 +29,7 @@ mod pool;
 mod pool_claim;
 mod preflight;
 mod probed;
+mod quiet;
 mod record;
 mod recovery;
 mod room;

@@ -43,6 +43,7 @@ impl Scraper {
             // A guard that is gone, or not there yet, leaves what was read last.
             if let Ok(counters) = read(&mut readers, measure) {
                 self.fleet.note_counters(measure.id, counters.clone());
+                measure.quiet = self.fleet.note_quiet(measure.id, &counters);
                 measure.counters = Some(counters);
             }
         }
@@ -133,6 +134,16 @@ fn render(
         "1 for the state that the guest is in, 0 for the others.",
         &["guest", "state"],
     )?;
+    let handshakes = gauge(
+        "omerta_guest_handshake_reported",
+        "1 where the guest says that it has shaken hands with its consumer: its own word.",
+        &["guest"],
+    )?;
+    let quiet = gauge(
+        "omerta_guest_quiet_seconds",
+        "For how long at least the guest's guard has let nothing pass, by the looks at its counters.",
+        &["guest", "direction"],
+    )?;
     let labels = ["guest", "direction", "outcome", "reason"];
     let packets = counter(
         "omerta_guest_packets_total",
@@ -199,6 +210,20 @@ fn render(
                 .get_metric_with_label_values(&[&measure.name, reason.word()])?
                 .inc_by(*count);
         }
+        handshakes
+            .get_metric_with_label_values(&[&measure.name])?
+            .set(i64::from(measure.handshake));
+        if let Some(found) = measure.quiet {
+            for (direction, since) in [
+                (Direction::Egress, found.sent),
+                (Direction::Ingress, found.received),
+            ] {
+                let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+                quiet
+                    .get_metric_with_label_values(&[&measure.name, direction.word()])?
+                    .set(seconds);
+            }
+        }
         let Some(counters) = &measure.counters else {
             continue;
         };
@@ -243,7 +268,10 @@ fn outcomes(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::quiet::QuietFor;
     use omerta_engine::GuestId;
 
     fn count(packets: u64, bytes: u64) -> Count {
@@ -279,6 +307,11 @@ mod tests {
             state: GuestState::Running,
             rogue_frames: vec![(Reason::Endpoint, 3)],
             counters,
+            handshake: true,
+            quiet: Some(QuietFor {
+                sent: Duration::from_millis(7999),
+                received: Duration::from_secs(120),
+            }),
         }
     }
 
@@ -292,6 +325,9 @@ mod tests {
         for line in [
             r#"omerta_guest_state{guest="alpha",state="running"} 1"#,
             r#"omerta_guest_state{guest="alpha",state="ended"} 0"#,
+            r#"omerta_guest_handshake_reported{guest="alpha"} 1"#,
+            r#"omerta_guest_quiet_seconds{direction="egress",guest="alpha"} 7"#,
+            r#"omerta_guest_quiet_seconds{direction="ingress",guest="alpha"} 120"#,
             r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="allowed",reason=""} 10"#,
             r#"omerta_guest_bytes_total{direction="egress",guest="alpha",outcome="allowed",reason=""} 1480"#,
             r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="answered",reason=""} 2"#,

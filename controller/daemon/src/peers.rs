@@ -22,6 +22,7 @@ use crate::guest_task::Command;
 use crate::metrics::read_guard;
 use crate::names::{Naming, PeerName};
 use crate::order::{kind_of, refuse_forbidden};
+use crate::quiet::QuietFor;
 use crate::roster::unknown;
 use crate::store::Change;
 
@@ -216,8 +217,11 @@ impl Fleet {
                 .filter(|measure| measure.state != GuestState::Ended)
                 .filter_map(|measure| {
                     let counters = read_guard(&measure);
+                    let quiet = counters
+                        .as_ref()
+                        .and_then(|counters| fleet.note_quiet(measure.id, counters));
                     let bytes = counters.map(|c| (c.egress.allowed.bytes, c.ingress.allowed.bytes));
-                    fleet.peer(measure.id, bytes)
+                    fleet.peer(measure.id, bytes, quiet)
                 })
                 .collect();
             peers.sort_by(|a, b| a.guest.cmp(&b.guest));
@@ -227,7 +231,12 @@ impl Fleet {
         Ok(PeerList { peers })
     }
 
-    fn peer(&self, id: GuestId, bytes: Option<(u64, u64)>) -> Option<Peer> {
+    fn peer(
+        &self,
+        id: GuestId,
+        bytes: Option<(u64, u64)>,
+        quiet: Option<QuietFor>,
+    ) -> Option<Peer> {
         let roster = self.lock();
         let guest = roster.engine.guest(id)?;
         let facts = roster.facts.get(&id)?;
@@ -254,6 +263,8 @@ impl Fleet {
             handshake: guest.handshake(),
             sent_bytes: bytes.map(|(sent, _)| sent),
             received_bytes: bytes.map(|(_, received)| received),
+            sent_quiet_seconds: quiet.map(|quiet| quiet.sent.as_secs()),
+            received_quiet_seconds: quiet.map(|quiet| quiet.received.as_secs()),
         })
     }
 }

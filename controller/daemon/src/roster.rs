@@ -21,6 +21,7 @@ use crate::names::{Follower, PeerName};
 use crate::order::Order;
 use crate::order_words::{consumer_text, guest_limits};
 use crate::pool::{Addresses, Slot, Slots};
+use crate::quiet::Quiet;
 use crate::record::ended;
 use crate::room::{Room, Share};
 use crate::store::Grant;
@@ -55,6 +56,8 @@ pub(crate) struct Facts {
     pub(crate) launch_error: Option<ApiError>,
     /// Its guard's counters as last read: what remains of them once the guard is gone.
     pub(crate) counters: Option<Counters>,
+    /// When those that count what passes were found to have risen.
+    pub(crate) quiet: Option<Quiet>,
     /// The end of its console log, once the log is gone with the guest.
     pub(crate) console: Option<Vec<u8>>,
 }
@@ -225,6 +228,7 @@ impl Roster {
             state,
             launch_error: None,
             counters: None,
+            quiet: None,
             console: None,
         };
         self.facts.insert(id, facts);

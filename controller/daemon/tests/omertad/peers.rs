@@ -262,6 +262,17 @@ fn guest_whose_consumer_has_answered_is_not_ended_for_its_silence_at_the_start()
     daemon.namespace.enter(send).unwrap().unwrap();
     let peers = daemon.get("/v1/peers").json()["peers"].clone();
     assert!(peers[0]["received_bytes"].as_u64().unwrap() > 0, "{peers}");
+    let quiet = |peers: &Value| {
+        let of = |direction: &str| peers[0][format!("{direction}_quiet_seconds")].as_u64();
+        [of("sent").unwrap(), of("received").unwrap()]
+    };
+    assert_eq!(quiet(&peers), [0, 0]);
     std::thread::sleep(Duration::from_secs(16));
     assert_eq!(show(&daemon, "alpha")["state"], "running");
+    let peers = || daemon.get("/v1/peers").json()["peers"].clone();
+    let [sent, received] = quiet(&peers());
+    assert!(sent >= 16 && received >= 16, "{sent} {received}");
+    daemon.namespace.enter(send).unwrap().unwrap();
+    let [sent, received] = quiet(&peers());
+    assert!(sent >= 16 && received == 0, "{sent} {received}");
 }
