@@ -32,6 +32,8 @@ from .state import Entry, State
 # Results (include/uapi/linux/pkt_cls.h): TCX_NEXT is TC_ACT_UNSPEC.
 NEXT, SHOT, REDIRECT = 0xFFFF_FFFF, 2, 7
 ALLOWED, ANSWERED = 0, 1
+# Ethernet's and ARP's bytes.
+ARP_ANSWER = 42
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,11 @@ class Run:
         for entry in stored:
             offset, content, code = entry.args
             assert isinstance(content, tuple) and isinstance(code, (int, z3.BitVecRef))
-            here = _when(answered, entry)
+            here, kind = _when(answered, entry), f"an answer of {len(content)} bytes"
+            if self.egress and len(content) == ARP_ANSWER:
+                # Of IPv6 frames the solver has not decided it (README.md).
+                here = z3.And(here, self.frame.is_at(12, b"\x08\x06"))
+                kind += " to ARP"
             written = [bits.term(part, 8) for part in content]
             size = z3.And(
                 *[
@@ -285,13 +291,9 @@ class Run:
                 ]
             )
             fills = z3.And(z3.BoolVal(offset == 0), bits.term(code, 64) == 0, size)
-            yield Claim(f"an answer of {len(content)} bytes fills the frame", here, fills)
+            yield Claim(f"{kind} fills the frame", here, fills)
             answer = Frame(lambda i, w=written: w[i], z3.BitVecVal(len(content), 32))
-            yield Claim(
-                f"an answer of {len(content)} bytes tells the truth",
-                here,
-                (self._truthful(answer, len(content))),
-            )
+            yield Claim(f"{kind} tells the truth", here, self._truthful(answer, len(content)))
         if self.egress:
             mac = equal(self.frame.source_mac, g.mac())
             yield Claim("only the guest's MAC is answered", answered, mac)
@@ -303,7 +305,7 @@ class Run:
         claims = [equal(answer.source_mac, mac)]
         if self.egress:
             claims.append(equal(answer.destination_mac, g.mac()))
-        if length == 42:
+        if length == ARP_ANSWER:
             arp = Arp(answer)
             claims += [
                 answer.is_arp_reply(),
@@ -325,7 +327,8 @@ class Run:
             if self.egress:
                 all_nodes = constant(b"\xff\x02" + bytes(13) + b"\x01")
                 to = packet.destination
-                # A guest may ask from an address of its link: the answer goes back to that, and to its MAC.
+                # A guest may ask from an address of its link: the answer goes back to that, and
+                # to its MAC.
                 asker = z3.And(_is_of_link(to), equal(to, Packet(self.frame, 6).source))
                 claims.append(z3.Or(g.owns(to), equal(to, all_nodes), asker))
         else:

@@ -173,9 +173,7 @@ def _relocate(
             raise Unmodelled(f"relocation type {kind} of {name} at {position}")
 
 
-def _named(
-    symbols: SymbolTableSection, section: int, offset: int, name: str
-) -> tuple[str, int]:
+def _named(symbols: SymbolTableSection, section: int, offset: int, name: str) -> tuple[str, int]:
     """What is at `offset` of a section, and where in that; the section itself where it has no name.
     Claims speak of constants by their names."""
     for symbol in symbols.iter_symbols():

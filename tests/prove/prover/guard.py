@@ -103,10 +103,12 @@ class Guard:
         return self._among("gateways", GATEWAYS, address)
 
     def names_no_loopback(self) -> z3.BoolRef:
-        """Userspace lets no `::1` into a policy (`GuardConfig::validate`). Programs read what a header
-        holds of mapped addresses as that one."""
+        """Userspace lets no `::1` into a policy (`GuardConfig::validate`). Programs read what a
+        header holds of mapped addresses as that one."""
         loopback = constant(bytes(15) + b"\x01")
-        places = [("addresses", i) for i in range(ADDRESSES)] + [("gateways", i) for i in range(GATEWAYS)]
+        places = [("addresses", i) for i in range(ADDRESSES)] + [
+            ("gateways", i) for i in range(GATEWAYS)
+        ]
         return z3.And(*[z3.Not(equal(self._address(*place), loopback)) for place in places])
 
     def _among(self, field: str, count: int, address: Sequence[Byte]) -> z3.BoolRef:
