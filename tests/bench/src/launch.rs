@@ -16,10 +16,10 @@ use omerta_test_support::write_bare_guest;
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds, Samples};
 use bare::Bare;
-use provider::Provider;
+pub use provider::Provider;
 
 /// Writes one line to the serial port and halts.
-const SPEAKS: &[u8] = &[
+pub const SPEAKS: &[u8] = &[
     0xba, 0xf8, 0x03, 0, 0, // mov edx, 0x3f8
     0xb0, b'h', 0xee, // mov al, 'h'; out dx, al
     0xb0, b'\n', 0xee, // mov al, '\n'; out dx, al

@@ -20,6 +20,7 @@ mod scale;
 mod table;
 mod tap;
 mod to_guest;
+mod tunnel;
 mod verdict;
 
 use std::path::PathBuf;
@@ -53,8 +54,9 @@ struct Arguments {
     readme: Option<PathBuf>,
 }
 
-const NAMES: [&str; 10] = [
-    "verdict", "floor", "table", "tap", "policy", "capture", "scale", "iperf", "fleet", "launch",
+const NAMES: [&str; 11] = [
+    "verdict", "floor", "table", "tap", "policy", "capture", "scale", "iperf", "tunnel", "fleet",
+    "launch",
 ];
 
 fn main() -> ExitCode {
@@ -68,7 +70,7 @@ fn main() -> ExitCode {
 }
 
 /// The result files that the README shows.
-const SHOWN: [&str; 17] = [
+const SHOWN: [&str; 20] = [
     "verdict",
     "floor",
     "table",
@@ -80,6 +82,9 @@ const SHOWN: [&str; 17] = [
     "scale-load",
     "scale-memory",
     "iperf",
+    "tunnel",
+    "tunnel-cpu",
+    "tunnel-move",
     "fleet",
     "launch",
     "launch-image",
@@ -134,6 +139,7 @@ fn measure(name: &str, rounds: Rounds, host: &mut Option<Host>) -> Result<Vec<Be
         "capture" => capture::measure(rounds)?,
         "scale" => scale::measure(rounds, many(host)?)?,
         "launch" => launch::measure(rounds)?,
+        "tunnel" => tunnel::measure(&rounds)?,
         "iperf" => vec![iperf::measure(rounds)?],
         "fleet" => vec![fleet::measure(rounds, many(host)?)?],
         _ => vec![policy::measure(rounds)?],

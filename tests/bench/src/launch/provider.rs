@@ -308,6 +308,14 @@ pub struct Guest<'a> {
 }
 
 impl Guest<'_> {
+    /// What `omerta vm show` tells of it.
+    pub fn show(&self) -> Result<serde_json::Value> {
+        let text = self
+            .provider
+            .ask(&["vm", "show", &self.name, "-o", "json"])?;
+        serde_json::from_str(&text).context("omerta vm show")
+    }
+
     /// Where its console is written.
     pub fn log(&self) -> &Path {
         &self.log
