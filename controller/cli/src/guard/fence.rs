@@ -8,6 +8,8 @@
 //! is fenced from its first instant, also while no watch lives: the rules stay when it ends.
 
 use std::io::{self, Write};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::{self, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -21,16 +23,20 @@ use crate::output::{Cell, Output, Side, Style, Table};
 
 /// The table's name, in each family.
 const NAME: &str = "omerta_fence";
-/// Each family, with the hook of what comes from an interface and that of what goes to one.
-const FAMILIES: [(&str, [&str; 2]); 3] = [
-    // What is routed or for the host itself.
-    ("inet", ["prerouting", "postrouting"]),
-    ("arp", ["input", "output"]),
-    // What goes from port to port, and between a port and the bridge itself.
-    ("bridge", ["prerouting", "postrouting"]),
+/// A chain: its name, its hook, and what nftables calls the interface there.
+type Chain = (&'static str, &'static str, &'static str);
+/// What is routed or for the host itself.
+const INET: &[Chain] = &[("from", "prerouting", "iif"), ("to", "postrouting", "oif")];
+const ARP: &[Chain] = &[("from", "input", "iif"), ("to", "output", "oif")];
+/// What goes from port to port, and between a port and the bridge itself: what a bridge sends of its own
+/// (spanning tree, queries) goes by `output` alone, and what is for bridges alone comes by `input`.
+const BRIDGE: &[Chain] = &[
+    ("from", "prerouting", "iif"),
+    ("from_alone", "input", "iif"),
+    ("to", "postrouting", "oif"),
+    ("to_alone", "output", "oif"),
 ];
-/// The chains of these hooks, and what nftables calls the interface there.
-const WAYS: [(&str, &str); 2] = [("from", "iif"), ("to", "oif")];
+const FAMILIES: [(&str, &[Chain]); 3] = [("inet", INET), ("arp", ARP), ("bridge", BRIDGE)];
 /// Before all that others do (defragmentation is at -400), so that nothing is remembered of what is dropped.
 const PRIORITY: i32 = -500;
 /// Between two looks of which there was occasion: others may change their rules all the time.
@@ -39,6 +45,14 @@ const BETWEEN: Duration = Duration::from_secs(1);
 /// Why the fence does not stand, or cannot be looked at.
 #[derive(Debug, thiserror::Error)]
 pub enum FenceError {
+    /// Another watch keeps its own there.
+    #[error(
+        "another `omerta guard watch` keeps the fence of this network namespace: declare all taps in its file, or end it"
+    )]
+    Kept,
+    /// The system refuses.
+    #[error("cannot take the fence of this network namespace")]
+    Take(#[source] io::Error),
     /// There is no `nft`.
     #[error("cannot run nft, which makes the fence: install nftables")]
     NoProgram(#[source] io::Error),
@@ -55,6 +69,8 @@ pub enum FenceError {
 /// The fence as it is declared, and as it was found last.
 pub struct Fence {
     config: FenceConfig,
+    /// Its name is one watch's alone in a network namespace: two would undo each other's rules.
+    _turn: UnixDatagram,
     /// As `nft` lists the rules that were made.
     made: Option<String>,
     /// When it was looked at last.
@@ -66,14 +82,25 @@ pub struct Fence {
 
 impl Fence {
     /// One that does not stand yet.
-    pub fn new(config: FenceConfig) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// Where another process keeps one in this network namespace.
+    pub fn take(config: FenceConfig) -> Result<Self, FenceError> {
+        // Abstract names are a network namespace's own (unix(7)).
+        let turn =
+            SocketAddr::from_abstract_name(NAME).and_then(|name| UnixDatagram::bind_addr(&name));
+        let turn = turn.map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => FenceError::Kept,
+            _ => FenceError::Take(error),
+        })?;
+        Ok(Self {
             config,
+            _turn: turn,
             made: None,
             looked: None,
             is_due: true,
             told: None,
-        }
+        })
     }
 
     /// The group of interfaces that are let through.
@@ -132,11 +159,11 @@ impl Fence {
 /// All of it, in one transaction of the kernel's: what stood before it goes when it comes.
 fn rules(config: &FenceConfig) -> String {
     let mut text = String::new();
-    for (family, hooks) in FAMILIES {
+    for (family, chains) in FAMILIES {
         // There must be one to delete.
         text += &format!("add table {family} {NAME}\ndelete table {family} {NAME}\n");
         text += &format!("table {family} {NAME} {{\n");
-        for (hook, (chain, way)) in hooks.into_iter().zip(WAYS) {
+        for (chain, hook, way) in chains {
             text += &format!(
                 "chain {chain} {{\ntype filter hook {hook} priority {PRIORITY}; policy accept;\n"
             );
@@ -165,7 +192,7 @@ struct Rule {
     /// inet, arp or bridge.
     family: String,
     /// `from` or `to` the interfaces.
-    direction: String,
+    direction: &'static str,
     /// Their name, or how it begins.
     interfaces: String,
     /// The group of those that are let through.
@@ -225,7 +252,10 @@ fn rule(rule: &Value) -> Option<Rule> {
     let counter = parts.iter().find_map(|part| part.get("counter"))?;
     Some(Rule {
         family: rule["family"].as_str()?.to_owned(),
-        direction: rule["chain"].as_str()?.to_owned(),
+        direction: match rule["chain"].as_str()? {
+            "from" | "from_alone" => "from",
+            _ => "to",
+        },
         interfaces: right(0)?.as_str()?.to_owned(),
         group: right(1)?.as_u64()?,
         packets: counter["packets"].as_u64()?,
@@ -292,10 +322,10 @@ mod tests {
         for way in ["iif", "oif"] {
             for name in ["tap*", "vm0"] {
                 let rule = format!("{way}name \"{name}\" {way}group != 7 counter drop\n");
-                assert_eq!(text.matches(&rule).count(), 3, "{text}");
+                assert_eq!(text.matches(&rule).count(), 4, "{text}");
             }
         }
-        assert_eq!(text.matches("priority -500").count(), 6);
+        assert_eq!(text.matches("priority -500").count(), 8);
     }
 
     #[test]

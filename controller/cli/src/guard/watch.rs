@@ -35,7 +35,7 @@ const CUT_SHORT: u32 = 100;
 pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommandError> {
     let declared = watch::read(path)?;
     let mut taps: Vec<_> = declared.taps.into_iter().map(Tap::new).collect();
-    let mut fence = declared.fence.map(Fence::new);
+    let mut fence = declared.fence.map(Fence::take).transpose()?;
     let changes = Changes::of_interfaces().map_err(GuardCommandError::Watch)?;
     let firewall = fence.as_ref().map(|_| Changes::of_firewall()).transpose();
     let firewall = firewall.map_err(GuardCommandError::Watch)?;

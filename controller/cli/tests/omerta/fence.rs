@@ -34,7 +34,7 @@ fn set(text: &str) -> Option<Watched> {
 fn stands(stage: &Stage) -> bool {
     let shown = stage.omerta("guard fence -o json").done().stdout;
     let rules: serde_json::Value = serde_json::from_str(&shown).unwrap();
-    rules.as_array().unwrap().len() == 6
+    rules.as_array().unwrap().len() == 8
 }
 
 /// How many packets the fence has dropped `from` or `to` interfaces.
@@ -292,6 +292,49 @@ fn a_fence_that_somebody_removes_or_changes_stands_again() {
             stands(&watched.stage) && !listed.contains("\t\taccept")
         });
     }
+}
+
+/// What a bridge sends of its own accord, and what is for bridges alone, goes another way than the rest.
+#[test]
+fn spanning_tree_does_not_reach_a_fenced_port() {
+    let Some(watched) = set(&fenced()) else {
+        return;
+    };
+    let bpdus = |name: &str| {
+        let tap = watched.within(|| {
+            let tap = Tap::create(name).unwrap();
+            ip(&format!("link set {name} master br0")).unwrap();
+            tap.up().unwrap();
+            tap
+        });
+        let end = Instant::now() + Duration::from_secs(3);
+        let mut seen = 0;
+        while Instant::now() < end {
+            if let Some(frame) = tap.recv(Duration::from_millis(100)).unwrap() {
+                seen += u32::from(frame.starts_with(&[0x01, 0x80, 0xc2, 0, 0, 0]));
+            }
+        }
+        seen
+    };
+    signal(&watched, Signal::SIGSTOP);
+    watched.within(|| ip("link add br0 up type bridge stp_state 1 hello_time 100").unwrap());
+    assert!(bpdus("open0") > 0, "or this shows nothing");
+    assert_eq!(bpdus("omt0"), 0, "LEAKED");
+    signal(&watched, Signal::SIGCONT);
+}
+
+#[test]
+fn two_watches_do_not_undo_each_others_fence() {
+    let Some(watched) = set(&fenced()) else {
+        return;
+    };
+    let files = TempDir::new().unwrap();
+    let path = file(&files, &fenced().replace("omt*", "vnet*"));
+    let other = watched
+        .stage
+        .omerta(&format!("guard watch --config {}", path.display()));
+    other.failed(1, &["another `omerta guard watch`"]);
+    assert!(stands(&watched.stage));
 }
 
 #[test]
