@@ -376,6 +376,11 @@ impl Fleet {
         }
     }
 
+    /// Gives a place to nobody: a guest has it that is not known otherwise.
+    pub(crate) fn withhold(&self, slot: Slot) {
+        self.lock().withhold(slot);
+    }
+
     /// The taps of guests that live.
     pub(crate) fn taps(&self) -> BTreeSet<String> {
         let roster = self.lock();

@@ -4,6 +4,7 @@
 //! everything that was proven before it ran is proven again. All else is removed by its traces; as long
 //! as it is not proven gone its row stays, and with it what it holds.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -99,7 +100,14 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
             _ => "omertad died before it ran",
         }));
     }
-    let known = understand(kept.clone(), fleet.settings()).map_err(Lost::because)?;
+    let known = match understand(kept.clone(), fleet.settings()) {
+        Ok(known) => known,
+        Err(why) if kept.traces.may_live().await => {
+            leave_alone(fleet, kept, &why);
+            return Ok(());
+        }
+        Err(why) => return Err(Lost::because(why)),
+    };
     let Known {
         kept,
         order,
@@ -156,6 +164,20 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
             Err(lost)
         }
     }
+}
+
+/// Leaves a guest to its guard whose row cannot be understood: unknown is not dead. It keeps what its row holds.
+fn leave_alone(fleet: &Fleet, kept: &Kept, why: &str) {
+    let Grant { name, slot, .. } = &kept.grant;
+    fleet.withhold(Slot(*slot));
+    let pid = kept.traces.process.map_or(0, |(pid, _)| pid);
+    tracing::error!(
+        guest = name,
+        pid,
+        why,
+        "the row of a guest that runs cannot be understood: it runs on behind its guard, and nobody looks after it. \
+         Start the omertad again that ran it, or end this process and start omertad again, which removes what is left"
+    );
 }
 
 /// Brings a guest to stand as its row says, and tells how it stands and what has befallen it.
@@ -252,7 +274,15 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
     }
     let slot = (!leftovers.is_empty()).then_some(Slot(kept.grant.slot));
     match understand(kept, fleet.settings()) {
-        Ok(Known { order, spec, .. }) => {
+        Ok(Known {
+            kept,
+            order,
+            mut spec,
+        }) => {
+            // Where its consumer was last; the guard that would tell is gone.
+            if let Some(SocketAddr::V4(last)) = kept.seen.endpoints.first() {
+                spec.consumer.endpoint = *last;
+            }
             let ending = Ending {
                 cause: why.cause,
                 incident: None,

@@ -182,6 +182,11 @@ impl Roster {
         })
     }
 
+    /// Gives a place to nobody from now on.
+    pub(crate) fn withhold(&mut self, slot: Slot) {
+        self.slots.hold(slot);
+    }
+
     /// Takes in a guest that was there before this omertad.
     pub(crate) fn take_in(
         &mut self,

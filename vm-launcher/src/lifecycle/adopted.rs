@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nix::net::if_::if_nametoindex;
 use omerta_agent::message::Key;
 use omerta_dataplane::{Guard, GuardError, GuardStatus, GuardWatch, Owner};
+use tokio::time::timeout;
 
 use crate::disk::{DiskError, Disks};
 use crate::guard_alarm::GuardAlarm;
@@ -24,6 +25,8 @@ use crate::{JailError, LaunchError, LockFile, ProcessError, Scrubbed, Spec, TapE
 
 /// How long a process that is killed, and its tap, may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a process that is just ending may take, before it is said to live.
+const DYING: Duration = Duration::from_secs(1);
 const TAP_DEADLINE: Duration = Duration::from_secs(1);
 
 /// What tells everything that was made for a guest from all else on this host, until it boots again.
@@ -42,6 +45,22 @@ pub struct Traces {
     pub guard: Option<[u32; 2]>,
     /// What its agent proves its answers with, once that has come.
     pub agent: Option<[u8; 32]>,
+}
+
+impl Traces {
+    /// Whether QEMU lives, or cannot be told not to. One that is just ending is given the time for it.
+    pub async fn may_live(&self) -> bool {
+        let Some((pid, start)) = self.process else {
+            return false;
+        };
+        match QemuProcess::adopt(pid, start) {
+            Ok(process) => {
+                process.let_go();
+                !matches!(timeout(DYING, process.wait()).await, Ok(Ok(_)))
+            }
+            Err(error) => !matches!(error, ProcessError::Gone { .. }),
+        }
+    }
 }
 
 impl Running {

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use omerta_dataplane::{Guard, GuardStatus};
 use omerta_test_support::{FrameSender, IDLE};
 use serde_json::{Value, json};
@@ -117,6 +119,22 @@ fn next_omertad_takes_over_a_guest_whose_consumer_moved() {
     assert_eq!(guard(&daemon).allow, [format!("udp:{FIRST}")]);
     assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
     assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+}
+
+#[test]
+fn guest_that_ended_while_no_omertad_was_there_is_shown_with_its_last_endpoint() {
+    let daemon = start(IDLE);
+    let pid = run(&daemon, "alpha")["pid"].as_i64().unwrap();
+    assert_eq!(put(&daemon, "alpha", SECOND).status, 200);
+    let (namespace, directory) = daemon.die();
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
+    let daemon = Daemon::start_in(namespace, directory, &["--metrics", "off"]);
+    let guest = show(&daemon, "alpha");
+    assert_eq!(guest["state"], "ended", "{guest}");
+    assert!(
+        guest["consumer"].as_str().unwrap().ends_with(SECOND),
+        "{guest}"
+    );
 }
 
 /// Killed between keeping a move and committing it, in either order of what is found.

@@ -279,6 +279,41 @@ fn guest_whose_guard_is_not_what_it_was_is_ended() {
     }
 }
 
+/// Unknown is not dead: it runs on behind its guard, keeps its name, and is removed once its process is gone.
+#[test]
+fn guest_whose_row_cannot_be_understood_is_left_running_behind_its_guard_and_told() {
+    let daemon = start();
+    let pid = run(&daemon, "alpha")["pid"].as_i64().unwrap();
+    let pid = Pid::from_raw(i32::try_from(pid).unwrap());
+    let stage = daemon.die();
+    let store = rusqlite::Connection::open(stage.1.path().join("state/guests.db")).unwrap();
+    store
+        .execute("UPDATE guests SET request = '{'", [])
+        .unwrap();
+    drop(store);
+    let daemon = start_again(stage);
+    let log = daemon.log();
+    assert!(
+        log.contains("cannot be understood") && log.contains(&format!("pid={pid}")),
+        "{log}"
+    );
+    kill(pid, None).expect("it lives");
+    let guarded = || Guard::open("omalpha").and_then(|guard| guard.verify());
+    daemon.namespace.enter(guarded).unwrap().unwrap();
+    let again = daemon.post("/v1/guests", &request("alpha", "bare"));
+    assert!(again.status >= 400, "{again:?}");
+    kill(pid, None).expect("it lives");
+    let stage = daemon.die();
+    kill(pid, Signal::SIGKILL).unwrap();
+    within_a_minute("it is gone", || Orphans::living(stage.1.path()).is_empty());
+    let daemon = start_again(stage);
+    let log = daemon.log();
+    assert!(log.contains("removed what was left"), "{log}");
+    assert_eq!(traces(&daemon.namespace, daemon.path()), [""; 0]);
+    run(&daemon, "alpha");
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+}
+
 #[test]
 fn after_a_boot_of_the_host_guests_are_told_as_ended_by_it_and_hold_nothing() {
     let daemon = start();
