@@ -104,6 +104,12 @@ impl Journal {
         }
     }
 
+    /// The number of the next event, as it changes; `None` once the journal is closed.
+    pub(crate) fn numbers(&self) -> Option<watch::Receiver<u64>> {
+        let next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        next.as_ref().map(watch::Sender::subscribe)
+    }
+
     /// Adds an event.
     pub(crate) fn append(&self, event: &Event) {
         let json = match serde_json::to_string(event) {

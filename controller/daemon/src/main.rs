@@ -20,6 +20,7 @@ mod journal;
 mod log;
 mod lookups;
 mod made_directories;
+mod memory;
 mod metrics;
 mod names;
 mod order;
@@ -73,6 +74,7 @@ const MIN_THREADS: usize = 4;
 const SPARE_THREADS: usize = 64;
 
 fn main() -> ExitCode {
+    let is_bounded = memory::bound();
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("OMERTA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = match Log::begin() {
@@ -87,6 +89,9 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(log.clone())
         .init();
+    if !is_bounded {
+        tracing::warn!("glibc does not bound what it keeps of free memory");
+    }
     match start(arguments) {
         Ok(()) => {
             log.end(None);
@@ -184,6 +189,9 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
     tokio::spawn(async move {
         probing.acceleration().find(images).await;
     });
+    if let Some(events) = fleet.journal().numbers() {
+        tokio::spawn(memory::give_back(events));
+    }
 
     let (stop, stopped) = notice::channel(false);
     let api = server::serve(listener, Arc::clone(&fleet), stopped.clone());

@@ -8,14 +8,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::time::clock_getcpuclockid;
+use nix::unistd::Pid;
 use omerta_dataplane::Guard;
 use omerta_test_support::{Namespace, Orphans, Process};
 
 use crate::machine::beside;
 
 const KEY: &str = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
-/// Kernel clock ticks in a second (`USER_HZ`), which is the same on every Linux for x86.
-const TICKS: f64 = 100.0;
 /// How long omertad may take to end its guests and itself.
 const ENDING: Duration = Duration::from_secs(60);
 
@@ -54,9 +54,6 @@ impl Provider {
             .arg("--image-dir")
             .arg(images)
             .args(["--metrics", "off"])
-            // As the unit has it.
-            .env("MALLOC_ARENA_MAX", "2")
-            .env("MALLOC_TRIM_THRESHOLD_", "131072")
             .stdin(Stdio::null())
             .stderr(log);
         let omertad = Process::spawn(command)?;
@@ -183,17 +180,13 @@ impl Provider {
 
     /// The share of a core that omertad takes while nothing is asked of it, in percent.
     pub fn processor_share(&self, span: Duration) -> Result<f64> {
-        let ticks = || -> Result<f64> {
-            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid))?;
-            let (_, rest) = stat.rsplit_once(')').context("no end of the name")?;
-            let fields: Vec<&str> = rest.split_whitespace().collect();
-            // utime and stime: fields 14 and 15 of proc_pid_stat(5).
-            let field = |n: usize| fields.get(n).context("too few fields");
-            Ok(field(11)?.parse::<f64>()? + field(12)?.parse::<f64>()?)
-        };
-        let before = ticks()?;
+        let pid = Pid::from_raw(i32::try_from(self.pid)?);
+        // To the nanosecond, and of threads that have ended too; `stat` counts hundredths of a second.
+        let clock = clock_getcpuclockid(pid).context("no clock of omertad's")?;
+        let before = Duration::from(clock.now()?);
         std::thread::sleep(span);
-        Ok((ticks()? - before) / TICKS / span.as_secs_f64() * 100.0)
+        let spent = Duration::from(clock.now()?) - before;
+        Ok(spent.as_secs_f64() / span.as_secs_f64() * 100.0)
     }
 
     /// What a QEMU holds beside its guest's memory: the mean over all, each page shared among those
