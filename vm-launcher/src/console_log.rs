@@ -9,12 +9,16 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::console_watch::{ConsoleReport, ConsoleWatch};
+
 /// From this length on a log becomes the one before.
 const LONG: u64 = 4 << 20;
 /// How often what was printed meanwhile is copied too, before the log is cut.
 const ROUNDS: u32 = 8;
 /// How often a log is read that is cut meanwhile.
 const TRIES: u32 = 3;
+/// How much of what was printed since the last look is read; what was printed before that is not.
+const MOST_READ: u64 = 256 << 10;
 
 /// The log of a guest's console.
 #[derive(Clone, Debug)]
@@ -44,9 +48,14 @@ impl ConsoleLog {
         path.into()
     }
 
+    /// How much is in it.
+    pub(crate) fn length(&self) -> u64 {
+        fs::symlink_metadata(&self.path).map_or(0, |log| log.len())
+    }
+
     /// Whether it is time to rotate it.
     pub(crate) fn is_long(&self) -> bool {
-        fs::symlink_metadata(&self.path).is_ok_and(|log| log.len() >= LONG)
+        self.length() >= LONG
     }
 
     /// Has what is in the log be what was before it, at most the last [`LONG`] bytes and what is printed
@@ -93,6 +102,63 @@ impl ConsoleLog {
             }
         }
         Ok(end)
+    }
+}
+
+/// Reads on in a log where it has stopped, and listens to what the guest's firewall says there.
+#[derive(Debug)]
+pub(crate) struct ConsoleReader {
+    log: ConsoleLog,
+    /// How far it has read.
+    at: u64,
+    watch: ConsoleWatch,
+}
+
+impl ConsoleReader {
+    /// One that reads what is printed from now on.
+    pub(crate) fn of(log: ConsoleLog) -> Self {
+        let at = log.length();
+        Self {
+            log,
+            at,
+            watch: ConsoleWatch::default(),
+        }
+    }
+
+    /// Reads what was printed since, and rotates the log where it is time to. What is to be told of it.
+    pub(crate) fn look(&mut self) -> io::Result<Option<ConsoleReport>> {
+        let read = self.read();
+        // A log that cannot be read is held to its length all the same.
+        if self.log.is_long() {
+            self.log.rotate()?;
+            self.at = 0;
+        }
+        read.map(|()| self.watch.take())
+    }
+
+    fn read(&mut self) -> io::Result<()> {
+        let mut file = open(OpenOptions::new().read(true), &self.log.path)?;
+        let length = file.metadata()?.len();
+        if length < self.at {
+            self.at = 0;
+        }
+        let skipped = length.saturating_sub(MOST_READ).saturating_sub(self.at);
+        if skipped > 0 {
+            self.watch.skipped(skipped);
+            self.at += skipped;
+        }
+        file.seek(SeekFrom::Start(self.at))?;
+        // What a guest prints meanwhile is for the next look.
+        let mut file = file.take(length - self.at);
+        let mut buffer = [0; 8192];
+        loop {
+            let read = file.read(&mut buffer)?;
+            if read == 0 {
+                return Ok(());
+            }
+            self.watch.receive(buffer.get(..read).unwrap_or_default());
+            self.at += read as u64;
+        }
     }
 }
 
@@ -165,6 +231,29 @@ mod tests {
         file.write_all(&vec![b'b'; 30 << 20]).unwrap();
         log.rotate().unwrap();
         assert_eq!(sizes(&log), [LONG, 0]);
+    }
+
+    #[test]
+    fn a_reader_hears_each_line_once_also_where_the_log_is_rotated() {
+        let (_directory, log, mut file) = log();
+        file.write_all(b"ROGUE-ATTEMPT: before\n").unwrap();
+        let mut reader = ConsoleReader::of(log.clone());
+        assert_eq!(reader.look().unwrap(), None);
+        file.write_all(b"ROGUE-ATT").unwrap();
+        assert_eq!(reader.look().unwrap(), None);
+        file.write_all(b"EMPT: one\n").unwrap();
+        assert_eq!(reader.look().unwrap().unwrap().line, "one");
+        assert_eq!(reader.look().unwrap(), None);
+        file.write_all(&vec![b'x'; 5 << 20]).unwrap();
+        file.write_all(b"\nROGUE-ATTEMPT: two\n").unwrap();
+        let heard = reader.look().unwrap().unwrap();
+        assert_eq!((heard.attempts, heard.line.as_str()), (2, "two"));
+        assert_eq!(heard.unread, (5 << 20) + 20 - MOST_READ);
+        assert_eq!(sizes(&log)[1], 0);
+        file.write_all(b"ROGUE-ATTEMPT: three\nROGUE-ATTEMPT: four\n")
+            .unwrap();
+        let heard = reader.look().unwrap().unwrap();
+        assert_eq!((heard.attempts, heard.line.as_str()), (4, "four"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use omerta_verdict::Reason;
 use omerta_vm_launcher::{
     AgentFinding, AgentTiming, Consumer, GuestEvent, Image, Paused, Running, Spec,
 };
@@ -202,6 +203,28 @@ fn an_agent_that_is_stopped_is_missed() {
         let mut running = sound(spec).await;
         at_the_console(&running, "kill -STOP $(pidof omerta-agent)").await;
         found(&mut running, AgentFinding::Missed).await;
+        running.kill().await;
+    });
+}
+
+#[test]
+fn what_the_guests_own_firewall_blocks_is_heard_on_the_console_and_is_no_frame_for_the_guard() {
+    Stage::new(IDLE).run(|spec| async move {
+        let Some(spec) = guest(spec) else { return };
+        let mut running = sound(spec).await;
+        at_the_console(&running, "ping -c 1 -W 1 -I eth0 203.0.113.9").await;
+        let heard = event(&mut running, |e| matches!(e, GuestEvent::ConsoleHeard(_))).await;
+        let GuestEvent::ConsoleHeard(heard) = heard else {
+            panic!("{heard:?}");
+        };
+        assert!(heard.line.contains("DST=203.0.113.9"), "{heard:?}");
+        assert_eq!(heard.unread, 0);
+        let dropped = running.guard().counters().unwrap().egress.dropped;
+        let strangers = dropped.iter().find(|(r, _)| *r == Reason::Endpoint);
+        assert!(
+            strangers.is_none_or(|(_, count)| count.packets == 0),
+            "{dropped:?}"
+        );
         running.kill().await;
     });
 }

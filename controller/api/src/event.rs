@@ -72,6 +72,16 @@ pub enum Occurrence {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         what: Option<String>,
     },
+    /// The guest's own firewall says on the console that it has blocked something, or the console is flooded. It is
+    /// the guest's word, and nothing is done for it.
+    Console {
+        /// Lines of blocked packets since the guest is watched.
+        attempts: u64,
+        /// Bytes that the guest printed faster than its console is read, since it is watched.
+        unread: u64,
+        /// The last of the lines.
+        line: String,
+    },
     /// The guest's consumer has moved. The guest may reach it where it is now, and no longer where it was.
     ConsumerMoved {
         /// Where it was: `ADDRESS:PORT`.

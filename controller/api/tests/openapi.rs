@@ -117,6 +117,11 @@ fn occurrences() -> Vec<Occurrence> {
             report: text(),
             what: Some(text()),
         },
+        Occurrence::Console {
+            attempts: 1,
+            unread: 1,
+            line: text(),
+        },
         Occurrence::TunnelSilent {
             seconds: 1,
             never: true,
@@ -171,6 +176,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::PublicKey { .. }
             | Occurrence::Handshake {}
             | Occurrence::Agent { .. }
+            | Occurrence::Console { .. }
             | Occurrence::ConsumerMoved { .. }
             | Occurrence::ConsumerStays { .. }
             | Occurrence::TunnelSilent { .. }

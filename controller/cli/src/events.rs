@@ -94,6 +94,20 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
                 format!("{report}{}", what.unwrap_or_default()),
             )
         }
+        Occurrence::Console {
+            attempts,
+            unread,
+            line,
+        } => {
+            let mut text = format!("{attempts} blocked by its own firewall, as it says");
+            if !line.is_empty() {
+                text = format!("{text}: {line}");
+            }
+            if *unread > 0 {
+                text = format!("{text}; {unread} bytes printed too fast to be read");
+            }
+            (Style::Bad, "console", text)
+        }
         Occurrence::TunnelSilent {
             seconds,
             never,

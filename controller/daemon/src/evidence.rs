@@ -21,6 +21,8 @@ pub(crate) struct Evidence {
     cases: u64,
     /// What its agent has been recorded for.
     agent: BTreeSet<&'static str>,
+    /// Whether what is heard on its console has been recorded.
+    console: bool,
     /// The incident that what is done to the guest is about.
     open: Option<String>,
 }
@@ -127,6 +129,26 @@ impl Evidence {
                         .collect(),
                 })))
             }
+            // The guest decides what stands there: one entry, and never what is done to the guest is about it.
+            Record::Console(report) if !std::mem::replace(&mut self.console, true) => {
+                let case = self.case(whose, false);
+                Some(What::Incident(Box::new(Incident {
+                    case,
+                    guest: whose.name.to_owned(),
+                    interface: whose.interface.to_owned(),
+                    consumer: whose.consumer.to_owned(),
+                    witnesses: vec![Witness::Console],
+                    attempt: "console".to_owned(),
+                    inferred_from: format!(
+                        "its console: {} blocked, {} bytes unread: {}",
+                        report.attempts, report.unread, report.line
+                    ),
+                    action: OnViolation::Alert.word().to_owned(),
+                    epoch: epoch(),
+                    frame: None,
+                    before: Vec::new(),
+                })))
+            }
             Record::Paused(caught) => self.outcome(whose, Deed::Paused, Some(caught), None),
             Record::PauseFailed { message } => {
                 self.outcome(whose, Deed::PauseFailed, None, Some(message.clone()))
@@ -196,7 +218,9 @@ fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use omerta_engine::{AgentReport, Attempt, Cause, Ending, Inference, RogueFrame};
+    use omerta_engine::{
+        AgentReport, Attempt, Cause, ConsoleReport, Ending, Inference, RogueFrame,
+    };
     use omerta_verdict::{Direction, Reason};
 
     use super::*;
@@ -328,6 +352,30 @@ mod tests {
             panic!("no outcome");
         };
         assert_eq!((outcome.case, outcome.deed), (incident.case, Deed::Ended));
+    }
+
+    #[test]
+    fn a_console_is_recorded_once_and_takes_neither_the_frames_nor_the_outcome_of_an_incident() {
+        let mut evidence = Evidence::default();
+        let heard = Record::Console(ConsoleReport {
+            attempts: 1,
+            unread: 0,
+            line: "OUT=eth0".into(),
+        });
+        evidence.dropped(&seen(1));
+        let Some(What::Incident(told)) = evidence.of(&heard, WHOSE, || Some(1)) else {
+            panic!("no incident");
+        };
+        assert_eq!(told.witnesses, [Witness::Console]);
+        assert_eq!(told.action, "alert");
+        assert_eq!(evidence.of(&heard, WHOSE, || None), None);
+        evidence.dropped(&seen(2));
+        let record = rogue(2, OnViolation::Terminate, true);
+        let Some(What::Incident(incident)) = evidence.of(&record, WHOSE, || None) else {
+            panic!("no incident");
+        };
+        assert_eq!(incident.before.len(), 1);
+        assert_ne!(incident.case, told.case);
     }
 
     #[test]

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_engine::{
-    Action, AgentReport, Cause, GuestEvent, GuestId, Monotonic, Record, RogueFrame, Target,
+    Action, AgentReport, Cause, ConsoleReport, GuestEvent, GuestId, Monotonic, Record, RogueFrame,
+    Target,
 };
 use omerta_verdict::Reason;
 use omerta_vm_launcher::{
@@ -489,6 +490,11 @@ fn translate(event: LauncherEvent, powered_down: bool) -> Option<GuestEvent> {
             Some(GuestEvent::AgentReported(AgentReport::Arrived { program }))
         }
         LauncherEvent::AgentFound(finding) => agent_report(finding).map(GuestEvent::AgentReported),
+        LauncherEvent::ConsoleHeard(heard) => Some(GuestEvent::ConsoleHeard(ConsoleReport {
+            attempts: heard.attempts,
+            unread: heard.unread,
+            line: heard.line,
+        })),
         LauncherEvent::Shutdown | LauncherEvent::Paused | LauncherEvent::Resumed => None,
     }
 }

@@ -24,6 +24,11 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             report: report.word().to_owned(),
             what: report.what().map(str::to_owned),
         },
+        Record::Console(report) => Occurrence::Console {
+            attempts: report.attempts,
+            unread: report.unread,
+            line: report.line,
+        },
         Record::Rogue {
             frame,
             action,

@@ -3,8 +3,8 @@
 use thiserror::Error;
 
 use crate::{
-    AgentReport, Cause, GuestId, GuestState, Incident, Inference, Monotonic, OnSilence,
-    OnViolation, RogueFrame,
+    AgentReport, Cause, ConsoleReport, GuestId, GuestState, Incident, Inference, Monotonic,
+    OnSilence, OnViolation, RogueFrame,
 };
 
 /// Something to do, in the order given.
@@ -85,6 +85,8 @@ pub enum Record {
     Handshake,
     /// Something new is known of the agent in it.
     Agent(AgentReport),
+    /// Something was heard on its console. Nothing is done to it for that.
+    Console(ConsoleReport),
     /// It sent a rogue frame.
     Rogue {
         /// The frame.

@@ -1,7 +1,8 @@
 //! What the engine is told, in the past tense.
 
 use crate::{
-    AgentReport, Cause, Ending, GuestState, Monotonic, OnSilence, OnViolation, RogueFrame,
+    AgentReport, Cause, ConsoleReport, Ending, GuestState, Monotonic, OnSilence, OnViolation,
+    RogueFrame,
 };
 
 /// One guest in one life. A name that is used again gets a new id, so that what is late about the
@@ -80,6 +81,8 @@ pub enum GuestEvent {
     HandshakeSeen,
     /// Something new is known of the agent in it.
     AgentReported(AgentReport),
+    /// Its own firewall says on its console that it has blocked something, or its console is flooded.
+    ConsoleHeard(ConsoleReport),
     /// Nothing has come from its consumer for so long.
     TunnelSilent {
         /// How long.

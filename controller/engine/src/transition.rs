@@ -18,6 +18,12 @@ impl Guest {
             GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
             GuestEvent::HandshakeSeen => self.handshake_seen(now, out),
             GuestEvent::AgentReported(report) => self.agent_reported(now, report, out),
+            // Who tells of it tells of few.
+            GuestEvent::ConsoleHeard(report) => {
+                if !self.is_ended() {
+                    self.publish(now, Record::Console(report), out);
+                }
+            }
             GuestEvent::TunnelSilent {
                 seconds,
                 never,

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use omerta_engine::{
-    Action, AgentReport, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic,
-    OnSilence, OnViolation, Record, RogueFrame,
+    Action, AgentReport, Cause, ConsoleReport, Engine, Event, GuestEvent, GuestId, GuestState,
+    Monotonic, OnSilence, OnViolation, Record, RogueFrame,
 };
 use omerta_verdict::{Direction, Reason};
 use proptest::prelude::*;
@@ -44,6 +44,7 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
             .prop_map(|action| GuestEvent::TunnelSilent { seconds: 1, never: false, action }),
         1 => Just(GuestEvent::TunnelBack),
         1 => Just(GuestEvent::AgentReported(AgentReport::Sound)),
+        1 => Just(GuestEvent::ConsoleHeard(ConsoleReport { attempts: 1, unread: 1, line: "x".into() })),
         1 => Just(GuestEvent::AgentReported(AgentReport::Missed)),
         6 => frames().prop_map(GuestEvent::RogueFrameSeen),
         2 => at().prop_map(|at| GuestEvent::Paused { at }),

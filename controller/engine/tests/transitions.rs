@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use omerta_engine::{
-    Action, AgentReport, Cause, Engine, Event, GuestEvent, GuestId, GuestState, Monotonic,
-    OnSilence, OnViolation, Record, RogueFrame,
+    Action, AgentReport, Cause, ConsoleReport, Engine, Event, GuestEvent, GuestId, GuestState,
+    Monotonic, OnSilence, OnViolation, Record, RogueFrame,
 };
 use omerta_verdict::{Direction, Reason};
 
@@ -29,6 +29,14 @@ fn tell(engine: &mut Engine, event: GuestEvent) -> Vec<Action> {
 
 fn rogue() -> GuestEvent {
     GuestEvent::RogueFrameSeen(frame_at(ORDERED + 1))
+}
+
+fn console() -> GuestEvent {
+    GuestEvent::ConsoleHeard(ConsoleReport {
+        attempts: 1,
+        unread: 0,
+        line: "OUT=eth0".into(),
+    })
 }
 
 fn agent(report: AgentReport) -> GuestEvent {
@@ -123,6 +131,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::PublicKey(_) => "public key",
                 Record::Handshake => "handshake",
                 Record::Agent(_) => "agent",
+                Record::Console(_) => "console",
                 Record::TunnelSilent { .. } => "silent",
                 Record::TunnelBack => "back",
                 Record::ConsumerMoved { .. } => "consumer moved",
@@ -184,6 +193,10 @@ fn table_of_transitions_under_terminate() {
             &["agent", "kill"],
         ),
         (Held, agent(AgentReport::Forged), Ending, &["agent", "kill"]),
+        // Its console is the guest's word: told, and nothing is done for it.
+        (Running, console(), Running, &["console"]),
+        (Condemned, console(), Condemned, &["console"]),
+        (Ending, console(), Ending, &["console"]),
         // Who powers down takes its agent along.
         (Stopping, agent(AgentReport::Missed), Stopping, &["agent"]),
         (Suspended, agent(AgentReport::Missed), Suspended, &[]),

@@ -55,6 +55,8 @@ pub enum Witness {
     Kernel,
     /// The agent in it, which was missed or said so: the guest's word, but for its silence.
     Agent,
+    /// Its console, where its own firewall says so: the guest's word, which anyone in it can forge.
+    Console,
 }
 
 impl Witness {
@@ -63,6 +65,7 @@ impl Witness {
         match self {
             Self::Kernel => "kernel",
             Self::Agent => "agent",
+            Self::Console => "console",
         }
     }
 }

@@ -34,6 +34,7 @@ macro_rules! borrowed {
 
 borrowed!(
     allowlist = "../../../controller/cli/src/allowlist.rs",
+    console_watch = "../../../vm-launcher/src/console_watch.rs",
     control_port = "../../../vm-launcher/src/control_port.rs",
     count = "../../../ebpf/dataplane/src/count.rs",
     exit = "../../../controller/cli/src/exit.rs",
@@ -60,6 +61,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("qmp_lines", streams::qmp_lines),
     ("control_port", streams::control_port),
     ("console_filter", streams::console_filter),
+    ("console_watch", streams::console_watch),
     ("c_abi", parsers::c_abi),
     ("qcow2_header", images::qcow2_header),
     ("image_manifest", images::image_manifest),

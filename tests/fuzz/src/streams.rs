@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
+use crate::console_watch::{ConsoleReport, ConsoleWatch};
 use crate::control_port::ControlPort;
 use crate::guest_text::{TerminalFilter, visible};
 use crate::qmp_lines;
@@ -60,6 +61,28 @@ pub fn control_port(bytes: &[u8]) {
     // Keys are limited, and the handshake is told once.
     assert!(whole.0.len() as u32 <= ControlPort::MAX_KEYS_PER_BOOT + 1);
     assert!(whole.1 <= bytes.iter().filter(|byte| **byte == b'\n').count() as u64);
+}
+
+fn heard(pieces: &[&[u8]]) -> ConsoleReport {
+    let mut watch = ConsoleWatch::default();
+    for piece in pieces {
+        watch.receive(piece);
+    }
+    watch.take().unwrap_or_default()
+}
+
+/// What a guest writes to its console, where its firewall is listened to.
+pub fn console_watch(bytes: &[u8]) {
+    let whole = heard(&[bytes]);
+    let (head, tail) = bytes.split_at(bytes.len() / 3);
+    assert_eq!(
+        whole,
+        heard(&[head, tail]),
+        "pieces say what the whole says"
+    );
+    let ends = bytes.iter().filter(|b| matches!(b, b'\n' | b'\r'));
+    assert!(whole.attempts <= ends.count() as u64);
+    assert!(whole.line.len() <= 200 && whole.line.bytes().all(|b| matches!(b, b' '..=b'~')));
 }
 
 fn filtered(pieces: &[&[u8]]) -> Vec<u8> {

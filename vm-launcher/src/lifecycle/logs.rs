@@ -1,13 +1,16 @@
-//! A running guest's logs, held to their length. QEMU appends to them itself.
+//! A running guest's logs, held to their length and listened to. QEMU appends to them itself.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use crate::console_log::ConsoleLog;
+use crate::GuestEvent;
+use crate::console_log::{ConsoleLog, ConsoleReader};
 use crate::jail::MAX_LOG_BYTES;
 use crate::run_dir::RunFiles;
 
@@ -15,6 +18,10 @@ use crate::run_dir::RunFiles;
 #[derive(Debug)]
 pub(super) struct Logs {
     console: ConsoleLog,
+    /// Only the task that holds them looks, one after the other.
+    reader: Arc<Mutex<ConsoleReader>>,
+    /// How much was in the console's log at the last look.
+    seen: u64,
     qemu: PathBuf,
     /// The disk may keep it waiting, and nothing else of the guest.
     holding: Option<JoinHandle<()>>,
@@ -26,40 +33,53 @@ const SELDOM: u32 = 64;
 
 impl Logs {
     pub(super) fn of(files: &RunFiles) -> Self {
+        let console = ConsoleLog::at(&files.console_log);
         Self {
-            console: ConsoleLog::at(&files.console_log),
+            reader: Arc::new(Mutex::new(ConsoleReader::of(console.clone()))),
+            seen: console.length(),
+            console,
             qemu: files.qemu_log.clone(),
             holding: None,
             looks: 0,
         }
     }
 
-    /// Begins to shorten what is long. QEMU itself says little, so its log is looked at seldom.
-    pub(super) fn hold(&mut self) {
+    /// Begins to shorten what is long, and to read what the guest has printed since; `events` are told what is heard
+    /// there. QEMU itself says little, so its log is looked at seldom.
+    pub(super) fn hold(&mut self, events: &mpsc::Sender<GuestEvent>) {
         self.looks = self.looks.wrapping_add(1);
         let is_busy = |task: &JoinHandle<()>| !task.is_finished();
-        if self.holding.as_ref().is_some_and(is_busy) || !self.any_is_long() {
+        if self.holding.as_ref().is_some_and(is_busy) {
             return;
         }
-        let (console, qemu) = (self.console.clone(), self.qemu.clone());
+        let length = self.console.length();
+        if length == self.seen && !self.qemu_is_long() {
+            return;
+        }
+        self.seen = length;
+        let (reader, qemu) = (Arc::clone(&self.reader), self.qemu.clone());
+        // A disk that keeps this waiting must not keep the end of the events waiting.
+        let events = events.downgrade();
         self.holding = Some(spawn_blocking(move || {
-            let console = if console.is_long() {
-                console.rotate()
-            } else {
-                Ok(())
-            };
-            if let Err(error) = console.and(cut(&qemu)) {
-                tracing::warn!(path = %qemu.display(), %error, "cannot hold a guest's logs to their length");
+            let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+            let looked = reader.look().map(|heard| {
+                let (Some(heard), Some(events)) = (heard, events.upgrade()) else {
+                    return;
+                };
+                // Told again once there is twice as much: nothing waits for a slow reader.
+                if let Err(error) = events.try_send(GuestEvent::ConsoleHeard(heard)) {
+                    tracing::warn!(%error, "guest event dropped");
+                }
+            });
+            if let Err(error) = looked.and(cut(&qemu)) {
+                tracing::warn!(path = %qemu.display(), %error, "cannot read a guest's logs, or hold them to their length");
             }
         }));
     }
 
-    fn any_is_long(&self) -> bool {
-        let qemu_is_long = || {
-            let log = self.qemu.symlink_metadata();
-            log.is_ok_and(|log| log.len() > MAX_LOG_BYTES)
-        };
-        self.console.is_long() || (self.looks.is_multiple_of(SELDOM) && qemu_is_long())
+    fn qemu_is_long(&self) -> bool {
+        let log = || self.qemu.symlink_metadata();
+        self.looks.is_multiple_of(SELDOM) && log().is_ok_and(|log| log.len() > MAX_LOG_BYTES)
     }
 }
 

@@ -20,7 +20,7 @@ use crate::lifecycle::logs::Logs;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
 use crate::qmp::MachineEvent;
-use crate::{Consumer, ControlPort, ExitStatus, Report, WgPublicKey};
+use crate::{ConsoleReport, Consumer, ControlPort, ExitStatus, Report, WgPublicKey};
 
 /// What happens to a running guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +39,8 @@ pub enum GuestEvent {
     },
     /// Something else is known of its agent.
     AgentFound(Finding),
+    /// Its own firewall says on the console that it has blocked something, or the console is flooded.
+    ConsoleHeard(ConsoleReport),
     /// The guest has turned its power off, as QEMU tells it; QEMU is about to end.
     Shutdown,
     /// The guest was reset, and its guard has been verified since.
@@ -135,7 +137,7 @@ impl Watcher {
                     guarded = self.stands_or_stops(looked).await;
                 }
                 _ = look.tick(), if guarded => {
-                    self.logs.hold();
+                    self.logs.hold(&self.events);
                     let looked = self.glance().and_then(|()| self.renew_lease());
                     guarded = self.stands_or_stops(looked).await;
                 }
