@@ -324,3 +324,46 @@ proptest! {
         prop_assert_eq!(verify(directory.path()).is_ok(), bytes.is_empty());
     }
 }
+
+/// A file system in memory of 64 KiB, gone with it.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new() -> Self {
+        let disk = Self(tempfile::tempdir().unwrap());
+        disk.mount("size=64k");
+        disk
+    }
+
+    fn mount(&self, options: &str) {
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", options, "omerta-test"]);
+        assert!(mount.arg(self.0.path()).status().unwrap().success());
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let mut unmount = std::process::Command::new("umount");
+        let _ = unmount.arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_refuses_entries_breaks_none_and_takes_them_once_there_is_room() {
+    let disk = SmallDisk::new();
+    let directory = disk.0.path().join("incidents");
+    let mut book = Book::open(&directory, ROOMY, "test", AT).unwrap();
+    let refused = (0..1000).find_map(|_| book.append(AT, incident(1)).err());
+    let refused = format!("{:?}", refused.expect("64 KiB are full"));
+    assert!(refused.contains("StorageFull"), "{refused}");
+    // What it has is whole, for a reader and for the next writer.
+    let full = verify(&directory).unwrap().last;
+    book.append(AT, incident(2)).unwrap_err();
+    assert_eq!(verify(&directory).unwrap().last, full);
+    drop(book);
+    let mut book = Book::open(&directory, ROOMY, "test", AT).unwrap();
+    disk.mount("remount,size=1m");
+    book.append(AT, incident(3)).unwrap();
+    assert_eq!(verify(&directory).unwrap().last, full + 1);
+}
