@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -133,16 +133,23 @@ def refute(report: Report, function: str, subject: Subject, wanted: Wanted) -> N
         began = time.process_time()
         known = sound.known(function, name, mutated.machine.memory.slots.policy)
         nearest = forced.nearest(ESSENTIAL[function][name])[:MOST_MUTANTS]
-        mutant = mutated.violator(violations[name], known, nearest)
-        if mutant is None:
-            return Finding(Answer.NO, time.process_time() - began)
-        # Once more, with the jump changed in the object file itself.
-        proof = Subject.of(mutants.patch(subject.content, subject.program, mutant))
-        again = proof.execute(function)
-        answer, model = again.ask(again.violations()[name], known)
-        about = mutant.describe(subject.program)
-        about += ", but not in the file" if model is None else f": {describe(model, known)}"
-        return Finding(answer, time.process_time() - began, about, mutant)
+        found = Finding(Answer.NO, 0)
+        while (mutant := mutated.violator(violations[name], known, nearest)) is not None:
+            # Once more, with the jump changed in the object file itself.
+            proof = Subject.of(mutants.patch(subject.content, subject.program, mutant))
+            again = proof.execute(function)
+            answer, model = again.ask(again.violations()[name], known)
+            about = mutant.describe(subject.program)
+            about += (
+                f", but in the file: {answer.value}"
+                if model is None
+                else f": {describe(model, known)}"
+            )
+            found = Finding(answer, 0, about, mutant)
+            if answer is Answer.YES:
+                break
+            nearest = nearest[nearest.index(mutant) + 1 :]
+        return replace(found, seconds=time.process_time() - began)
 
     names = [name for name in ESSENTIAL[function] if wanted.only in name]
     findings = at_once(wanted.workers, [partial(find, name) for name in names])
