@@ -39,6 +39,7 @@ const FILES: &[(&str, &[u8])] = files![
     "rootfs/etc/profile",
     "rootfs/init",
     "rootfs/usr/lib/omerta/facts",
+    "rootfs/usr/lib/omerta/follow",
     "rootfs/usr/lib/omerta/network",
     "rootfs/usr/lib/omerta/report",
 ];

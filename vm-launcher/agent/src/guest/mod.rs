@@ -10,6 +10,7 @@ use std::io;
 use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use omerta_agent::message::Changes;
@@ -66,6 +67,9 @@ pub(crate) enum FollowError {
     Look(#[from] SealError),
 }
 
+/// How long the image may take to set a tunnel's peers anew.
+const PEERS_ANEW: Duration = Duration::from_secs(2);
+
 /// What must not change.
 struct State {
     firewall: firewall::Known,
@@ -95,7 +99,7 @@ impl Seal {
         let sealed = State {
             firewall: firewall.look()?,
             routes: routes.look()?,
-            tunnel: tunnels.look()?,
+            tunnel: tunnels.settled(PEERS_ANEW)?,
             program: digest_of(&program)?,
         };
         Ok(Self {

@@ -2,6 +2,7 @@
 //! peer is may change by itself (it roams), and when it was heard.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_ROUTE};
 
@@ -67,6 +68,24 @@ impl Tunnels {
             generic: Netlink::open(NETLINK_GENERIC, &[])?,
             route: Netlink::open(NETLINK_ROUTE, &[])?,
         })
+    }
+
+    /// What is there once each device has its peers, or `patience` is over: an agent that begins while the image
+    /// sets them anew would take their coming back for a change.
+    pub(crate) fn settled(&mut self, patience: Duration) -> Result<Known, SealError> {
+        let end = Instant::now() + patience;
+        loop {
+            let known = self.look()?;
+            if known
+                .devices
+                .values()
+                .all(|device| !device.peers.is_empty())
+                || Instant::now() > end
+            {
+                return Ok(known);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     pub(crate) fn look(&mut self) -> Result<Known, SealError> {
