@@ -169,14 +169,19 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
 /// work keeps the processors busy.
 pub async fn event(running: &mut Running, wanted: impl Fn(&GuestEvent) -> bool) -> GuestEvent {
     let found = async {
+        let mut before = Vec::new();
         loop {
             let event = running.next_event().await;
             if wanted(&event) {
                 return event;
             }
+            let has_ended = matches!(event, GuestEvent::Exited { .. });
+            before.push(event);
+            let console = || std::fs::read_to_string(running.console_log()).unwrap_or_default();
             assert!(
-                !matches!(event, GuestEvent::Exited { .. }),
-                "QEMU ended before the event"
+                !has_ended,
+                "QEMU ended before the event: {before:?}\n{}",
+                console()
             );
         }
     };
