@@ -3,7 +3,7 @@
 //!
 //! The guest's interface is a veth, so that the guest has a stack; UDP is what arrived.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -13,12 +13,14 @@ use omerta_dataplane::Guard;
 use omerta_kernel_tests::{CONSUMER, GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, config};
 use omerta_test_support::{Namespace, Veth};
 use omerta_verdict::Mode;
+use serde_json::Value;
 
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds};
 
 /// iperf3's own.
-const PORT: u16 = 5201;
+/// Where its server listens.
+pub const PORT: u16 = 5201;
 const UPLINK: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// Payload of a datagram, so that none is a fragment.
 const DATAGRAM: &str = "1400";
@@ -114,15 +116,7 @@ impl Line {
                 bail!("nft refused the rules");
             }
         }
-        let mut server = consumer.command("iperf3");
-        let server = server
-            .args(["--server", "--port", &PORT.to_string()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .context("cannot run iperf3 (make bench installs it)")?;
+        let server = serve(&consumer)?;
         let line = Self {
             guest,
             host,
@@ -130,48 +124,16 @@ impl Line {
             server,
             filter,
         };
-        line.await_server()?;
+        await_server(&line.guest, CONSUMER, 50)?;
         Ok(line)
-    }
-
-    /// The server takes a while to listen, and a first answer proves the way.
-    fn await_server(&self) -> Result<()> {
-        for _ in 0..50 {
-            let tried = self.guest.enter(|| {
-                let to = std::net::SocketAddr::from((CONSUMER, PORT));
-                std::net::TcpStream::connect_timeout(&to, Duration::from_millis(500))
-            })?;
-            if tried.is_ok() {
-                // The server takes the connection for a client's that gave up.
-                std::thread::sleep(Duration::from_millis(200));
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        bail!("iperf3's server at {CONSUMER}:{PORT} cannot be reached")
     }
 
     /// Mbit/s that arrived.
     fn run(&self, udp: bool) -> Result<f64> {
-        let mut command = self.guest.command("iperf3");
-        command
-            .args(["--json", "--time", "1", "--port", &PORT.to_string()])
-            .args(["--client", &CONSUMER.to_string()])
-            .stdin(Stdio::null());
-        if udp {
-            command.args(["--udp", "--bitrate", "0", "--length", DATAGRAM]);
-        }
-        let output = command.output().context("cannot run iperf3")?;
-        let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-        if let Some(error) = report["error"].as_str() {
-            bail!("iperf3: {error}");
-        }
+        let udp_options = ["--udp", "--bitrate", "0", "--length", DATAGRAM];
+        let options = if udp { &udp_options[..] } else { &[] };
+        let report = report(&self.guest, CONSUMER, options)?;
         let end = &report["end"];
-        let number = |value: &serde_json::Value, name: &str| {
-            value[name]
-                .as_f64()
-                .with_context(|| format!("{name} in iperf3's report"))
-        };
         let bits = if udp {
             let sum = &end["sum"];
             let sent = number(sum, "packets")?;
@@ -181,6 +143,60 @@ impl Line {
         };
         Ok(bits / 1e6)
     }
+}
+
+/// Starts a server that listens in a namespace.
+pub fn serve(consumer: &Namespace) -> Result<Child> {
+    let mut server = consumer.command("iperf3");
+    server
+        .args(["--server", "--port", &PORT.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .context("cannot run iperf3 (make bench installs it)")
+}
+
+/// Waits, for so many tries, until the server answers `guest` there, by way of whatever leads there. It takes a while
+/// to listen, and a first answer proves the way.
+pub fn await_server(guest: &Namespace, at: Ipv4Addr, tries: u32) -> Result<()> {
+    for _ in 0..tries {
+        let tried = guest.enter(|| {
+            let to = SocketAddr::from((at, PORT));
+            TcpStream::connect_timeout(&to, Duration::from_millis(500))
+        })?;
+        if tried.is_ok() {
+            // The server takes the connection for a client's that gave up.
+            std::thread::sleep(Duration::from_millis(200));
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    bail!("iperf3's server at {at}:{PORT} cannot be reached")
+}
+
+/// What a client in `guest` reports of one second.
+pub fn report(guest: &Namespace, at: Ipv4Addr, options: &[&str]) -> Result<Value> {
+    let mut command = guest.command("iperf3");
+    command
+        .args(["--json", "--time", "1", "--port", &PORT.to_string()])
+        .args(["--client", &at.to_string()])
+        .args(options)
+        .stdin(Stdio::null());
+    let output = command.output().context("cannot run iperf3")?;
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    match report["error"].as_str() {
+        Some(error) => bail!("iperf3: {error}"),
+        None => Ok(report),
+    }
+}
+
+/// The number of that name in a part of a report.
+pub fn number(part: &Value, name: &str) -> Result<f64> {
+    part[name]
+        .as_f64()
+        .with_context(|| format!("{name} in iperf3's report"))
 }
 
 impl Drop for Line {

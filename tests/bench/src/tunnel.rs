@@ -11,25 +11,25 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZero;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use omerta_dataplane::Guard;
-use omerta_kernel_tests::{CONSUMER, GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, config};
+use omerta_kernel_tests::{
+    CONSUMER, GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, config, ethernet, udp,
+};
 use omerta_test_support::{FrameSender, Namespace, Veth, write_bare_guest};
 use omerta_tunnel::{
     AllowedIp, Device, DeviceError, Kernel, Peer, Peers, PublicKey, Secret, Setup, Userspace,
 };
-use omerta_verdict::Mode;
-use serde_json::Value;
+use omerta_verdict::{Mac, Mode};
 
+use crate::iperf::{self, PORT};
 use crate::launch::{Provider, SPEAKS};
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds, Samples};
 
-const PORT: u16 = 5201;
 const WIREGUARD: u16 = 51820;
 const UPLINK: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// The two ends within a tunnel.
@@ -92,15 +92,7 @@ impl Line {
         ] {
             namespace.ip(&step)?;
         }
-        let mut server = consumer.command("iperf3");
-        let server = server
-            .args(["--server", "--port", &PORT.to_string()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .context("cannot run iperf3 (make bench installs it)")?;
+        let server = iperf::serve(&consumer)?;
         Ok(Self {
             guest,
             host,
@@ -109,21 +101,8 @@ impl Line {
         })
     }
 
-    /// Waits until iperf3's server answers there, by way of whatever leads there.
     fn await_server(&self, at: Ipv4Addr) -> Result<()> {
-        for _ in 0..100 {
-            let tried = self.guest.enter(|| {
-                let to = SocketAddr::from((at, PORT));
-                std::net::TcpStream::connect_timeout(&to, Duration::from_millis(500))
-            })?;
-            if tried.is_ok() {
-                // The server takes the connection for a client's that gave up.
-                std::thread::sleep(Duration::from_millis(200));
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        bail!("iperf3's server at {at}:{PORT} cannot be reached")
+        iperf::await_server(&self.guest, at, 100)
     }
 
     /// Mbit/s that arrived, and what the machine spent on a Gbit, in seconds of a core.
@@ -139,26 +118,15 @@ impl Line {
     }
 
     fn run_once(&self, at: Ipv4Addr) -> Result<(f64, f64)> {
-        let mut command = self.guest.command("iperf3");
-        command
-            .args(["--json", "--time", "1", "--port", &PORT.to_string()])
-            .args(["--client", &at.to_string()])
-            .stdin(Stdio::null());
         let before = busy_seconds()?;
-        let output = command.output().context("cannot run iperf3")?;
+        let report = iperf::report(&self.guest, at, &[])?;
         let busy = busy_seconds()? - before;
-        let report: Value = serde_json::from_slice(&output.stdout)?;
-        if let Some(error) = report["error"].as_str() {
-            bail!("iperf3: {error}");
-        }
         let received = &report["end"]["sum_received"];
-        let number = |name: &str| {
-            received[name]
-                .as_f64()
-                .with_context(|| format!("{name} in iperf3's report"))
-        };
-        let gbit = number("bytes")? * 8.0 / 1e9;
-        Ok((number("bits_per_second")? / 1e6, busy / gbit))
+        let gbit = iperf::number(received, "bytes")? * 8.0 / 1e9;
+        Ok((
+            iperf::number(received, "bits_per_second")? / 1e6,
+            busy / gbit,
+        ))
     }
 }
 
@@ -354,7 +322,7 @@ fn moves() -> Result<Bench> {
             )
         };
         let (tap, name) = (text("interface")?, text("name")?);
-        let (mac, address) = (mac_of(&text("mac")?)?, text("address")?.parse()?);
+        let (mac, address) = (text("mac")?.parse()?, text("address")?.parse()?);
         let measured = provider.enter(|| -> Result<Vec<f64>> {
             let counters = Guard::open(&tap)?.counter_reader()?;
             let sender = FrameSender::open(&tap)?;
@@ -418,7 +386,7 @@ fn commits() -> Result<Vec<f64>> {
         let allowed = || -> Result<u64> { Ok(counters.read()?.ingress.allowed.packets) };
         let mut figures = Vec::new();
         for port in 1..=COMMITS {
-            let frame = datagram(GUEST_MAC.0, GUEST, port);
+            let frame = datagram(GUEST_MAC, GUEST, port);
             let to = format!("udp:198.51.100.7:{port}").parse()?;
             let before = allowed()?;
             let began = Instant::now();
@@ -444,28 +412,10 @@ fn percentile(figures: &[f64], percent: usize) -> Option<f64> {
         .copied()
 }
 
-fn mac_of(text: &str) -> Result<[u8; 6]> {
-    let pairs = text.split(':').map(|pair| u8::from_str_radix(pair, 16));
-    let bytes: Vec<u8> = pairs.collect::<Result<_, _>>()?;
-    bytes.try_into().ok().context("a MAC has six bytes")
-}
-
 /// A datagram for the guest from where its consumer is after the move.
-fn datagram(mac: [u8; 6], guest: Ipv4Addr, port: u16) -> Vec<u8> {
-    let mut header = vec![0x45, 0, 0, 36, 0, 0, 0, 0, 64, 17, 0, 0, 198, 51, 100, 7];
-    header.extend(guest.octets());
-    let words = header
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
-    let sum = words.sum::<u32>();
-    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    header[10..12].copy_from_slice(&sum.to_be_bytes());
-    let mut frame = mac.to_vec();
-    frame.extend([0x02, 0, 0, 0, 0, 9, 8, 0]);
-    frame.extend(header);
-    frame.extend(port.to_be_bytes());
-    frame.extend(40_000u16.to_be_bytes());
-    frame.extend([0, 16, 0, 0]);
-    frame.extend([0; 8]);
-    frame
+fn datagram(mac: Mac, guest: Ipv4Addr, port: u16) -> Vec<u8> {
+    const UDP: u8 = 17;
+    let datagram = udp(port, 40_000, &[0; 8]);
+    let packet = Ipv4::new(Ipv4Addr::new(198, 51, 100, 7), guest, UDP).packet(&datagram);
+    ethernet(Mac([0x02, 0, 0, 0, 0, 9]), mac, 0x0800, &packet)
 }

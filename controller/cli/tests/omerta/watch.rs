@@ -77,6 +77,18 @@ impl Watched {
             .map(|status| status.standing)
     }
 
+    /// Removes the guard's pins, and does `meanwhile` until there is another with pins.
+    fn lose_pins(&self, meanwhile: impl Fn()) {
+        let inode = self.stage.namespace().inode().unwrap();
+        let identity = || self.within(|| Guard::open("omt0").map(|guard| guard.identity()).ok());
+        let before = identity();
+        std::fs::remove_dir_all(format!("/sys/fs/bpf/omerta/{inode}/omt0")).unwrap();
+        self.soon("it is pinned again", || {
+            meanwhile();
+            identity().is_some_and(|now| Some(now) != before)
+        });
+    }
+
     #[track_caller]
     pub fn soon(&self, what: &str, mut is_so: impl FnMut() -> bool) {
         let end = Instant::now() + PATIENCE;
@@ -233,13 +245,7 @@ fn a_guard_that_is_taken_away_or_cut_comes_back() {
     watched.within(|| Guard::open("omt0").and_then(Guard::detach).unwrap());
     watched.soon("it is guarded again", guarded);
     // Its pins alone: what they pinned judges on, so it was never set down.
-    let inode = watched.stage.namespace().inode().unwrap();
-    let identity = || watched.within(|| Guard::open("omt0").map(|guard| guard.identity()).ok());
-    let before = identity();
-    std::fs::remove_dir_all(format!("/sys/fs/bpf/omerta/{inode}/omt0")).unwrap();
-    watched.soon("it is pinned again", || {
-        identity().is_some_and(|now| Some(now) != before)
-    });
+    watched.lose_pins(|| {});
     watched.soon("it is guarded still", guarded);
 }
 
@@ -256,13 +262,7 @@ fn what_is_declared_to_be_redirected_is_again_after_its_pins_are_lost() {
         status.is_ok_and(|status| status.redirect.is_some_and(|redirect| redirect.in_force))
     };
     watched.soon("it is redirected", redirected);
-    let inode = watched.stage.namespace().inode().unwrap();
-    let identity = || watched.within(|| Guard::open("omt0").map(|guard| guard.identity()).ok());
-    let before = identity();
-    std::fs::remove_dir_all(format!("/sys/fs/bpf/omerta/{inode}/omt0")).unwrap();
-    watched.soon("it is pinned again", || {
-        identity().is_some_and(|now| Some(now) != before)
-    });
+    watched.lose_pins(|| {});
     watched.soon("it is redirected again", redirected);
 }
 
@@ -277,8 +277,6 @@ fn what_was_revoked_or_has_ended_stays_so_when_the_pins_are_lost() {
         watched.standing() == Some(Standing::InForce)
     });
     watched.soon("it is up", || watched.stage.tap.send(&hostile()).is_ok());
-    let inode = watched.stage.namespace().inode().unwrap();
-    let identity = || watched.within(|| Guard::open("omt0").map(|guard| guard.identity()).ok());
     let send = || {
         for _ in 0..50 {
             // Where it is set down, nothing passes.
@@ -290,19 +288,11 @@ fn what_was_revoked_or_has_ended_stays_so_when_the_pins_are_lost() {
         std::thread::sleep(Duration::from_millis(50));
         received(&service)
     };
-    let lose_pins = || {
-        let before = identity();
-        std::fs::remove_dir_all(format!("/sys/fs/bpf/omerta/{inode}/omt0")).unwrap();
-        watched.soon("it is pinned again", || {
-            send();
-            identity().is_some_and(|now| Some(now) != before)
-        });
-    };
     assert!(passed() > 0, "what is declared is allowed");
 
     watched.stage.guard("revoke", SERVICE).done();
     assert_eq!(passed(), 0, "revoked");
-    lose_pins();
+    watched.lose_pins(send);
     assert_eq!(passed(), 0, "LEAKED to what was revoked");
     assert_eq!(watched.stage.shown()["allow"], serde_json::json!([]));
 
@@ -318,7 +308,7 @@ fn what_was_revoked_or_has_ended_stays_so_when_the_pins_are_lost() {
         ["allow", "mode", "limits", "lease", "gateway_mac"].map(|key| shown[key].clone())
     };
     let before = enforced(watched.stage.shown());
-    lose_pins();
+    watched.lose_pins(send);
     assert_eq!(passed(), 0, "LEAKED after the lease");
     assert_eq!(enforced(watched.stage.shown()), before);
     watched.stage.guard("lease", "off").done();
