@@ -14,6 +14,7 @@ mod metrics;
 mod names;
 mod peers;
 mod recovery;
+mod red_team;
 mod start;
 mod steering;
 mod stuck;
