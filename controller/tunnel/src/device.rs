@@ -5,7 +5,7 @@ use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use crate::{Change, Peer, Peers, PublicKey, Secret, plan};
+use crate::{Change, Namespace, Peer, Peers, PublicKey, Secret, plan};
 
 /// A device's own side.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +102,13 @@ pub trait Device {
 
     /// The interface's name.
     fn interface(&self) -> &str;
+
+    /// Moves the interface, which must be down, to another network namespace. The socket that its tunnels go by stays
+    /// where the device was made.
+    ///
+    /// # Errors
+    /// See [`DeviceError`]. It may be there then, or not; dropping it removes it all the same.
+    fn move_to(&mut self, namespace: &Namespace) -> Result<(), DeviceError>;
 
     /// Sets its own side. Peers stay.
     ///

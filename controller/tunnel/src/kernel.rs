@@ -18,8 +18,8 @@ use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_ROUTE};
 use crate::device::moment;
 use crate::netlink::Netlink;
 use crate::{
-    Addresses, AllowedIp, Change, Device, DeviceError, Peer, PeerStatus, PublicKey, Secret, Setup,
-    Status,
+    Addresses, AllowedIp, Change, Device, DeviceError, Namespace, Peer, PeerStatus, PublicKey,
+    Secret, Setup, Status,
 };
 
 /// How many allowed IPs a request may have. Attributes are at most 64 KiB, and one takes 40 bytes.
@@ -132,6 +132,22 @@ impl Device for Kernel {
 
     fn interface(&self) -> &str {
         &self.interface
+    }
+
+    fn move_to(&mut self, namespace: &Namespace) -> Result<(), DeviceError> {
+        let moved = self.route.move_link(&self.interface, namespace);
+        moved.map_err(|source| self.refused("move", source))?;
+        // By these it is asked and removed where it is now.
+        let opened = namespace.within(|| {
+            let generic = Netlink::open(NETLINK_GENERIC)?;
+            Ok((generic, Netlink::open(NETLINK_ROUTE)?))
+        });
+        let (generic, route) = opened
+            .and_then(|opened: io::Result<_>| opened)
+            .map_err(|source| self.refused("reach", source))?;
+        self.generic = generic;
+        self.route = route;
+        Ok(())
     }
 
     fn set_up(&mut self, setup: &Setup) -> Result<(), DeviceError> {

@@ -1,14 +1,19 @@
 //! Requests to the kernel by netlink, one at a time.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable, NetlinkMessage,
     NetlinkPayload, NetlinkSerializable,
 };
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_sys::{Socket, SocketAddr};
 use zeroize::Zeroizing;
+
+use crate::Namespace;
 
 /// The kernel answers at once; one that does not is not waited for.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -43,6 +48,16 @@ impl Netlink {
     {
         self.exchange(message.into(), NLM_F_REQUEST | NLM_F_ACK | flags)
             .map(drop)
+    }
+
+    /// Moves an interface from this socket's network namespace to another.
+    pub(crate) fn move_link(&mut self, interface: &str, to: &Namespace) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.attributes = vec![
+            LinkAttribute::IfName(interface.to_owned()),
+            LinkAttribute::NetNsFd(to.as_raw_fd()),
+        ];
+        self.change(RouteNetlinkMessage::SetLink(link), 0)
     }
 
     /// Asks for all there is.

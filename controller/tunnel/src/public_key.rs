@@ -24,6 +24,12 @@ impl PublicKey {
     }
 }
 
+impl From<x25519_dalek::PublicKey> for PublicKey {
+    fn from(key: x25519_dalek::PublicKey) -> Self {
+        Self(key.to_bytes())
+    }
+}
+
 impl TryFrom<[u8; 32]> for PublicKey {
     type Error = PublicKeyError;
 

@@ -1,11 +1,15 @@
 //! Private and preshared keys.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::str::FromStr;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use zeroize::{Zeroize, Zeroizing};
+
+use crate::PublicKey;
 
 /// A private or a preshared key. Wiped when it is dropped; has no text but what [`Secret::base64`] makes.
 #[derive(Clone, PartialEq, Eq)]
@@ -17,6 +21,25 @@ pub struct Secret(Box<Zeroizing<[u8; 32]>>);
 pub struct SecretError;
 
 impl Secret {
+    /// A new private key, by the kernel's random numbers.
+    ///
+    /// # Errors
+    /// Where the kernel gives none.
+    pub fn generate() -> io::Result<Self> {
+        let mut bytes = Zeroizing::new([0; 32]);
+        File::open("/dev/urandom")?.read_exact(bytes.as_mut_slice())?;
+        // As every X25519 key is made (RFC 7748).
+        bytes[0] &= 0xf8;
+        bytes[31] = (bytes[31] & 0x7f) | 0x40;
+        Ok(Self(Box::new(bytes)))
+    }
+
+    /// The public half of a private key.
+    pub fn public_key(&self) -> PublicKey {
+        let private = x25519_dalek::StaticSecret::from(*self.expose());
+        PublicKey::from(x25519_dalek::PublicKey::from(&private))
+    }
+
     /// The key's bytes, for who hands them to a device.
     pub fn expose(&self) -> &[u8; 32] {
         &self.0

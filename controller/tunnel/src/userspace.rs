@@ -12,8 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use crate::netlink::Netlink;
 use crate::uapi::{Request, parse_status};
-use crate::{Change, Device, DeviceError, Setup, Status};
+use crate::{Change, Device, DeviceError, Namespace, Setup, Status};
 
 /// How long it may take to come.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,11 +26,11 @@ const ANSWER: Duration = Duration::from_secs(5);
 const MOST: u64 = 64 << 20;
 
 /// Makes the two places that wireguard-go expects, in a mount namespace of its own, then becomes it. Its arguments are a
-/// directory for the socket, the user, and the interface.
+/// directory for the socket, the user, the interface, and what the end of the thread that began it means.
 const START: &str = "mkdir -p /var/run/wireguard && mount --bind \"$1\" /var/run/wireguard &&
     mount -t tmpfs -o mode=755,size=64k none /dev/net && mknod -m 666 /dev/net/tun c 10 200 &&
     exec setpriv --reuid=\"$2\" --regid=\"$2\" --clear-groups --inh-caps=-all,+net_admin \\
-        --ambient-caps=-all,+net_admin --bounding-set=-all,+net_admin --no-new-privs wireguard-go -f \"$3\"";
+        --ambient-caps=-all,+net_admin --bounding-set=-all,+net_admin --no-new-privs --pdeathsig=\"$4\" wireguard-go -f \"$3\"";
 
 /// A device that wireguard-go drives.
 #[derive(Debug)]
@@ -35,15 +38,23 @@ pub struct Userspace {
     interface: String,
     directory: PathBuf,
     driver: Child,
+    /// In the namespace that it was made in.
+    route: Netlink,
 }
 
 impl Userspace {
     /// Makes the interface, down and without peers, in the network namespace of this thread. `directory` is made for its
-    /// socket alone, and must not exist; `user` is whom nothing else runs as.
+    /// socket alone, and must not exist; `user` is whom nothing else runs as. Where it `ends_with_thread`, the driver is killed
+    /// when this thread ends, however that comes about.
     ///
     /// # Errors
     /// See [`DeviceError`]. Nothing is left then.
-    pub fn create(interface: &str, directory: &Path, user: u32) -> Result<Self, DeviceError> {
+    pub fn create(
+        interface: &str,
+        directory: &Path,
+        user: u32,
+        ends_with_thread: bool,
+    ) -> Result<Self, DeviceError> {
         let at = |action| {
             let path = directory.to_owned();
             move |source| DeviceError::Path {
@@ -52,13 +63,18 @@ impl Userspace {
                 source,
             }
         };
+        let route = Netlink::open(NETLINK_ROUTE).map_err(|source| DeviceError::Refused {
+            action: "ask the kernel about",
+            interface: interface.to_owned(),
+            source,
+        })?;
         fs::DirBuilder::new()
             .mode(0o700)
             .create(directory)
             .map_err(at("create"))?;
         let started = chown(directory, Some(user), Some(user))
             .map_err(at("give away"))
-            .and_then(|()| start(interface, directory, user));
+            .and_then(|()| start(interface, directory, user, ends_with_thread));
         let driver = match started {
             Ok(driver) => driver,
             Err(error) => {
@@ -70,6 +86,7 @@ impl Userspace {
             interface: interface.to_owned(),
             directory: directory.to_owned(),
             driver,
+            route,
         };
         // Dropped, it ends the driver and removes the directory.
         device.await_socket()?;
@@ -180,7 +197,12 @@ impl Userspace {
     }
 }
 
-fn start(interface: &str, directory: &Path, user: u32) -> Result<Child, DeviceError> {
+fn start(
+    interface: &str,
+    directory: &Path,
+    user: u32,
+    ends_with_thread: bool,
+) -> Result<Child, DeviceError> {
     Command::new("unshare")
         .args([
             "--mount",
@@ -194,6 +216,7 @@ fn start(interface: &str, directory: &Path, user: u32) -> Result<Child, DeviceEr
         .arg(directory)
         .arg(user.to_string())
         .arg(interface)
+        .arg(if ends_with_thread { "kill" } else { "keep" })
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .env("LOG_LEVEL", "error")
@@ -212,6 +235,11 @@ impl Device for Userspace {
 
     fn interface(&self) -> &str {
         &self.interface
+    }
+
+    fn move_to(&mut self, namespace: &Namespace) -> Result<(), DeviceError> {
+        let moved = self.route.move_link(&self.interface, namespace);
+        moved.map_err(|source| self.refused("move", source))
     }
 
     fn set_up(&mut self, setup: &Setup) -> Result<(), DeviceError> {

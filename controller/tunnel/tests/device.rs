@@ -376,7 +376,7 @@ fn a_name_that_is_taken_is_refused_and_leaves_nothing() {
     let namespace = Namespace::new("wgdev").unwrap();
     let directory = tempfile::tempdir().unwrap();
     let error = namespace
-        .enter(|| Userspace::create("lo", &directory.path().join("a"), USER).unwrap_err())
+        .enter(|| Userspace::create("lo", &directory.path().join("a"), USER, false).unwrap_err())
         .unwrap();
     assert!(error.to_string().contains("has ended"), "{error}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
@@ -386,4 +386,9 @@ fn a_name_that_is_taken_is_refused_and_leaves_nothing() {
 fn public_keys_of_the_stage_are_those_of_its_private_keys() {
     let keys: BTreeSet<PublicKey> = (1..5).map(|n| public_of(&key(n))).collect();
     assert_eq!(keys.len(), 4);
+    let made = Secret::generate().unwrap();
+    assert_ne!(made, Secret::generate().unwrap());
+    for private in [key(1), made] {
+        assert_eq!(private.public_key(), public_of(&private));
+    }
 }

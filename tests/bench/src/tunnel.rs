@@ -243,7 +243,7 @@ fn throughput(rounds: &Rounds) -> Result<Vec<Bench>> {
     let _userspace = tunnel(&userspace_line, |namespace| {
         made += 1;
         let socket = directory.path().join(made.to_string());
-        Ok(namespace.enter(|| Userspace::create("ombench0", &socket, USER + made))??)
+        Ok(namespace.enter(|| Userspace::create("ombench0", &socket, USER + made, false))??)
     })?;
     let kernel_line = Line::new()?;
     let kernel = tunnel(&kernel_line, |namespace| {

@@ -24,7 +24,7 @@ pub trait Make: Device + Sized + Send {
 
 impl Make for Userspace {
     fn make(interface: &str, directory: &Path) -> Result<Self, DeviceError> {
-        Self::create(interface, &directory.join(interface), USER)
+        Self::create(interface, &directory.join(interface), USER, false)
     }
 }
 
