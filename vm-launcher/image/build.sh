@@ -109,6 +109,8 @@ rm -f "$out/inputs"
 # For who builds another image with it; and it tells that this one has it.
 cp "$agent" "$work/omerta-agent"
 mv "$work/omerta-agent" "$out/omerta-agent"
+# It tells that the firewall is heard on the console.
+: >"$out/firewall-log"
 mv "$work/vmlinuz" "$work/initrd.img" "$out/"
 echo "$inputs" >"$out/inputs"
 seconds=$(awk -v from="$began" -v to="$(now)" 'BEGIN { printf "%.1f", to - from }')

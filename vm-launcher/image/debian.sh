@@ -138,6 +138,7 @@ rm -f "$out/inputs"
 cp "$work/vmlinuz" "$work/initrd.img" "$work/disk.qcow2" "$out/"
 # For who builds another image with it; and it tells that this one has it.
 cp "$agent" "$out/omerta-agent"
+: >"$out/firewall-log"
 echo "$inputs" >"$out/inputs"
 seconds=$(awk -v from="$began" -v to="$(now)" 'BEGIN { printf "%.1f", to - from }')
 say "done in $seconds s: $out/vmlinuz $(mib "$out/vmlinuz"), $out/initrd.img $(mib "$out/initrd.img"), $out/disk.qcow2 $(mib "$out/disk.qcow2")"

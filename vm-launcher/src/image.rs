@@ -24,6 +24,8 @@ pub struct Image {
     pub stored: Option<Stored>,
     /// Whether its guests run the agent.
     pub has_agent: bool,
+    /// Whether its guests' own firewall says on the console what it blocks.
+    pub firewall_log: bool,
 }
 
 /// What the store knows of an image.
@@ -136,6 +138,7 @@ impl Image {
             initrd: PathBuf::new(),
             stored: None,
             has_agent: false,
+            firewall_log: false,
         }
     }
 
@@ -153,6 +156,7 @@ impl Image {
             stored: None,
             // Left there by the recipe, which put it into the image.
             has_agent: directory.join("omerta-agent").exists(),
+            firewall_log: directory.join("firewall-log").exists(),
         };
         for path in [&image.kernel, &image.initrd] {
             open(path)?;
@@ -167,6 +171,7 @@ impl Image {
             kernel: opened.path(manifest.kernel),
             initrd: opened.path(manifest.initrd),
             has_agent: manifest.agent,
+            firewall_log: manifest.firewall_log,
             stored: Some(Stored {
                 kernel: manifest.kernel.sha256,
                 initrd: manifest.initrd.sha256,

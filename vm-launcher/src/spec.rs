@@ -335,6 +335,7 @@ pub(crate) mod tests {
                 initrd: "/img/initrd.img".into(),
                 stored: None,
                 has_agent: false,
+                firewall_log: false,
             },
             layer: None,
             ssh_key: None,

@@ -48,6 +48,7 @@ fn with_disk(mut spec: Spec, format: DiskFormat, content: &[u8]) -> Spec {
             root: RootDevice::DISK,
         }),
         agent: false,
+        firewall_log: false,
     };
     spec.image = imported(&directory.join("store"), &sources, Seed::Nocloud);
     spec.layer = Some(LayerSpec {

@@ -82,6 +82,9 @@ pub enum Occurrence {
         /// The last of the lines.
         line: String,
     },
+    /// The guest's guard drops what it sends, and its own firewall, which its image says is heard on the console, says
+    /// nothing. It may be gone, got around or silenced; nothing is done for it.
+    ConsoleSilent {},
     /// The guest's consumer has moved. The guest may reach it where it is now, and no longer where it was.
     ConsumerMoved {
         /// Where it was: `ADDRESS:PORT`.

@@ -122,6 +122,7 @@ fn occurrences() -> Vec<Occurrence> {
             unread: 1,
             line: text(),
         },
+        Occurrence::ConsoleSilent {},
         Occurrence::TunnelSilent {
             seconds: 1,
             never: true,
@@ -177,6 +178,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Handshake {}
             | Occurrence::Agent { .. }
             | Occurrence::Console { .. }
+            | Occurrence::ConsoleSilent {}
             | Occurrence::ConsumerMoved { .. }
             | Occurrence::ConsumerStays { .. }
             | Occurrence::TunnelSilent { .. }

@@ -108,6 +108,11 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
             }
             (Style::Bad, "console", text)
         }
+        Occurrence::ConsoleSilent {} => (
+            Style::Bad,
+            "console_silent",
+            "its own firewall says nothing of what its guard drops".to_owned(),
+        ),
         Occurrence::TunnelSilent {
             seconds,
             never,

@@ -43,6 +43,11 @@ impl Evidence {
         self.since = at.0;
     }
 
+    /// Whether a frame of then was sent by the guest.
+    pub(crate) const fn is_its_own(&self, at: Monotonic) -> bool {
+        at.0 >= self.since
+    }
+
     /// Its guard dropped `frame`.
     pub(crate) fn dropped(&mut self, frame: &FrameEvent) {
         if frame.at_ns < self.since {
@@ -143,6 +148,24 @@ impl Evidence {
                         "its console: {} blocked, {} bytes unread: {}",
                         report.attempts, report.unread, report.line
                     ),
+                    action: OnViolation::Alert.word().to_owned(),
+                    epoch: epoch(),
+                    frame: None,
+                    before: Vec::new(),
+                })))
+            }
+            Record::ConsoleSilent => {
+                let case = self.case(whose, false);
+                Some(What::Incident(Box::new(Incident {
+                    case,
+                    guest: whose.name.to_owned(),
+                    interface: whose.interface.to_owned(),
+                    consumer: whose.consumer.to_owned(),
+                    witnesses: vec![Witness::Console],
+                    attempt: "silence".to_owned(),
+                    inferred_from: "its guard drops what it sends, and its own firewall says nothing of that on its \
+                                    console"
+                        .to_owned(),
                     action: OnViolation::Alert.word().to_owned(),
                     epoch: epoch(),
                     frame: None,

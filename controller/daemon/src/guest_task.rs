@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::clock;
+use crate::console_silence::ConsoleSilence;
 use crate::evidence::{Evidence, Whose};
 use crate::failure::report;
 use crate::fleet::Fleet;
@@ -81,6 +82,8 @@ pub(crate) struct GuestTask {
     pub(crate) grant: Option<Grant>,
     /// Whether its consumer is still there, while it runs.
     pub(crate) tunnel_health: Option<TunnelHealth>,
+    /// Whether its console keeps silent where it should not.
+    console_silence: ConsoleSilence,
     /// What is to be done first of all with a guest that was taken over.
     first_event: Option<GuestEvent>,
     /// What it is caught with.
@@ -108,11 +111,13 @@ impl GuestTask {
         fleet: Arc<Fleet>,
         commands: mpsc::UnboundedReceiver<Command>,
     ) -> Self {
+        let console_silence = ConsoleSilence::new(spec.image.firewall_log);
         Self {
             id,
             spec,
             fleet,
             commands,
+            console_silence,
             stage: Stage::Absent,
             stop_deadline: None,
             timeout: None,
@@ -399,12 +404,21 @@ impl GuestTask {
                         && frame.udp_destination().is_some_and(|to| self.fleet.consumer_was_at(self.id, to)) => continue,
                     Ok(frame) => {
                         self.evidence.dropped(&frame);
-                        return GuestEvent::RogueFrameSeen(rogue(&frame));
+                        let frame = rogue(&frame);
+                        if frame.is_violation() && self.evidence.is_its_own(frame.at) {
+                            self.console_silence.dropped();
+                        }
+                        return GuestEvent::RogueFrameSeen(frame);
                     }
                     Err(error) => return lost(&error),
                 },
                 event = running.next_event() => {
                     self.powered_down |= event == LauncherEvent::Shutdown;
+                    if let LauncherEvent::ConsoleHeard(heard) = &event
+                        && heard.attempts > 0
+                    {
+                        self.console_silence.heard();
+                    }
                     if let LauncherEvent::AgentArrived { key, .. } = &event {
                         // The next omertad asks the same agent.
                         drop(self.fleet.store().begin(Change::Agent(self.id, *key.bytes())));
@@ -422,6 +436,7 @@ impl GuestTask {
                 }
                 Some(command) = self.commands.recv() => command,
                 event = next_of(&mut self.tunnel_health) => return event,
+                event = self.console_silence.found() => return event,
                 () = sleep_until(deadline) => {
                     self.stop_deadline = None;
                     return GuestEvent::StopDeadlinePassed;

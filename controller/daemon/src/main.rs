@@ -6,6 +6,7 @@ mod arguments;
 mod clock;
 mod config;
 mod connections;
+mod console_silence;
 mod evidence;
 mod exporter;
 mod failure;

@@ -29,6 +29,7 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             unread: report.unread,
             line: report.line,
         },
+        Record::ConsoleSilent => Occurrence::ConsoleSilent {},
         Record::Rogue {
             frame,
             action,

@@ -87,6 +87,8 @@ pub enum Record {
     Agent(AgentReport),
     /// Something was heard on its console. Nothing is done to it for that.
     Console(ConsoleReport),
+    /// Nothing is heard on its console where its image says that something is. Nothing is done to it for that either.
+    ConsoleSilent,
     /// It sent a rogue frame.
     Rogue {
         /// The frame.

@@ -83,6 +83,8 @@ pub enum GuestEvent {
     AgentReported(AgentReport),
     /// Its own firewall says on its console that it has blocked something, or its console is flooded.
     ConsoleHeard(ConsoleReport),
+    /// Its guard drops what it sends, and its own firewall, which its image says is heard on its console, says nothing.
+    ConsoleSilent,
     /// Nothing has come from its consumer for so long.
     TunnelSilent {
         /// How long.

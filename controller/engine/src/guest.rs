@@ -36,6 +36,8 @@ pub struct Guest {
     pub(crate) agent: Option<AgentReport>,
     /// That nothing comes from its consumer is told, and not yet that something does again.
     pub(crate) silent: bool,
+    /// That its console says nothing where it should is told.
+    pub(crate) console_silent: bool,
     pub(crate) key_limiter: Limiter,
     pub(crate) reset_limiter: Limiter,
     pub(crate) tally: Tally,
@@ -121,6 +123,7 @@ impl Guest {
             handshake: false,
             agent: None,
             silent: false,
+            console_silent: false,
             key_limiter: Limiter::default(),
             reset_limiter: Limiter::default(),
             tally: Tally::default(),

@@ -24,6 +24,14 @@ impl Guest {
                     self.publish(now, Record::Console(report), out);
                 }
             }
+            // What stands still cannot speak.
+            GuestEvent::ConsoleSilent => {
+                if self.state == GuestState::Running
+                    && !std::mem::replace(&mut self.console_silent, true)
+                {
+                    self.publish(now, Record::ConsoleSilent, out);
+                }
+            }
             GuestEvent::TunnelSilent {
                 seconds,
                 never,

@@ -132,6 +132,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::Handshake => "handshake",
                 Record::Agent(_) => "agent",
                 Record::Console(_) => "console",
+                Record::ConsoleSilent => "console_silent",
                 Record::TunnelSilent { .. } => "silent",
                 Record::TunnelBack => "back",
                 Record::ConsumerMoved { .. } => "consumer moved",
@@ -197,6 +198,15 @@ fn table_of_transitions_under_terminate() {
         (Running, console(), Running, &["console"]),
         (Condemned, console(), Condemned, &["console"]),
         (Ending, console(), Ending, &["console"]),
+        // What stands still cannot speak.
+        (
+            Running,
+            GuestEvent::ConsoleSilent,
+            Running,
+            &["console_silent"],
+        ),
+        (Suspended, GuestEvent::ConsoleSilent, Suspended, &[]),
+        (Ending, GuestEvent::ConsoleSilent, Ending, &[]),
         // Who powers down takes its agent along.
         (Stopping, agent(AgentReport::Missed), Stopping, &["agent"]),
         (Suspended, agent(AgentReport::Missed), Suspended, &[]),

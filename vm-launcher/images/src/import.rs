@@ -40,6 +40,8 @@ pub struct Sources {
     pub disk: Option<Source>,
     /// Whether its guests run the agent.
     pub agent: bool,
+    /// Whether its guests' own firewall says on the console what it blocks.
+    pub firewall_log: bool,
 }
 
 /// Why an image was not imported.
@@ -109,6 +111,7 @@ impl Sources {
             disk: disk.into_iter().find(|disk| disk.path.exists()),
             // Left there by the recipes, which put it into the image.
             agent: directory.join("omerta-agent").exists(),
+            firewall_log: directory.join("firewall-log").exists(),
         }
     }
 
@@ -159,6 +162,7 @@ impl Sources {
             disk,
             seed,
             agent: self.agent,
+            firewall_log: self.firewall_log,
         };
         manifest.check()?;
         Ok(manifest)

@@ -28,6 +28,10 @@ pub struct Manifest {
     /// Whether its guests run the agent, which the host then asks. Said where they do.
     #[serde(default, skip_serializing_if = "is_false")]
     pub agent: bool,
+    /// Whether its guests' own firewall says on the console what it blocks, which the host then expects to hear. Said
+    /// where it does.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub firewall_log: bool,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]

@@ -228,6 +228,11 @@ pub struct ImportArgs {
     #[arg(long)]
     pub agent: bool,
 
+    /// Its guests' own firewall says on the console what it blocks, `ROGUE-ATTEMPT: ` (said already by a DIRECTORY that
+    /// holds firewall-log)
+    #[arg(long)]
+    pub firewall_log: bool,
+
     #[command(flatten)]
     pub signing: Signing,
 
@@ -274,6 +279,7 @@ impl ImportArgs {
                 disk.root = self.root;
             }
             sources.agent |= self.agent;
+            sources.firewall_log |= self.firewall_log;
             return Some(sources);
         }
         let format = match self.disk_format {
@@ -289,6 +295,7 @@ impl ImportArgs {
                 root: self.root,
             }),
             agent: self.agent,
+            firewall_log: self.firewall_log,
         })
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use omerta_dataplane::Guard;
-use omerta_incidents::{Deed, Incident, Outcome, What, read};
+use omerta_incidents::{Deed, Incident, Outcome, What, Witness, read};
 use omerta_test_support::{IDLE, Injector};
 use serde_json::{Value, json};
 
@@ -174,4 +174,37 @@ fn a_record_that_is_not_written_any_more_keeps_no_guest_from_its_end() {
     within_a_minute("it is told", || {
         daemon.log().contains("an incident is not recorded")
     });
+}
+
+#[test]
+fn a_guest_whose_firewall_is_promised_to_be_heard_and_is_not_is_told_of_once_and_runs_on() {
+    let daemon = start(IDLE);
+    // The recipe's word that the image's firewall speaks; a bare guest has none.
+    let promise = daemon.path().join("state/images/bare/firewall-log");
+    std::fs::write(promise, "").unwrap();
+    let mut body: Value = serde_json::from_str(&request("alpha", "bare")).unwrap();
+    body["on_violation"] = "alert".into();
+    let answer = daemon.post("/v1/guests", &body.to_string());
+    assert_eq!(answer.status, 201, "{answer:?}");
+    let frame = datagram(&daemon, &answer.json(), [198, 51, 100, 1]);
+    let inject = || Injector::into("omalpha").unwrap();
+    let injector = daemon.namespace.enter(inject).unwrap();
+    let silent = || {
+        let events = daemon.get("/v1/events?guest=alpha").body;
+        events.matches(r#""kind":"console_silent""#).count()
+    };
+    assert_eq!(silent(), 0);
+    injector.inject(&frame).unwrap();
+    within_a_minute("its silence is told", || silent() == 1);
+    injector.inject(&frame).unwrap();
+    let state = daemon.path().join("state");
+    let (incidents, outcomes) = recorded(&state, |incidents, _| incidents.len() == 2);
+    let told: Vec<_> = incidents
+        .iter()
+        .map(|incident| (incident.attempt.as_str(), incident.action.as_str()))
+        .collect();
+    assert_eq!(told, [("dns", "alert"), ("silence", "alert")]);
+    assert_eq!(incidents[1].witnesses, [Witness::Console]);
+    assert!(outcomes.is_empty(), "{outcomes:?}");
+    assert_eq!(daemon.get("/v1/guests/alpha").json()["state"], "running");
 }
