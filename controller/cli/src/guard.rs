@@ -190,8 +190,10 @@ fn show(
 fn log(interface: &InterfaceName, follow: bool, out: &mut Output) -> Result<(), GuardCommandError> {
     let mut stream = open(interface)?.diagnostics()?;
     loop {
-        for line in stream.read() {
-            out.line(format_args!("{interface}: {line}"))?;
+        for told in stream.read() {
+            // The same programs judge for other interfaces, of which nobody else is told then.
+            let of = told.interface.as_deref().unwrap_or("a guard that is gone");
+            out.line(format_args!("{of}: {}", told.line))?;
         }
         if !follow {
             return Ok(());

@@ -51,7 +51,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use omerta_dataplane::Uplink;
+use omerta_dataplane::{Prepared, Uplink};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as notice;
@@ -66,6 +66,7 @@ use crate::journal::Journal;
 use crate::log::Log;
 use crate::pool_claim::PoolClaim;
 use crate::store::Store;
+use crate::sweep::OWNER;
 
 /// How long open connections have to finish once the guests are gone.
 const CONNECTIONS_DEADLINE: Duration = Duration::from_secs(1);
@@ -173,6 +174,23 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
             Some(attached.context("cannot drop early at the uplinks")?)
         }
     };
+    let programs = match OWNER.parse().map(|owner| Prepared::new(Some(&owner))) {
+        Ok(Ok(programs)) => Some(Arc::new(programs)),
+        Ok(Err(error)) => {
+            // The first guest's guard says so again.
+            let error = failure::report(&error);
+            tracing::warn!("the guards' programs cannot be loaded: {error}");
+            None
+        }
+        Err(error) => bail!("{error}"),
+    };
+    if let Some(programs) = programs.clone() {
+        tokio::spawn(async move {
+            let Err(error) = watch::log_diagnostics(&programs).await;
+            let error = failure::report(&error);
+            tracing::warn!("what the guards' programs say is not logged: {error}");
+        });
+    }
     let fleet = Fleet::new(settings.clone(), journal, store, incidents, first).dropping_at(uplink);
     let fleet = Arc::new(fleet);
     // From here on nothing fails: what is taken over ends only when it is told to.

@@ -1,12 +1,11 @@
-//! Watching one guard: its events, and what its programs say of their own failures.
+//! Watching guards: the events of each, and what the programs that judge for all say of their own failures.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use omerta_dataplane::{
-    AtUplink, DiagnosticStream, EventStream, FrameEvent, Guard, GuardError, Uplink,
-};
+use omerta_dataplane::{AtUplink, EventStream, FrameEvent, Guard, GuardError, Prepared, Uplink};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -16,9 +15,7 @@ use crate::failure::report;
 
 /// The events of one guard, as they come.
 pub(crate) struct Watch {
-    guest: String,
     events: AsyncFd<EventStream>,
-    diagnostics: AsyncFd<DiagnosticStream>,
     /// Until it is dropped, what is for none of the guest's endpoints ends at the uplink.
     _at_uplink: Option<AtUplink>,
 }
@@ -34,6 +31,8 @@ impl std::fmt::Debug for Watch {
 pub(crate) enum WatchError {
     #[error("cannot open the guard's events")]
     Open(#[source] GuardError),
+    #[error("cannot open the log of the guards' programs")]
+    Log(#[source] GuardError),
     #[error("cannot wait for the guard's events")]
     Wait(#[source] io::Error),
 }
@@ -59,40 +58,37 @@ impl Watch {
                 .ok()
         });
         Ok(Self {
-            guest: guest.to_owned(),
             events: awaited(guard.events().map_err(WatchError::Open)?)?,
-            diagnostics: awaited(guard.diagnostics().map_err(WatchError::Open)?)?,
             _at_uplink: at_uplink,
         })
     }
 
-    /// The next dropped frame; logs what the programs say meanwhile. Safe to cancel.
+    /// The next dropped frame. Safe to cancel.
     pub(crate) async fn next(&mut self) -> Result<FrameEvent, WatchError> {
         loop {
             // A guest that never lets its ring run empty must not keep a thread for itself.
             consume_budget().await;
-            // Either is read without waiting, so none is lost where this is cancelled.
-            tokio::select! {
-                // The programs tell little, by a rate of their own; frames never run out.
-                biased;
-                ready = self.diagnostics.readable_mut() => {
-                    let mut ready = ready.map_err(WatchError::Wait)?;
-                    // Cleared first: what comes while it is read makes it ready again.
-                    ready.clear_ready();
-                    for line in ready.get_inner_mut().read() {
-                        tracing::warn!(guest = self.guest, "the guard's program says: {line}");
-                    }
-                }
-                ready = self.events.readable_mut() => {
-                    let mut ready = ready.map_err(WatchError::Wait)?;
-                    // Readiness is kept until the ring is found empty: the kernel signals only a
-                    // ring that was.
-                    match ready.get_inner_mut().next() {
-                        Some(frame) => return Ok(frame),
-                        None => ready.clear_ready(),
-                    }
-                }
+            // It is read without waiting, so none is lost where this is cancelled.
+            let mut ready = self.events.readable_mut().await.map_err(WatchError::Wait)?;
+            // Readiness is kept until the ring is found empty: the kernel signals only a ring that was.
+            match ready.get_inner_mut().next() {
+                Some(frame) => return Ok(frame),
+                None => ready.clear_ready(),
             }
+        }
+    }
+}
+
+/// Logs what the programs that judge for the guests say of their own failures, for ever.
+pub(crate) async fn log_diagnostics(programs: &Prepared) -> Result<Infallible, WatchError> {
+    let mut diagnostics = awaited(programs.diagnostics().map_err(WatchError::Log)?)?;
+    loop {
+        let mut ready = diagnostics.readable_mut().await.map_err(WatchError::Wait)?;
+        // Cleared first: what comes while it is read makes it ready again.
+        ready.clear_ready();
+        for told in ready.get_inner_mut().read() {
+            let tap = told.interface.as_deref().unwrap_or("-");
+            tracing::warn!(tap, "the guards' programs say: {}", told.line);
         }
     }
 }

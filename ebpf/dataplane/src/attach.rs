@@ -3,11 +3,10 @@
 //! force yet. Links end with their maker then; filters (on kernels without TCX) stay, known by the
 //! pins that were made before them.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
-use aya::programs::links::FdLink;
-use aya::programs::tc::TcAttachOptions;
-use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use aya::programs::{SchedClassifier, TcAttachType};
 use omerta_verdict::{Direction, Mode};
 
 use crate::bpffs::{anchor, failed};
@@ -16,14 +15,16 @@ use crate::hold::Enforced;
 use crate::layout::Layout;
 use crate::lock::Lock;
 use crate::notes::{self, Filters};
-use crate::object::{ACCOUNTS, JUDGED, Programs, SENT, SENT_PIN, program_name};
+use crate::object::{program_name, secret};
+use crate::own::OwnMaps;
 use crate::pinned::{recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
 use crate::rules::refuse_unreachable;
+use crate::shared::{JUDGES, Seat, Shared, Table};
 use crate::standing::look;
-use crate::store::PolicyStore;
+use crate::store::{PolicyStore, map_error, map_state};
 use crate::upgrade::build_note;
-use crate::{Guard, GuardConfig, GuardError, HeldGuard, Hook, interface, lease};
+use crate::{Guard, GuardConfig, GuardError, HeldGuard, Hook, entry, interface, lease, link, own};
 
 impl Guard {
     /// Guards `interface`, which may be down and should be: attach before the guest can send. The
@@ -45,38 +46,24 @@ impl Guard {
         interface::mac(interface)?;
         let policy = config.policy(interface)?;
         refuse_unreachable(interface, &policy, &config.allow)?;
-        let programs = Programs::load(interface, config.mode)?;
-        Self::attach_programs(programs, hook, interface, config, None)
+        Self::attach_with(hook, interface, config, None)
     }
 
-    /// As [`Guard::attach`], with programs that were loaded for `config`'s mode before there was an
-    /// interface: loading takes a hundred times as long as all else.
-    pub fn attach_loaded(
-        programs: Programs,
-        interface: &str,
-        config: &GuardConfig,
-    ) -> Result<Self, GuardError> {
-        Self::attach_programs(programs, Hook::of_this_kernel()?, interface, config, None)
-    }
-
-    /// As [`Guard::attach_loaded`], in the place of a guard that lost its pins or was cut off: the new one
+    /// As [`Guard::attach`], in the place of a guard that lost its pins or was cut off: the new one
     /// enforces what `held` does, by its policy, allowlist and lease as they stand. Only the owner is
-    /// `config`'s. `programs` must have been loaded for [`HeldGuard::mode`], or for conntrack mode.
+    /// `config`'s.
     ///
     /// # Errors
     /// Also where what `held` enforces cannot be read.
     pub fn attach_in_place_of(
         held: &HeldGuard,
-        programs: Programs,
         interface: &str,
         config: &GuardConfig,
     ) -> Result<Self, GuardError> {
-        let hook = Hook::of_this_kernel()?;
-        Self::attach_programs(programs, hook, interface, config, Some(held))
+        Self::attach_with(Hook::of_this_kernel()?, interface, config, Some(held))
     }
 
-    fn attach_programs(
-        mut programs: Programs,
+    fn attach_with(
         hook: Hook,
         interface: &str,
         config: &GuardConfig,
@@ -97,14 +84,6 @@ impl Guard {
             },
         };
         refuse_unreachable(interface, &enforced.policy, &enforced.allow)?;
-        let mut store = PolicyStore::of(&mut programs, interface)?;
-        if enforced.policy.mode == Mode::Conntrack as u32 && !store.has_room_for_flows()? {
-            return Err(GuardError::NoRoomForFlows {
-                interface: interface.clone(),
-            });
-        }
-        store.commit(enforced.policy, &enforced.allow)?;
-        store.set_lease_until_ns(enforced.lease_until_ns);
         // An owner that watches its guards holds them besides (and may not be able to mount).
         if config.owner.is_none() {
             anchor()?;
@@ -144,17 +123,13 @@ impl Guard {
         // new guard when that is whole; until then two may judge, never none.
         // The interface may have gone meanwhile, which says more than the hook's complaint.
         let gone_or = |error| interface::index(interface).err().unwrap_or(error);
-        let links = match hook {
-            Hook::Tcx => Some(link(&mut programs, interface).map_err(gone_or)?),
-            Hook::Clsact => None,
-        };
         let aside = place.create_aside()?;
-        let made = pin(&aside, &mut programs, config)
-            .and_then(|()| match links {
-                Some(links) => pin_links(&aside, links),
-                None => {
-                    filter(&aside, &mut programs, interface, ifindex, &mut left).map_err(gone_or)
-                }
+        let made = Made::within(&aside, interface, ifindex, config, &enforced)
+            .and_then(|made| match hook {
+                Hook::Tcx => made.link(&aside, interface, ifindex).map_err(gone_or),
+                Hook::Clsact => made
+                    .filter(&aside, interface, ifindex, &mut left)
+                    .map_err(gone_or),
             })
             .and_then(|()| Self::of_pins(interface, ifindex, aside.clone())?.judging())
             .and_then(|()| aside.put_in_place(&place));
@@ -182,103 +157,174 @@ fn named(interface: &str) -> Result<(u32, String), GuardError> {
     Ok((ifindex, name))
 }
 
-fn link(programs: &mut Programs, interface: &str) -> Result<[(Direction, FdLink); 2], GuardError> {
-    let mut link = |direction| {
-        let failed = |source| GuardError::Program {
-            program: program_name(direction),
-            interface: interface.to_owned(),
-            source: Box::new(source),
+/// A guard's maps and programs, pinned and found by the programs that judge, on no interface yet.
+struct Made {
+    /// By direction.
+    entries: [OwnedFd; 2],
+}
+
+impl Made {
+    fn within(
+        pins: &Pins,
+        interface: &str,
+        ifindex: u32,
+        config: &GuardConfig,
+        enforced: &Enforced,
+    ) -> Result<Self, GuardError> {
+        let failed_to = |action| {
+            move |source| GuardError::System {
+                action,
+                interface: interface.to_owned(),
+                source,
+            }
         };
-        let program = programs.program(direction)?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program
-            .attach_with_options(interface, hook(direction), options)
-            .map_err(failed)?;
-        let link = program.take_link(id).map_err(failed)?;
-        FdLink::try_from(link)
-            .map(|link| (direction, link))
-            .map_err(|source| GuardError::Link {
-                action: "make",
+        pins.set_namespace()?;
+        if let Some(owner) = &config.owner {
+            pins.set_owner(owner)?;
+        }
+        pins.set_note(notes::LAYOUT, &Layout::of_this_build().to_string())?;
+        pins.set_note(notes::PROGRAMS, &build_note())?;
+        let token = secret().map_err(failed_to("make a token for"))?;
+        let owner = config.owner.as_ref();
+        let note = pins.path(notes::PLACE);
+        let (shared, seat) =
+            Shared::seat(pins.namespace(), interface, owner, ifindex, token, &note)?;
+        let with_flows = enforced.policy.mode == Mode::Conntrack as u32;
+        let own = OwnMaps::create(with_flows).map_err(failed_to("make the maps"))?;
+        own.pin(pins)?;
+        let banks = shared.table(Table::Rules);
+        pin_at(&pins.path(JUDGES), shared.judges())?;
+        let state = own.get(own::STATE);
+        let state = state.map_err(|e| map_error(interface, "find", "STATE", e))?;
+        map_state(interface, state)?.set_token(seat.token);
+        let mut store = PolicyStore::over(interface, &own, banks, seat.place)?;
+        store.commit(enforced.policy, &enforced.allow)?;
+        store.set_lease_until_ns(enforced.lease_until_ns);
+        own.put(&shared, seat.place)
+            .map_err(failed_to("put the maps where the programs find them"))?;
+        Ok(Self {
+            entries: entries(pins, interface, &shared, &seat, |path| path)?,
+        })
+    }
+
+    fn link(&self, pins: &Pins, interface: &str, ifindex: u32) -> Result<(), GuardError> {
+        // What comes to the guest first: until the second link is made, no guard is in force. Each is
+        // pinned when both are made: a link ends with its maker.
+        let link = |direction: Direction| {
+            let entry = self.entries[direction as usize].as_fd();
+            link::first(entry, ifindex, direction).map_err(|source| GuardError::System {
+                action: "make a link",
                 interface: interface.to_owned(),
                 source,
             })
-    };
-    Ok([link(Direction::Ingress)?, link(Direction::Egress)?])
+        };
+        let links = [
+            (Direction::Ingress, link(Direction::Ingress)?),
+            (Direction::Egress, link(Direction::Egress)?),
+        ];
+        for (direction, link) in links {
+            pin_at(&pins.link_path(direction), link.as_fd())?;
+        }
+        Ok(())
+    }
 }
 
-/// Puts the programs, which are pinned, behind filters. `left` tells what is left of other guards.
-fn filter(
+/// Loads the guard's own programs, and pins each at what `place` makes of its path.
+pub fn entries(
     pins: &Pins,
-    programs: &mut Programs,
     interface: &str,
-    ifindex: u32,
-    left: &mut LeftFilters,
-) -> Result<(), GuardError> {
-    let failed = |action| {
-        move |source| GuardError::System {
-            action,
+    shared: &Shared,
+    seat: &Seat,
+    place: impl Fn(PathBuf) -> PathBuf,
+) -> Result<[OwnedFd; 2], GuardError> {
+    let load = |direction| {
+        let loaded = entry::load(shared.judges(), direction, seat.place, seat.token);
+        let loaded = loaded.map_err(|source| GuardError::System {
+            action: "load the programs of",
             interface: interface.to_owned(),
             source,
-        }
-    };
-    let qdisc = clsact::qdisc(ifindex).map_err(failed("ask for the qdisc"))?;
-    if qdisc == Qdisc::Other {
-        // It has no hook for what leaves, and would take that filter for one of what comes.
-        return Err(GuardError::HookTaken {
-            interface: interface.to_owned(),
-            what: "the ingress qdisc",
-            remedy: format!("tc qdisc del dev {interface} ingress"),
-        });
-    }
-    // What comes to the guest first: until the second filter stands, no guard is in force.
-    let mut hooks = [
-        (Direction::Ingress, "egress", false),
-        (Direction::Egress, "ingress", false),
-    ];
-    for (direction, word, instead) in &mut hooks {
-        let filters =
-            clsact::filters(ifindex, *direction).map_err(failed("ask for the filters"))?;
-        match filters.first() {
-            // Nothing whole was found pinned, so it is what is left of a guard: it judges until
-            // this one does.
-            Some(first) if first.is_guards() => *instead = true,
-            Some(first) if !first.is_behind() => {
-                return Err(GuardError::HookTaken {
-                    interface: interface.to_owned(),
-                    what: "a filter with preference 1",
-                    remedy: format!("tc filter del dev {interface} {word} pref 1"),
-                });
-            }
-            _ => {}
-        }
-    }
-    let made_qdisc = match qdisc {
-        Qdisc::None => {
-            clsact::add_qdisc(ifindex).map_err(failed("add a clsact qdisc"))?;
-            true
-        }
-        _ => left.made_qdisc,
-    };
-    pins.set_filters(Filters {
-        ifindex,
-        made_qdisc,
-    })?;
-    for (direction, _, instead) in hooks {
-        let program = programs.program(direction)?;
-        let fd = program.fd().map_err(|source| GuardError::Program {
-            program: program_name(direction),
-            interface: interface.to_owned(),
-            source: Box::new(source),
         })?;
-        let put = clsact::put(ifindex, direction, fd.as_fd(), instead);
-        if put.is_err() && made_qdisc {
-            // Nothing is in it where this was the first; else it goes with the filter.
-            let _ = clsact::remove_unused_qdisc(ifindex);
+        pin_at(&place(pins.program_path(direction)), loaded.as_fd())?;
+        Ok(loaded)
+    };
+    let [first, second] = Direction::ALL;
+    Ok([load(first)?, load(second)?])
+}
+
+pub fn pin_at(path: &Path, object: BorrowedFd<'_>) -> Result<(), GuardError> {
+    link::pin(object, path).map_err(failed("pin", path))
+}
+
+impl Made {
+    /// Puts the programs, which are pinned, behind filters. `left` tells what is left of other guards.
+    fn filter(
+        &self,
+        pins: &Pins,
+        interface: &str,
+        ifindex: u32,
+        left: &mut LeftFilters,
+    ) -> Result<(), GuardError> {
+        let failed = |action| {
+            move |source| GuardError::System {
+                action,
+                interface: interface.to_owned(),
+                source,
+            }
+        };
+        let qdisc = clsact::qdisc(ifindex).map_err(failed("ask for the qdisc"))?;
+        if qdisc == Qdisc::Other {
+            // It has no hook for what leaves, and would take that filter for one of what comes.
+            return Err(GuardError::HookTaken {
+                interface: interface.to_owned(),
+                what: "the ingress qdisc",
+                remedy: format!("tc qdisc del dev {interface} ingress"),
+            });
         }
-        put.map_err(failed("add a filter"))?;
-        left.replaced |= instead;
+        // What comes to the guest first: until the second filter stands, no guard is in force.
+        let mut hooks = [
+            (Direction::Ingress, "egress", false),
+            (Direction::Egress, "ingress", false),
+        ];
+        for (direction, word, instead) in &mut hooks {
+            let filters =
+                clsact::filters(ifindex, *direction).map_err(failed("ask for the filters"))?;
+            match filters.first() {
+                // Nothing whole was found pinned, so it is what is left of a guard: it judges until
+                // this one does.
+                Some(first) if first.is_guards() => *instead = true,
+                Some(first) if !first.is_behind() => {
+                    return Err(GuardError::HookTaken {
+                        interface: interface.to_owned(),
+                        what: "a filter with preference 1",
+                        remedy: format!("tc filter del dev {interface} {word} pref 1"),
+                    });
+                }
+                _ => {}
+            }
+        }
+        let made_qdisc = match qdisc {
+            Qdisc::None => {
+                clsact::add_qdisc(ifindex).map_err(failed("add a clsact qdisc"))?;
+                true
+            }
+            _ => left.made_qdisc,
+        };
+        pins.set_filters(Filters {
+            ifindex,
+            made_qdisc,
+        })?;
+        for (direction, _, instead) in hooks {
+            let entry = self.entries[direction as usize].as_fd();
+            let put = clsact::put(ifindex, direction, entry, instead);
+            if put.is_err() && made_qdisc {
+                // Nothing is in it where this was the first; else it goes with the filter.
+                let _ = clsact::remove_unused_qdisc(ifindex);
+            }
+            put.map_err(failed("add a filter"))?;
+            left.replaced |= instead;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// What is left of other guards on an interface that is attached by filters.
@@ -288,44 +334,6 @@ struct LeftFilters {
     made_qdisc: bool,
     /// Whether a filter of theirs has given way to a new one, which alone judges since.
     replaced: bool,
-}
-
-fn pin(pins: &Pins, programs: &mut Programs, config: &GuardConfig) -> Result<(), GuardError> {
-    pins.set_namespace()?;
-    if let Some(owner) = &config.owner {
-        pins.set_owner(owner)?;
-    }
-    pins.set_note(notes::LAYOUT, &Layout::of_this_build().to_string())?;
-    pins.set_note(notes::PROGRAMS, &build_note())?;
-    pins.set_note(notes::MARK, &programs.mark().to_string())?;
-    for (name, map) in programs.ebpf().maps() {
-        let pin = match name {
-            SENT => SENT_PIN,
-            name if JUDGED.contains(&name) || ACCOUNTS.contains(&name) => name,
-            // Of these programs alone: others bring their own.
-            _ => continue,
-        };
-        let path = pins.path(pin);
-        map.pin(&path)
-            .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
-    }
-    for direction in Direction::ALL {
-        let path = pins.program_path(direction);
-        programs
-            .program(direction)?
-            .pin(&path)
-            .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
-    }
-    Ok(())
-}
-
-fn pin_links(pins: &Pins, links: [(Direction, FdLink); 2]) -> Result<(), GuardError> {
-    for (direction, link) in links {
-        let path = pins.link_path(direction);
-        link.pin(&path)
-            .map_err(|error| failed("pin", &path)(std::io::Error::other(error)))?;
-    }
-    Ok(())
 }
 
 /// The ids of the programs on the hook of `direction`, first to run first.

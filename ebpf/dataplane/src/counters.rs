@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use aya::maps::MapData;
 use aya::util::nr_cpus;
-use omerta_verdict::Direction;
+use omerta_verdict::{COUNTER_ROWS, Direction, LOST_ROW};
 
 use crate::GuardError;
 use crate::bpf::lookup_batch;
@@ -19,10 +19,7 @@ use crate::store::map_error;
 use crate::upgrade::require_accounts;
 
 const COUNTERS: &str = "COUNTERS";
-const LOST: &str = "LOST";
 const DIRECTIONS: usize = Direction::ALL.len();
-/// Why an event may be lost: elements of the map `LOST`.
-const CAUSES: usize = 2;
 
 // SAFETY: `Count` is two `u64`: no padding, every bit pattern valid.
 unsafe impl aya::Pod for Count {}
@@ -44,12 +41,11 @@ pub struct Counters {
 /// never is, is shown as it is.
 const READS: usize = 100;
 
-/// Reads the counters of one guard, by two system calls.
+/// Reads the counters of one guard, by one system call where no frame comes meanwhile.
 #[derive(Debug)]
 pub struct CounterReader {
     interface: String,
     counters: MapData,
-    lost: MapData,
     cpus: usize,
     pin: PathBuf,
     inode: u64,
@@ -80,8 +76,7 @@ impl CounterReader {
         let look = fs::symlink_metadata(&pin).map_err(system("look at the pinned counters"))?;
         Ok(Self {
             interface: interface.to_owned(),
-            counters: open(COUNTERS, size_of::<Row>(), DIRECTIONS)?,
-            lost: open(LOST, size_of::<Count>(), CAUSES)?,
+            counters: open(COUNTERS, size_of::<Row>(), COUNTER_ROWS)?,
             cpus: nr_cpus().map_err(|(_, source)| system("ask for the number of CPUs")(source))?,
             inode: look.ino(),
             pin,
@@ -95,32 +90,11 @@ impl CounterReader {
 
     /// The counters since the guard was attached.
     pub fn read(&self) -> Result<Counters, GuardError> {
-        let mut lost = vec![Count::default(); CAUSES * self.cpus];
-        // SAFETY: the map's values are counts, one of each CPU.
-        unsafe { self.look_up::<_, CAUSES>(&self.lost, &mut lost) }?;
-        let [events_lost, events_limited] = [0, 1].map(|cause| {
-            let mut total = Count::default();
-            for count in &lost[cause * self.cpus..][..self.cpus] {
-                total += *count;
-            }
-            total
-        });
-        let mut sum = Counters {
-            events_lost,
-            events_limited,
-            ..self.rows()?
-        };
-        sum.events_lost += events_limited;
-        Ok(sum)
-    }
-
-    /// What the programs count of frames.
-    fn rows(&self) -> Result<Counters, GuardError> {
-        let mut last = vec![Row::NOTHING; DIRECTIONS * self.cpus];
-        let mut settled = vec![None; last.len()];
+        let mut last = vec![Row::NOTHING; COUNTER_ROWS * self.cpus];
+        let mut settled = vec![None; DIRECTIONS * self.cpus];
         for _ in 0..READS {
             // SAFETY: the map's values are rows, one of each CPU.
-            unsafe { self.look_up::<_, DIRECTIONS>(&self.counters, &mut last) }?;
+            unsafe { self.look_up::<_, COUNTER_ROWS>(&self.counters, &mut last) }?;
             for (kept, row) in settled.iter_mut().zip(&last) {
                 if kept.is_none() && row.is_settled() {
                     *kept = Some(*row);
@@ -138,10 +112,19 @@ impl CounterReader {
             }
             sum.direction()
         };
+        let mut lost = Row::NOTHING;
+        for row in &last[LOST_ROW as usize * self.cpus..] {
+            lost.add(row);
+        }
+        // By `Lost` in ebpf/programs/src/accounting.rs.
+        let Row([ring_full, events_limited, ..]) = lost;
+        let mut events_lost = ring_full;
+        events_lost += events_limited;
         Ok(Counters {
             egress: direction(Direction::Egress),
             ingress: direction(Direction::Ingress),
-            ..Counters::default()
+            events_lost,
+            events_limited,
         })
     }
 

@@ -1,41 +1,67 @@
-//! What fails in a guard's programs, as they tell it by aya-log.
+//! What fails in the programs that judge, as they tell it by aya-log.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::GuardError;
+use crate::bpffs::failed;
 use crate::failure_line::line;
+use crate::object::program_name;
+use crate::pins::Pins;
+use crate::{GuardError, link};
 use aya_log::EbpfLogger;
 use log::{Log, Metadata, Record};
+use omerta_verdict::Direction;
 
 /// The map that aya-log makes.
 pub(crate) const RING: &str = "AYA_LOGS";
 
-/// Reads what the programs of one guard say of their own failures. Readiness of its descriptor says
-/// that there may be something.
+/// A failure that programs told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// The name that the interface had when it was guarded; `None` where its guard is gone.
+    pub interface: Option<String>,
+    /// What failed, in one line.
+    pub line: String,
+}
+
+/// Reads what the programs that judge say of their own failures, whichever guard they judged for.
+/// Readiness of its descriptor says that there may be something.
 pub struct DiagnosticStream {
     logger: EbpfLogger<Lines>,
-    lines: Arc<Mutex<Vec<String>>>,
+    told: Arc<Mutex<Vec<(Option<u32>, String)>>>,
+    /// Where the programs are pinned.
+    directory: PathBuf,
 }
 
 impl DiagnosticStream {
-    /// That of the guard one of whose programs is `program`.
-    pub(crate) fn of(interface: &str, program: u32) -> Result<Self, GuardError> {
-        let lines = Arc::default();
-        let logger = EbpfLogger::init_from_id_with_logger(program, Lines(Arc::clone(&lines)))
-            .map_err(|source| GuardError::System {
-                action: "open the log of the programs",
-                interface: interface.to_owned(),
-                source: io::Error::other(source),
+    /// That of the programs that are pinned in `directory`.
+    pub(crate) fn of(directory: PathBuf) -> Result<Self, GuardError> {
+        let path = directory.join(program_name(Direction::Egress));
+        let program = link::program_id(&path).map_err(failed("read the program", &path))?;
+        let told = Arc::default();
+        let logger = EbpfLogger::init_from_id_with_logger(program, Lines(Arc::clone(&told)))
+            .map_err(|source| {
+                failed("open the log of the program", &path)(io::Error::other(source))
             })?;
-        Ok(Self { logger, lines })
+        Ok(Self {
+            logger,
+            told,
+            directory,
+        })
     }
 
-    /// What was said since the last time, each failure in one line.
-    pub fn read(&mut self) -> Vec<String> {
+    /// What was said since the last time.
+    pub fn read(&mut self) -> Vec<Diagnostic> {
         self.logger.flush();
-        std::mem::take(&mut *self.lines.lock().unwrap_or_else(PoisonError::into_inner))
+        let told = std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner));
+        told.into_iter()
+            .map(|(place, line)| Diagnostic {
+                interface: place.and_then(|place| Pins::at_place(&self.directory, place)),
+                line,
+            })
+            .collect()
     }
 }
 
@@ -52,7 +78,7 @@ impl AsRawFd for DiagnosticStream {
 }
 
 /// Takes lines from aya-log, which hands them to a logger.
-struct Lines(Arc<Mutex<Vec<String>>>);
+struct Lines(Arc<Mutex<Vec<(Option<u32>, String)>>>);
 
 impl Log for Lines {
     fn enabled(&self, _metadata: &Metadata<'_>) -> bool {
@@ -60,8 +86,8 @@ impl Log for Lines {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.push(line(record.args().to_string()));
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        told.push(line(record.args().to_string()));
     }
 
     fn flush(&self) {}

@@ -1,8 +1,5 @@
 //! Edits of the allowlist in force. One that changes nothing keeps the epoch.
 
-use std::borrow::BorrowMut;
-
-use aya::maps::MapData;
 use omerta_verdict::{Endpoint, Policy, Table};
 
 use crate::rules::refuse_unreachable;
@@ -13,7 +10,7 @@ use crate::{GuardError, PolicyStore, buckets};
 const SHORT: usize = 1024;
 
 /// Each returns the epoch in force. Callers hold the guard's lock.
-impl<M: BorrowMut<MapData>> PolicyStore<M> {
+impl PolicyStore {
     /// Adds `endpoints`.
     pub(crate) fn allow(&mut self, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
         let listed = self.listed()?;

@@ -4,16 +4,13 @@ use std::io;
 use std::os::fd::AsFd;
 
 use aya::maps::{HashMap, MapData, MapError};
-use omerta_verdict::Flow;
+use omerta_verdict::{FLOWS, Flow};
 
 use crate::bpf::lookup_batch;
 use crate::store::Value;
 
-/// Flows that one guest may have open in conntrack mode; a power of two.
-pub const FLOWS: u32 = 4096;
-
 /// When the guest last sent on each flow, in nanoseconds.
-pub type FlowMap<M> = HashMap<M, Value<Flow>, u64>;
+pub type FlowMap = HashMap<MapData, Value<Flow>, u64>;
 
 /// Every flow that is in the table from the call's beginning to its end, and some of the others. (Asked
 /// key by key, the kernel begins again whenever the guest has a key replaced.)
@@ -36,10 +33,7 @@ pub fn all(map: &MapData) -> io::Result<Vec<Flow>> {
 }
 
 /// Takes `flow` out of the table, where it is in it.
-pub fn remove(
-    map: &mut FlowMap<impl std::borrow::BorrowMut<MapData>>,
-    flow: Flow,
-) -> Result<(), MapError> {
+pub fn remove(map: &mut FlowMap, flow: Flow) -> Result<(), MapError> {
     match map.remove(&Value(flow)) {
         Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {

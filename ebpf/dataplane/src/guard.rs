@@ -2,14 +2,12 @@
 
 use std::time::Duration;
 
-use aya::maps::MapData;
 use omerta_verdict::{Direction, Endpoint, Mac, Mode};
 
 use crate::counters::{CounterReader, Counters};
 use crate::diagnostics::DiagnosticStream;
 use crate::events::EventStream;
 use crate::lock::Lock;
-use crate::object::has_room_for_flows;
 use crate::pinned::{find, recover, refuse_elsewhere, remove_aside};
 use crate::pins::Pins;
 use crate::standing::look;
@@ -245,7 +243,7 @@ impl Guard {
         if policy.mode == mode as u32 {
             return Ok(policy.epoch);
         }
-        if mode == Mode::Conntrack && !has_room_for_flows(&self.interface, &self.pins)? {
+        if mode == Mode::Conntrack && !store.has_room_for_flows() {
             return Err(GuardError::NoRoomForFlows {
                 interface: self.interface.clone(),
             });
@@ -282,14 +280,14 @@ impl Guard {
 
     fn change(
         &self,
-        edit: impl FnOnce(&mut PolicyStore<MapData>) -> Result<u64, GuardError>,
+        edit: impl FnOnce(&mut PolicyStore) -> Result<u64, GuardError>,
     ) -> Result<u64, GuardError> {
         let (_lock, mut store) = self.locked_store()?;
         self.authorise()?;
         edit(&mut store)
     }
 
-    fn locked_store(&self) -> Result<(Lock, PolicyStore<MapData>), GuardError> {
+    fn locked_store(&self) -> Result<(Lock, PolicyStore), GuardError> {
         let lock = self.pins.lock()?;
         self.standing()?;
         Ok((lock, PolicyStore::open(&self.interface, &self.pins)?))
@@ -328,13 +326,16 @@ impl Guard {
         EventStream::open(&self.interface, &self.pins)
     }
 
-    /// What the guard's programs say of their own failures. What one stream has read no other sees, so
-    /// those of an owned guard are its owner's to read.
+    /// What the programs that judge this guard say of their own failures, of it and of all other guards
+    /// that they judge. What one stream has read no other sees, so those of an owned guard are its
+    /// owner's to read.
     pub fn diagnostics(&self) -> Result<DiagnosticStream, GuardError> {
         self.authorise()?;
-        match self.pins.program(Direction::Egress)? {
-            Some(program) => DiagnosticStream::of(&self.interface, program),
-            None => Err(self.not_in_force(NOT_PINNED)),
+        match self.pins.seat()? {
+            Some(seat) => DiagnosticStream::of(seat.directory(self.pins.namespace())),
+            None => Err(GuardError::OtherAccountsLayout {
+                interface: self.interface.clone(),
+            }),
         }
     }
 

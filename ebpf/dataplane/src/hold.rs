@@ -4,10 +4,11 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use aya::maps::MapData;
 use omerta_verdict::{Direction, Endpoint, Mode, Policy, Table};
 
 use crate::link;
+use crate::pins::is_pin;
+use crate::shared::JUDGES;
 use crate::{Guard, GuardError, PolicyStore, Standing};
 
 /// The links and the policy of a guard, held open.
@@ -16,8 +17,10 @@ pub struct HeldGuard {
     ifindex: u32,
     identity: [u32; 2],
     links: Option<[HeldLink; 2]>,
+    /// By which the guard's programs get to those that judge.
+    _judges: Option<OwnedFd>,
     /// `None` where it is laid out in a way that this build cannot read.
-    policy: Option<PolicyStore<MapData>>,
+    policy: Option<PolicyStore>,
 }
 
 #[derive(Debug)]
@@ -74,11 +77,18 @@ impl Guard {
             Err(GuardError::OtherPolicyLayout { .. }) => None,
             Err(error) => return Err(error),
         };
+        let judges = self.pins.path(JUDGES);
+        let judges = match is_pin(&judges)? {
+            true => Some(link::open(&judges).map_err(failed)?),
+            // Programs of an earlier build, which judge themselves.
+            false => None,
+        };
         let held = HeldGuard {
             interface: self.interface().to_owned(),
             ifindex: self.ifindex(),
             identity: self.identity(),
             links,
+            _judges: judges,
             policy,
         };
         // What is held now must be what the handle knows.
@@ -133,7 +143,7 @@ impl HeldGuard {
         })
     }
 
-    fn store(&self) -> Result<&PolicyStore<MapData>, GuardError> {
+    fn store(&self) -> Result<&PolicyStore, GuardError> {
         self.policy.as_ref().ok_or_else(|| self.unreadable())
     }
 

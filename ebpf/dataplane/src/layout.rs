@@ -9,18 +9,17 @@ use std::mem::offset_of;
 use std::sync::OnceLock;
 
 use omerta_verdict::{
-    Address, Bucket, DIRECTION_COUNTERS, Direction, Endpoint, EventRecord, Flow, Mac, Mode,
-    OWN_ANSWERS_COUNTER, Outcome, Policy, Protocol, RX_COUNTER, Rate, Reason, SENT_FLOWS, SentFlow,
-    Slot, State, Table,
+    Address, Bucket, COUNTER_ROWS, DIRECTION_COUNTERS, Direction, Endpoint, EventRecord, FLOWS,
+    Flow, Live, Mac, Mode, OWN_ANSWERS_COUNTER, Outcome, Policy, Protocol, RX_COUNTER, Rate,
+    Reason, SENT_FLOWS, SentFlow, Slot, State, Table,
 };
 
-use crate::flows::FLOWS;
 pub use crate::note_text::Layout;
 use crate::object::bytes_of;
 use crate::store::Value;
 
-/// To be raised with each change to the meaning of METERS, FLOW_PLACES, FLOW_HAND or LOST.
-const REVISION: u64 = 1;
+/// To be raised with each change to the meaning of LIVE's words, FLOW_PLACES or the row of lost events.
+const REVISION: u64 = 2;
 
 impl Layout {
     /// That of the programs of this build.
@@ -68,9 +67,15 @@ fn policy() -> u64 {
         offset_of!(State, lease_until_ns),
         offset_of!(State, tick),
         offset_of!(State, tick_ns),
+        offset_of!(State, token),
         offset_of!(State, slots),
         offset_of!(Slot, buckets),
         size_of::<Bucket>(),
+        size_of::<Live>(),
+        offset_of!(Live, meters),
+        offset_of!(Live, told),
+        offset_of!(Live, flow_hand),
+        offset_of!(Live, sent),
         SENT_FLOWS,
         size_of::<SentFlow>(),
         offset_of!(SentFlow, tick),
@@ -156,6 +161,7 @@ fn accounts() -> u64 {
     digest.add(&REVISION.to_ne_bytes());
     digest.numbers([
         DIRECTION_COUNTERS,
+        COUNTER_ROWS,
         RX_COUNTER,
         OWN_ANSWERS_COUNTER,
         Outcome::Allowed.index(),

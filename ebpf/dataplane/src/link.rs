@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -12,12 +12,16 @@ use crate::bpf::{bpf, bpf_open};
 use crate::hook::has_tcx;
 
 // enum bpf_cmd in include/uapi/linux/bpf.h.
+const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_PROG_QUERY: libc::c_int = 16;
+const BPF_LINK_CREATE: libc::c_int = 28;
 // enum bpf_attach_type, likewise.
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
+/// `BPF_F_BEFORE` all others.
+const FIRST: u32 = 1 << 3;
 
 /// The head of `struct bpf_link_info`, with the `tcx` member of its union.
 #[derive(Clone, Copy, Debug, Default)]
@@ -74,6 +78,51 @@ struct ProgramInfo {
     id: u32,
 }
 
+/// `union bpf_attr` of `BPF_LINK_CREATE`, up to what is said here (include/uapi/linux/bpf.h).
+#[repr(C)]
+struct LinkRequest {
+    program: u32,
+    ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+    relative: u32,
+    padding: u32,
+    expected_revision: u64,
+}
+
+/// Has `program` run on an interface, by a link of that type.
+pub fn create(
+    program: BorrowedFd<'_>,
+    ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
+    let mut request = LinkRequest {
+        program: program.as_raw_fd() as u32,
+        ifindex,
+        attach_type,
+        flags,
+        relative: 0,
+        padding: 0,
+        expected_revision: 0,
+    };
+    // SAFETY: the kernel reads `request`, which outlives the call.
+    unsafe { bpf_open(BPF_LINK_CREATE, &mut request) }
+}
+
+/// Has `program` run on the TCX hook of `direction`, before all that are there.
+pub fn first(program: BorrowedFd<'_>, ifindex: u32, direction: Direction) -> io::Result<OwnedFd> {
+    create(program, ifindex, attach_type(direction), FIRST)
+}
+
+/// What the guest sends enters the host by the interface's ingress hook, and the other way round.
+const fn attach_type(direction: Direction) -> u32 {
+    match direction {
+        Direction::Egress => BPF_TCX_INGRESS,
+        Direction::Ingress => BPF_TCX_EGRESS,
+    }
+}
+
 /// The id of the program pinned at `pin`.
 pub fn program_id(pin: &Path) -> io::Result<u32> {
     program_id_of(&open(pin)?)
@@ -99,6 +148,18 @@ pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     };
     // SAFETY: the kernel reads `request` and the string that it points to; both outlive the call.
     unsafe { bpf_open(BPF_OBJ_GET, &mut request) }
+}
+
+/// Pins an open object at `pin`.
+pub fn pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut request = GetRequest {
+        path: path.as_ptr() as u64,
+        fd: object.as_raw_fd() as u32,
+        flags: 0,
+    };
+    // SAFETY: as in [`open`].
+    unsafe { bpf(BPF_OBJ_PIN, &mut request) }.map(drop)
 }
 
 /// Asks an open link.
@@ -149,10 +210,7 @@ pub fn first_on(ifindex: u32, direction: Direction) -> io::Result<HookState> {
     let mut first = 0u32;
     let mut request = QueryRequest {
         target_ifindex: ifindex,
-        attach_type: match direction {
-            Direction::Egress => BPF_TCX_INGRESS,
-            Direction::Ingress => BPF_TCX_EGRESS,
-        },
+        attach_type: attach_type(direction),
         query_flags: 0,
         attach_flags: 0,
         program_ids: (&raw mut first) as u64,

@@ -6,7 +6,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -109,12 +109,16 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // What stays is empty and locks nobody out.
         let _ = fs::remove_dir(&self.directory);
-        // The namespace's directory goes with its last guard, and so does the second mount of bpffs.
-        if let Some(parent) = self.directory.parent()
-            && fs::remove_dir(parent).is_ok()
-        {
-            let _ = remove_anchor();
+        if let Some(parent) = self.directory.parent() {
+            remove_empty(parent);
         }
+    }
+}
+
+/// The namespace's directory goes with its last guard, and so does the second mount of bpffs.
+pub fn remove_empty(namespace: &Path) {
+    if fs::remove_dir(namespace).is_ok() {
+        let _ = remove_anchor();
     }
 }
 

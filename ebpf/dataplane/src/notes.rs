@@ -14,6 +14,7 @@ use crate::living;
 pub use crate::note_text::Filters;
 use crate::note_text::numbers;
 use crate::pins::Pins;
+use crate::shared::Seat;
 use crate::{GuardError, Owner};
 
 pub const OWNER: &str = "owner";
@@ -29,8 +30,8 @@ pub const IDENTITY: &str = "identity";
 pub const LAYOUT: &str = "layout";
 /// The build of the programs.
 pub const PROGRAMS: &str = "programs";
-/// By what the guard knows its own answers.
-pub const MARK: &str = "mark";
+/// Where the guard is found by programs that judge for many: a [`Seat`].
+pub const PLACE: &str = "place";
 /// The indices of the veths whose peers are handed frames, where something is redirected.
 pub const PEERS: &str = "peers";
 
@@ -110,10 +111,25 @@ impl Pins {
         }
     }
 
-    /// By what the guard knows its own answers.
-    pub fn mark(&self) -> Result<u32, GuardError> {
-        let mark = self.note(MARK)?.and_then(|text| text.parse().ok());
-        mark.ok_or_else(|| self.unreadable(MARK, "this is no mark"))
+    /// Where the guard is found by the programs that judge it; `None` where none says so.
+    pub fn seat(&self) -> Result<Option<Seat>, GuardError> {
+        self.seat_noted(PLACE)
+    }
+
+    /// Where the programs of an upgrade find it that is under way.
+    pub fn next_seat(&self) -> Result<Option<Seat>, GuardError> {
+        let next = self.next(&self.path(PLACE));
+        self.seat_noted(&next.file_name().unwrap_or_default().to_string_lossy())
+    }
+
+    fn seat_noted(&self, name: &str) -> Result<Option<Seat>, GuardError> {
+        match self.note(name)? {
+            None => Ok(None),
+            Some(text) => text
+                .parse()
+                .map(Some)
+                .map_err(|why| self.unreadable(name, why)),
+        }
     }
 
     /// The indices of the veths whose peers are handed frames.

@@ -1,50 +1,29 @@
-//! The kernel programs: one instance, with maps of its own, for each guard.
+//! The kernel programs, loaded: by a network namespace's guards, or by a test for itself.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use aya::maps::{Array, MapData, MapError};
+use aya::maps::{Array, Map, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use nix::time::{ClockId, clock_getres};
-use omerta_verdict::{
-    Direction, FixedInputs, Flow, Mode, SENT_FLOWS, SentFlow, SocketBufferLayout,
-};
+use omerta_verdict::{Direction, FixedInputs, Flow, Live, Mode, SocketBufferLayout};
 
-use crate::bpffs::failed;
 use crate::btf::Btf;
 use crate::events::EventStream;
-use crate::flows::{self, FLOWS, FlowMap};
+use crate::flows::{self, FlowMap};
 use crate::in_place::read_in_place;
 use crate::layout::Digest;
-use crate::pins::{Pins, is_pin};
+use crate::own::{self, OwnMaps};
 use crate::random::Random;
+use crate::shared::Shared;
 use crate::store::{Value, map_error};
-use crate::upgrade::Counting;
 use crate::{GuardError, Hook, constants, diagnostics, redirect};
 
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_PROGRAMS"));
 
-/// The maps that are judged by, which programs of the same layout can share.
-pub const JUDGED: [&str; 6] = [
-    "STATE",
-    "RULES",
-    "METERS",
-    "FLOWS",
-    "FLOW_PLACES",
-    "FLOW_HAND",
-];
-/// Those of what is counted and told.
-pub const ACCOUNTS: [&str; 3] = ["COUNTERS", "LOST", "EVENTS"];
-/// The map of what the programs keep without a map's name: flows that the guest sent on.
-pub const SENT: &str = ".bss";
-/// The name of its pin. bpffs refuses names with dots.
-pub const SENT_PIN: &str = "SENT";
-pub type SentFlows = [SentFlow; SENT_FLOWS];
-
-/// Bytes of the ring of diagnostics, which tells a few lines in ten seconds; the least there is.
+/// Bytes of the ring of diagnostics, which tells a few lines in ten seconds.
 const DIAGNOSTICS_BYTES: u32 = 4096;
 
 /// The name of the program that judges `direction`, as the kernel shows it.
@@ -55,35 +34,104 @@ pub const fn program_name(direction: Direction) -> &'static str {
     }
 }
 
-/// Whether the guard of `pins` was loaded for conntrack mode.
-pub fn has_room_for_flows(interface: &str, pins: &Pins) -> Result<bool, GuardError> {
-    Ok(room_for_flows(interface, pins)? >= FLOWS)
+/// An object whose programs are verified, and attached to nothing.
+pub struct Loaded {
+    pub ebpf: Ebpf,
+    /// Whether the kernel has taken the programs with their reads of its structures in place of calls.
+    pub reads_in_place: bool,
 }
 
-fn room_for_flows(interface: &str, pins: &Pins) -> Result<u32, GuardError> {
-    MapData::from_pin(pins.path("FLOWS"))
-        .and_then(|flows| flows.info())
-        .map(|flows| flows.max_entries())
-        .map_err(|source| map_error(interface, "read", "FLOWS", source))
+/// Loads and verifies the programs, with clock and chance as `inputs` fixes them. Their own answers bear
+/// `mark`. `interface` is for messages only.
+pub fn load(interface: &str, inputs: FixedInputs, mark: u32) -> Result<Loaded, GuardError> {
+    Hook::of_this_kernel()?;
+    let kernel = Fitted::to_this_kernel().map_err(|source| GuardError::System {
+        action: "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux",
+        interface: interface.to_owned(),
+        source,
+    })?;
+    let load = |object, reads_in_place| {
+        load_object(object, kernel, interface, inputs, mark).map(|ebpf| Loaded {
+            ebpf,
+            reads_in_place,
+        })
+    };
+    match &kernel.object {
+        // A kernel that does not take it (without a just-in-time compiler, for one) says more
+        // of the object as it was compiled.
+        Some(object) => load(object, true).or_else(|_| load(OBJECT, false)),
+        None => load(OBJECT, false),
+    }
 }
 
-/// Programs that are verified but attached to nothing yet.
-pub struct Programs {
-    ebpf: Ebpf,
-    interface: String,
-    reads_in_place: bool,
-    mark: u32,
-}
-
-/// What programs are loaded with.
-struct Wanted<'a> {
-    interface: &'a str,
-    /// Flows that there is room for.
-    flows: u32,
+fn load_object(
+    object: &[u8],
+    kernel: &Fitted,
+    interface: &str,
     inputs: FixedInputs,
     mark: u32,
-    /// Pinned maps, by their names, that are not to be made anew.
-    maps: Vec<(&'static str, PathBuf)>,
+) -> Result<Ebpf, GuardError> {
+    let mut object = object.to_vec();
+    let layout = Value(kernel.layout);
+    let inputs = Value(inputs);
+    let constants = [
+        ("SKB", bytes_of(&layout)),
+        ("TICK_NS", bytes_of(&kernel.tick_ns)),
+        ("FIXED", bytes_of(&inputs)),
+        ("MARK", bytes_of(&mark)),
+    ];
+    for (name, bytes) in constants {
+        constants::write(&mut object, name, bytes).map_err(|source| GuardError::System {
+            action: "fit the programs to this kernel",
+            interface: interface.to_owned(),
+            source,
+        })?;
+    }
+    let loaded = loader().load(&object);
+    let mut ebpf = loaded.map_err(|source| {
+        if is_permission(&source) {
+            GuardError::NotPermitted
+        } else {
+            GuardError::Load {
+                interface: interface.to_owned(),
+                source: Box::new(source),
+            }
+        }
+    })?;
+    for direction in Direction::ALL {
+        program(&mut ebpf, direction, interface)?
+            .load()
+            .map_err(|error| GuardError::of_program(program_name(direction), interface, error))?;
+    }
+    Ok(ebpf)
+}
+
+/// The program of one direction.
+pub fn program<'a>(
+    ebpf: &'a mut Ebpf,
+    direction: Direction,
+    interface: &str,
+) -> Result<&'a mut SchedClassifier, GuardError> {
+    let name = program_name(direction);
+    let missing = |source| GuardError::Program {
+        program: name,
+        interface: interface.to_owned(),
+        source: Box::new(source),
+    };
+    match ebpf.program_mut(name) {
+        Some(program) => program.try_into().map_err(missing),
+        None => Err(missing(ProgramError::NotLoaded)),
+    }
+}
+
+/// Programs of one's own with the maps of one guard in their first place, attached to nothing: for tests
+/// and benches.
+pub struct Programs {
+    ebpf: Ebpf,
+    shared: Shared,
+    own: OwnMaps,
+    interface: String,
+    reads_in_place: bool,
 }
 
 impl Programs {
@@ -95,71 +143,38 @@ impl Programs {
     /// As [`Programs::load`], with clock and chance as `inputs` fixes them: for tests that compute
     /// the same verdicts again. Never for a guard.
     pub fn load_with(interface: &str, mode: Mode, inputs: FixedInputs) -> Result<Self, GuardError> {
-        let mark = random_mark().map_err(|source| GuardError::System {
+        let mark = secret().map_err(|source| GuardError::System {
             action: "read random numbers",
             interface: interface.to_owned(),
             source,
         })?;
-        let flows = match mode {
-            Mode::Conntrack => FLOWS,
-            _ => 1,
-        };
-        Self::load_as(&Wanted {
-            interface,
-            flows,
-            inputs,
-            mark,
-            maps: Vec::new(),
-        })
+        let loaded = load(interface, inputs, mark)?;
+        Self::of(loaded, interface, mode == Mode::Conntrack)
     }
 
-    /// Programs that judge by the maps of the guard of `pins`, and count in them where that is `Continued`.
-    pub(crate) fn load_over(
-        interface: &str,
-        pins: &Pins,
-        counting: Counting,
-    ) -> Result<Self, GuardError> {
-        let counted = match counting {
-            Counting::Continued => &ACCOUNTS[..],
-            Counting::Afresh => &[],
+    fn of(loaded: Loaded, interface: &str, with_flows: bool) -> Result<Self, GuardError> {
+        let Loaded {
+            ebpf,
+            reads_in_place,
+        } = loaded;
+        let made = || {
+            let shared = Shared::of(&ebpf)?;
+            let own = OwnMaps::create(with_flows)?;
+            own.put(&shared, 0)?;
+            Ok((shared, own))
         };
-        let mut maps = Vec::new();
-        for name in JUDGED.iter().chain(counted) {
-            let path = pins.path(name);
-            if !is_pin(&path)? {
-                let missing = io::ErrorKind::NotFound.into();
-                return Err(failed("open", &path)(missing));
-            }
-            maps.push((*name, path));
-        }
-        Self::load_as(&Wanted {
-            interface,
-            flows: room_for_flows(interface, pins)?,
-            inputs: FixedInputs::NONE,
-            mark: pins.mark()?,
-            maps,
-        })
-    }
-
-    fn load_as(wanted: &Wanted<'_>) -> Result<Self, GuardError> {
-        Hook::of_this_kernel()?;
-        let kernel = Fitted::to_this_kernel().map_err(|source| GuardError::System {
-            action: "find the fields of struct sk_buff and skb_shared_info in /sys/kernel/btf/vmlinux",
-            interface: wanted.interface.to_owned(),
+        let (shared, own) = made().map_err(|source| GuardError::System {
+            action: "make the maps",
+            interface: interface.to_owned(),
             source,
         })?;
-        let load = |object| Self::load_object(object, kernel, wanted);
-        match &kernel.object {
-            // A kernel that does not take it (without a just-in-time compiler, for one) says more
-            // of the object as it was compiled.
-            Some(object) => load(object)
-                .map(|programs| Self {
-                    reads_in_place: true,
-                    ..programs
-                })
-                .or_else(|_| load(OBJECT)),
-            None => load(OBJECT),
-        }
+        Ok(Self {
+            ebpf,
+            shared,
+            own,
+            interface: interface.to_owned(),
+            reads_in_place,
+        })
     }
 
     /// A number that is another for another build of the programs.
@@ -173,86 +188,24 @@ impl Programs {
         })
     }
 
-    /// By what the guard knows its own answers.
-    pub(crate) fn mark(&self) -> u32 {
-        self.mark
-    }
-
     /// Whether the kernel has taken the programs with their reads of its structures in place of calls.
     pub fn reads_in_place(&self) -> bool {
         self.reads_in_place
     }
 
-    fn load_object(
-        object: &[u8],
-        kernel: &Fitted,
-        wanted: &Wanted<'_>,
-    ) -> Result<Self, GuardError> {
-        let (interface, flows) = (wanted.interface, wanted.flows);
-        let mut object = object.to_vec();
-        let layout = Value(kernel.layout);
-        let inputs = Value(wanted.inputs);
-        // A power of two.
-        let mask = flows.saturating_sub(1);
-        let constants = [
-            ("SKB", bytes_of(&layout)),
-            ("TICK_NS", bytes_of(&kernel.tick_ns)),
-            ("FIXED", bytes_of(&inputs)),
-            ("MARK", bytes_of(&wanted.mark)),
-            ("FLOW_MASK", bytes_of(&mask)),
-        ];
-        for (name, bytes) in constants {
-            constants::write(&mut object, name, bytes).map_err(|source| GuardError::System {
-                action: "fit the programs to this kernel",
-                interface: interface.to_owned(),
-                source,
-            })?;
-        }
-        let (mut own, mut shared);
-        let loader = if wanted.maps.is_empty() {
-            shared = loader();
-            &mut *shared
-        } else {
-            // Once told of a pin, a loader keeps to it.
-            own = new_loader();
-            &mut own
-        };
-        loader
-            .map_max_entries("FLOWS", flows)
-            .map_max_entries("FLOW_PLACES", flows);
-        for (name, path) in &wanted.maps {
-            loader.map_pin_path(name, path.clone());
-        }
-        let loaded = loader.load(&object);
-        let ebpf = loaded.map_err(|source| {
-            if is_permission(&source) {
-                GuardError::NotPermitted
-            } else {
-                GuardError::Load {
-                    interface: interface.to_owned(),
-                    source: Box::new(source),
-                }
-            }
-        })?;
-        let mut programs = Self {
-            ebpf,
-            interface: interface.to_owned(),
-            reads_in_place: false,
-            mark: wanted.mark,
-        };
-        for direction in Direction::ALL {
-            let program = programs.program(direction)?;
-            program.load().map_err(|error| {
-                GuardError::of_program(program_name(direction), interface, error)
-            })?;
-        }
-        Ok(programs)
+    /// The tables, and the guard's own maps.
+    pub(crate) fn maps(&self) -> (&Shared, &OwnMaps) {
+        (&self.shared, &self.own)
     }
 
-    /// Other programs that read socket buffers as the guard's do, of a bench: nothing of them is
-    /// verified yet.
+    /// Other programs that read socket buffers, and look for guards, as the guards' do, of a bench: nothing
+    /// of them is verified yet. `constants` and the `sizes` of maps are theirs.
     #[doc(hidden)]
-    pub fn fitted(object: &[u8]) -> Result<Ebpf, GuardError> {
+    pub fn fitted(
+        object: &[u8],
+        constants: &[(&str, u32)],
+        sizes: &[(&str, u32)],
+    ) -> Result<Self, GuardError> {
         let failed = |source| GuardError::System {
             action: "fit programs to this kernel's types",
             interface: "bench".to_owned(),
@@ -262,38 +215,52 @@ impl Programs {
         let (layout, tick_ns) = (Value(kernel.layout), kernel.tick_ns);
         let types = std::fs::read("/sys/kernel/btf/vmlinux").map_err(failed)?;
         let in_place = Btf::parse(&types).and_then(|types| read_in_place(object, &types));
-        EbpfLoader::new()
+        let mut loader = EbpfLoader::new();
+        loader
             .btf(None)
             .map_max_entries(diagnostics::RING, DIAGNOSTICS_BYTES)
             .override_global("SKB", &layout, true)
-            .override_global("TICK_NS", &tick_ns, true)
+            .override_global("TICK_NS", &tick_ns, true);
+        for (name, constant) in constants {
+            loader.override_global(name, constant, true);
+        }
+        for (name, size) in sizes {
+            loader.map_max_entries(name, *size);
+        }
+        let ebpf = loader
             .load(in_place.as_deref().unwrap_or(object))
             .map_err(|source| GuardError::Load {
                 interface: "bench".to_owned(),
                 source: Box::new(source),
-            })
+            })?;
+        let loaded = Loaded {
+            ebpf,
+            reads_in_place: in_place.is_some(),
+        };
+        Self::of(loaded, "bench", true)
     }
 
     /// The program of one direction.
     pub fn program(&mut self, direction: Direction) -> Result<&mut SchedClassifier, GuardError> {
-        let name = program_name(direction);
-        let missing = |source| GuardError::Program {
-            program: name,
-            interface: self.interface.clone(),
-            source: Box::new(source),
-        };
-        match self.ebpf.program_mut(name) {
-            Some(program) => program.try_into().map_err(missing),
-            None => Err(missing(ProgramError::NotLoaded)),
-        }
+        program(&mut self.ebpf, direction, &self.interface)
     }
 
-    /// The events of programs that are not pinned. Taken once.
+    /// The object, with other programs and maps.
+    #[doc(hidden)]
+    pub fn object(&self) -> &Ebpf {
+        &self.ebpf
+    }
+
+    /// Likewise, to be loaded.
+    #[doc(hidden)]
+    pub fn object_mut(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// The events. Two streams would each see a part: keep one.
     pub fn take_events(&mut self) -> Result<EventStream, GuardError> {
-        let map = self.ebpf.take_map("EVENTS").ok_or(MapError::InvalidName {
-            name: "EVENTS".into(),
-        });
-        map.and_then(EventStream::of)
+        let ring = self.own.data(own::EVENTS);
+        ring.and_then(|data| EventStream::of(Map::RingBuf(data)))
             .map_err(|source| map_error(&self.interface, "open", "EVENTS", source))
     }
 
@@ -311,6 +278,9 @@ impl Programs {
     /// The table of flows: when the guest last sent on each, in nanoseconds.
     pub fn flows(&mut self) -> Result<Vec<(Flow, u64)>, GuardError> {
         let failed = |source| map_error("tests", "read", "FLOWS", source);
+        if !self.own.with_flows() {
+            return Ok(Vec::new());
+        }
         let flows = self.flow_table().map_err(failed)?;
         flows
             .iter()
@@ -318,61 +288,30 @@ impl Programs {
             .collect()
     }
 
-    /// What the guest sent on outside of conntrack mode, by place.
-    pub fn sent_flows(&mut self) -> Result<Vec<SentFlow>, GuardError> {
-        self.sent_table()
-            .and_then(|table| table.get(&0, 0))
-            .map(|Value(sent)| sent.to_vec())
-            .map_err(|source| map_error("tests", "read", SENT, source))
+    fn flow_table(&self) -> Result<FlowMap, MapError> {
+        let flows = self.own.data(own::FLOW_TABLE)?;
+        FlowMap::try_from(Map::HashMap(flows))
     }
 
-    /// Writes what [`Programs::sent_flows`] reads.
-    pub fn set_sent_flows(&mut self, sent: SentFlows) -> Result<(), GuardError> {
-        self.sent_table()
-            .and_then(|mut table| table.set(0, Value(sent), 0))
-            .map_err(|source| map_error("tests", "write", SENT, source))
+    /// What the programs write for the guard.
+    pub fn live(&mut self) -> Result<Live, GuardError> {
+        self.live_map()
+            .and_then(|live| live.get(&0, 0))
+            .map(|Value(live)| live)
+            .map_err(|source| map_error("tests", "read", "LIVE", source))
     }
 
-    fn sent_table(&mut self) -> Result<Array<&mut MapData, Value<SentFlows>>, MapError> {
-        let found = self
-            .ebpf
-            .map_mut(SENT)
-            .ok_or(MapError::InvalidName { name: SENT.into() });
-        found.and_then(Array::try_from)
+    /// Changes it: for tests in which no program runs meanwhile.
+    pub fn edit_live(&mut self, edit: impl FnOnce(&mut Live)) -> Result<(), GuardError> {
+        let mut live = self.live()?;
+        edit(&mut live);
+        self.live_map()
+            .and_then(|mut map| map.set(0, Value(live), 0))
+            .map_err(|source| map_error("tests", "write", "LIVE", source))
     }
 
-    fn flow_table(&mut self) -> Result<FlowMap<&mut MapData>, MapError> {
-        let map = self.ebpf.map_mut("FLOWS").ok_or(MapError::InvalidName {
-            name: "FLOWS".into(),
-        });
-        map.and_then(FlowMap::try_from)
-    }
-
-    /// Writes word `index` of `map`, which is METERS.
-    pub fn set_word(&mut self, map: &'static str, index: u32, word: u64) -> Result<(), GuardError> {
-        self.words(map)
-            .and_then(|mut words| words.set(index, word, 0))
-            .map_err(|source| map_error("tests", "write", map, source))
-    }
-
-    /// Word `index` of `map`, which is METERS.
-    pub fn word(&mut self, map: &'static str, index: u32) -> Result<u64, GuardError> {
-        self.words(map)
-            .and_then(|words| words.get(&index, 0))
-            .map_err(|source| map_error("tests", "read", map, source))
-    }
-
-    fn words(&mut self, map: &'static str) -> Result<Array<&mut MapData, u64>, MapError> {
-        let found = self
-            .ebpf
-            .map_mut(map)
-            .ok_or(MapError::InvalidName { name: map.into() });
-        found.and_then(Array::try_from)
-    }
-
-    /// The maps, by name.
-    pub(crate) fn ebpf(&mut self) -> &mut Ebpf {
-        &mut self.ebpf
+    fn live_map(&self) -> Result<Array<MapData, Value<Live>>, MapError> {
+        Array::try_from(Map::Array(self.own.data(own::LIVE)?))
     }
 }
 
@@ -383,7 +322,7 @@ pub fn bytes_of<T: aya::Pod>(value: &T) -> &[u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-/// The loader of all new guards' objects: to make one, aya reads all of the kernel's types, which takes
+/// The loader of all guards' objects: to make one, aya reads all of the kernel's types, which takes
 /// 17 ms and 16 MiB. The programs are built against no kernel's types and need none of them.
 fn loader() -> MutexGuard<'static, EbpfLoader<'static>> {
     static LOADER: OnceLock<Mutex<EbpfLoader<'static>>> = OnceLock::new();
@@ -400,12 +339,13 @@ fn new_loader() -> EbpfLoader<'static> {
     loader
 }
 
-/// What marks one guard's own answers: nobody else can know it. Not 0, which marks nothing.
-fn random_mark() -> io::Result<u32> {
+/// A number that nobody else can know, and not 0: what marks the guards' own answers, or tells a guard from
+/// others in its place.
+pub fn secret() -> io::Result<u32> {
     let mut random = Random::open()?;
-    let mark = random.word() as u32 | 1;
+    let secret = random.word() as u32 | 1;
     random.finish()?;
-    Ok(mark)
+    Ok(secret)
 }
 
 /// What is found once of the running kernel, whose types do not change.

@@ -5,7 +5,6 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use aya::maps::MapData;
 use nix::time::{ClockId, clock_gettime};
 use omerta_verdict::{
     Bucket, Direction, MemoryGuard, Meter, Mode, Outcome, Policy, egress, is_answer_for_guest,
@@ -41,7 +40,7 @@ pub enum Basis {
 
 /// Judges as the guard of one interface does, from outside.
 pub struct Observer {
-    store: PolicyStore<MapData>,
+    store: PolicyStore,
     state_pin: PathBuf,
     /// Of the pin: another guard has another.
     state_inode: u64,

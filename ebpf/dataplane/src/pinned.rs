@@ -1,9 +1,10 @@
 //! What is pinned for this network namespace, and where it is in force.
 
+use crate::bpffs::namespace_directory;
 use crate::lock::Lock;
 use crate::pins::{self, Pins};
 use crate::standing::{Look, look};
-use crate::{Guard, GuardError, Owner, Standing, interface};
+use crate::{Guard, GuardError, Owner, Standing, interface, shared};
 
 /// What is pinned for one interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +26,7 @@ impl Guard {
             // What a process left that died goes with the lock.
             drop(Lock::try_of(&name)?);
         }
+        shared::sweep(&namespace_directory()?)?;
         let mut found = Vec::new();
         for (_, pins) in Pins::aside()? {
             // Who is at work on it has not done yet.

@@ -21,6 +21,7 @@ use crate::living;
 use crate::lock::Lock;
 use crate::notes;
 use crate::redirect::LINK_PIN;
+use crate::shared::{self, is_programs};
 use crate::standing::{Standing, look};
 
 /// The pins of a guard besides its maps'.
@@ -31,10 +32,10 @@ const OTHER_PINS: [&str; 14] = [
     "link_egress",
     "link_ingress",
     "link_redirect",
-    notes::MARK,
     notes::NAMESPACE,
     notes::OWNER,
     notes::PEERS,
+    notes::PLACE,
     "program_egress",
     "program_ingress",
     "program_redirect",
@@ -90,6 +91,7 @@ impl Pins {
         Ok(directories()?
             .into_iter()
             .filter(|(name, _)| !name.contains(ASIDE) && !name.contains(LOCK))
+            .filter(|(name, _)| !is_programs(name))
             .map(|(name, pins)| (decode(&name), pins))
             .collect())
     }
@@ -108,6 +110,17 @@ impl Pins {
             .into_iter()
             .filter_map(|(name, _)| Some(decode(name.split_once(LOCK)?.0)))
             .collect())
+    }
+
+    /// The name of the interface whose guard has `place` among the programs in `programs`.
+    pub fn at_place(programs: &Path, place: u32) -> Option<String> {
+        let mut all = directories_in(programs.parent()?).ok()?.into_iter();
+        let is_there = |pins: &Self| {
+            let seats = [pins.next_seat(), pins.seat()].into_iter();
+            let mut seats = seats.filter_map(|seat| seat.ok().flatten());
+            seats.any(|seat| seat.place == place && seat.directory(pins.namespace()) == programs)
+        };
+        all.find_map(|(_, pins)| is_there(&pins).then(|| pins.made_for()))
     }
 
     /// The name of the interface that these pins were made for.
@@ -129,6 +142,11 @@ impl Pins {
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
+    }
+
+    /// The directory of the network namespace that these pins are in.
+    pub fn namespace(&self) -> &Path {
+        self.directory.parent().unwrap_or(&self.directory)
     }
 
     pub fn exist(&self) -> bool {
@@ -281,20 +299,29 @@ impl Pins {
     }
 
     /// Removes what stands aside; filters and links first, so that no program runs without its
-    /// maps' pins.
+    /// maps' pins, then its place among the programs that judge for many, and the notes of that last.
     pub fn remove_aside(&self) -> Result<(), GuardError> {
         self.remove_filters()?;
         let mut paths = self.entries()?;
-        let rank = |path: &PathBuf| match path.file_name() {
+        let rank = |path: &PathBuf| match path.file_name().unwrap_or_default().as_encoded_bytes() {
             // What redirects goes before what judges.
-            Some(name) if name == LINK_PIN => 0,
-            Some(name) if name.as_encoded_bytes().starts_with(b"link_") => 1,
+            name if name == LINK_PIN.as_bytes() => 0,
+            name if name.starts_with(b"link_") => 1,
+            name if name.ends_with(notes::PLACE.as_bytes()) => 3,
             _ => 2,
         };
         paths.sort_by_key(rank);
-        for path in paths {
-            fs::remove_file(&path).map_err(failed("remove", &path))?;
+        let (links, others) = paths.split_at(paths.partition_point(|path| rank(path) < 2));
+        let remove = |paths: &[PathBuf]| {
+            paths
+                .iter()
+                .try_for_each(|path| fs::remove_file(path).map_err(failed("remove", path)))
+        };
+        remove(links)?;
+        for seat in [self.next_seat()?, self.seat()?].into_iter().flatten() {
+            seat.leave(self.namespace())?;
         }
+        remove(others)?;
         fs::remove_dir(&self.directory).map_err(failed("remove", &self.directory))
     }
 
@@ -372,7 +399,7 @@ pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
             continue;
         }
         for (name, pins) in directories_in(&namespace)? {
-            if name.contains(LOCK) {
+            if name.contains(LOCK) || is_programs(&name) {
                 continue;
             }
             let Some(_lock) = Lock::try_in(namespace.clone(), &pins.made_for())? else {
@@ -397,6 +424,7 @@ pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
             }
             removed += 1;
         }
+        shared::sweep(&namespace)?;
     }
     Ok(removed)
 }

@@ -58,6 +58,12 @@ impl StateMap {
             .store(until, Ordering::Release);
     }
 
+    /// Fixes what the programs on the interface name the guard by, before they are there.
+    pub fn set_token(&mut self, token: u32) {
+        // SAFETY: the word lies within the mapping, and no program knows of the guard yet.
+        unsafe { (&raw mut (*self.state.as_ptr()).token).write(token) };
+    }
+
     /// The number of the slot in force.
     pub fn number(&self) -> u32 {
         (self.generation() & 1) as u32

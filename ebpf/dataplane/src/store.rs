@@ -5,31 +5,31 @@
 //! word: a program sees the old policy or the new one. A process killed before that last write has
 //! changed nothing.
 
-use std::borrow::{Borrow, BorrowMut};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
-use aya::Ebpf;
-use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError};
+use aya::maps::{IterableMap, Map, MapError};
 use omerta_verdict::{
-    Address, Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Policy, SENT_FLOWS, SentFlow,
-    Slot, SocketBufferLayout, State, Table,
+    Address, Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Live, Policy, Slot,
+    SocketBufferLayout, State, Table,
 };
 
-use crate::GuardError;
 use crate::bank::{self, Mapped, Spare};
+use crate::bpffs::failed;
 use crate::buckets::{self, Filling};
-use crate::flows::{self, FLOWS, FlowMap};
+use crate::flows::{self, FlowMap};
+use crate::map::Put;
 use crate::object::Programs;
+use crate::own::{self, OwnMaps};
 use crate::pins::Pins;
 use crate::random::Random;
 use crate::rules::{self, MAX_ENDPOINTS};
+use crate::shared::Table as SharedTable;
 use crate::state::StateMap;
 use crate::upgrade::require_policy;
+use crate::{GuardError, link, map};
 
-/// The maps that hold policy, by the names that the programs give them.
-const POLICY_MAPS: [&str; 3] = ["STATE", "RULES", "FLOWS"];
 /// A bank that is no longer in force is written again if it is at most this many times longer than
 /// the new allowlist needs: a new one is memory that the kernel has to find and clear first.
 const SPARE: usize = 4;
@@ -56,79 +56,82 @@ unsafe impl aya::Pod for Value<Flow> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<Address> {}
 // SAFETY: as above.
-unsafe impl aya::Pod for Value<[SentFlow; SENT_FLOWS]> {}
-
-/// One bank of the allowlist.
-type BankMap = Array<MapData, Value<Bucket>>;
+unsafe impl aya::Pod for Value<Live> {}
 
 /// Reads and commits the policy of one guard.
-pub struct PolicyStore<M: Borrow<MapData>> {
+pub struct PolicyStore {
     interface: String,
     state: StateMap,
-    rules: ArrayOfMaps<M, BankMap>,
-    /// The same map.
+    /// The table of the banks of all guards.
     banks: OwnedFd,
-    flows: FlowMap<M>,
+    /// The guard's place in it.
+    place: u32,
+    /// Of a guard that can judge in conntrack mode.
+    flows: Option<FlowMap>,
 }
 
-impl PolicyStore<MapData> {
+impl PolicyStore {
     /// The store of a guard whose maps are pinned.
     pub(crate) fn open(interface: &str, pins: &Pins) -> Result<Self, GuardError> {
         require_policy(interface, pins)?;
-        let open = |name: &'static str| {
-            MapData::from_pin(pins.path(name))
-                .and_then(Map::from_map_data)
-                .map_err(|source| map_error(interface, "open", name, source))
-        };
-        let [state, rules, flows] = POLICY_MAPS;
-        let rules = open(rules)?;
-        let banks = descriptor(interface, &rules)?;
-        Self::build(interface, banks, [open(state)?, rules, open(flows)?])
-    }
-}
-
-impl<'a> PolicyStore<&'a mut MapData> {
-    /// The store of programs that are not pinned.
-    pub fn of(programs: &'a mut Programs, interface: &str) -> Result<Self, GuardError> {
-        Self::of_object(programs.ebpf(), interface)
+        let seat = pins.seat()?.ok_or_else(|| GuardError::OtherPolicyLayout {
+            interface: interface.to_owned(),
+        })?;
+        let path = seat.table_path(pins.namespace(), SharedTable::Rules);
+        let banks = link::open(&path).map_err(failed("open", &path))?;
+        Self::build(interface, &OwnMaps::open(pins, false)?, banks, seat.place)
     }
 
-    /// The store of other programs that judge by a guard's maps: of a bench. `interface` is for
-    /// messages only.
-    pub fn of_object(object: &'a mut Ebpf, interface: &str) -> Result<Self, GuardError> {
-        match object.maps_disjoint_mut(POLICY_MAPS) {
-            [Some(state), Some(rules), Some(flows)] => {
-                let banks = descriptor(interface, rules)?;
-                Self::build(interface, banks, [state, rules, flows])
-            }
-            _ => {
-                let missing = MapError::InvalidName {
-                    name: "policy".into(),
-                };
-                Err(map_error(interface, "find", "of policy", missing))
-            }
-        }
+    /// The store of programs that are not pinned. `interface` is for messages only.
+    pub fn of(programs: &Programs, interface: &str) -> Result<Self, GuardError> {
+        let (shared, own) = programs.maps();
+        Self::over(interface, own, shared.table(SharedTable::Rules), 0)
     }
-}
 
-impl<M: Borrow<MapData>> PolicyStore<M> {
-    /// `maps` in the order of [`POLICY_MAPS`].
-    fn build<T>(interface: &str, banks: OwnedFd, maps: [T; 3]) -> Result<Self, GuardError>
-    where
-        Array<M, Value<State>>: TryFrom<T, Error = MapError>,
-        ArrayOfMaps<M, BankMap>: TryFrom<T, Error = MapError>,
-        FlowMap<M>: TryFrom<T, Error = MapError>,
-    {
+    /// The store of a guard's maps, of which `place` is the place among `banks`.
+    pub(crate) fn over(
+        interface: &str,
+        own: &OwnMaps,
+        banks: BorrowedFd<'_>,
+        place: u32,
+    ) -> Result<Self, GuardError> {
+        let banks = banks.try_clone_to_owned();
+        let banks = banks.map_err(|source| GuardError::System {
+            action: "open the allowlist's maps",
+            interface: interface.to_owned(),
+            source,
+        })?;
+        Self::build(interface, own, banks, place)
+    }
+
+    fn build(
+        interface: &str,
+        own: &OwnMaps,
+        banks: OwnedFd,
+        place: u32,
+    ) -> Result<Self, GuardError> {
         let error = |name| move |source| map_error(interface, "open", name, source);
-        let [state, rules, flows] = maps;
-        let state: Array<M, Value<State>> = state.try_into().map_err(error(POLICY_MAPS[0]))?;
+        let state = own.get(own::STATE).map_err(error("STATE"))?;
+        let flows = match own.with_flows() {
+            false => None,
+            true => Some(
+                own.data(own::FLOW_TABLE)
+                    .and_then(|data| FlowMap::try_from(Map::HashMap(data)))
+                    .map_err(error("FLOWS"))?,
+            ),
+        };
         Ok(Self {
             interface: interface.to_owned(),
-            state: map_state(interface, state.map())?,
-            rules: rules.try_into().map_err(error(POLICY_MAPS[1]))?,
+            state: map_state(interface, state)?,
             banks,
-            flows: flows.try_into().map_err(error(POLICY_MAPS[2]))?,
+            place,
+            flows,
         })
+    }
+
+    /// The number of a slot's bank among all guards'.
+    fn bank_of(&self, slot: u32) -> u32 {
+        2 * self.place + slot
     }
 
     fn system(&self, action: &'static str, source: io::Error) -> GuardError {
@@ -192,28 +195,26 @@ impl<M: Borrow<MapData>> PolicyStore<M> {
         let bank = if count <= INLINE_BUCKETS {
             None
         } else {
-            let bank = self.rules.get(&self.state.number(), 0);
-            let bank = bank.map_err(|e| map_error(&self.interface, "open", "RULES", e))?;
-            let mapped = Mapped::of(bank.map().fd().as_fd(), count);
+            let number = self.bank_of(self.state.number());
+            let mapped = map::map_in(self.banks.as_fd(), number).and_then(|bank| {
+                let bank = bank.ok_or(io::ErrorKind::NotFound)?;
+                Mapped::of(bank.as_fd(), count)
+            });
             Some(mapped.map_err(|source| self.system("map the allowlist", source))?)
         };
         Ok(Listed { slot, bank })
     }
 
     /// Whether it can judge in conntrack mode.
-    pub(crate) fn has_room_for_flows(&self) -> Result<bool, GuardError> {
-        let flows = self.flows.map().info();
-        let flows = flows.map_err(|e| map_error(&self.interface, "read", "FLOWS", e))?;
-        Ok(flows.max_entries() >= FLOWS)
+    pub(crate) fn has_room_for_flows(&self) -> bool {
+        self.flows.is_some()
     }
 
     /// The interface's name.
     pub(crate) fn interface(&self) -> &str {
         &self.interface
     }
-}
 
-impl<M: BorrowMut<MapData>> PolicyStore<M> {
     /// Puts `policy` with the allowlist `endpoints` in force, all or nothing. Its epoch and table
     /// parameters are filled in. Returns the new epoch. Callers hold the guard's lock.
     pub fn commit(&mut self, policy: Policy, endpoints: &[Endpoint]) -> Result<u64, GuardError> {
@@ -262,7 +263,12 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
                     fresh: Some(fresh), ..
                 }) = bank
                 {
-                    bank::put(&self.banks, self.state.next_number(), fresh).map_err(|source| {
+                    let put = Put {
+                        table: self.banks.as_fd(),
+                        number: self.bank_of(self.state.next_number()),
+                        map: fresh.as_fd(),
+                    };
+                    map::put(&[put]).map_err(|source| {
                         self.system("put the allowlist's map in its place", source)
                     })?;
                 }
@@ -300,20 +306,23 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
             let interface = interface.clone();
             move |source| map_error(&interface, action, "FLOWS", source)
         };
-        if !self.has_room_for_flows()? {
-            return Ok(());
-        }
         let listed = self.listed()?;
+        let Some(table) = &mut self.flows else {
+            return Ok(());
+        };
         if next.addresses == listed.policy().addresses && endpoints.all(|e| listed.holds(&e)) {
             return Ok(());
         }
-        let flows =
-            flows::all(self.flows.map()).map_err(|source| self.system("read the flows", source))?;
+        let flows = flows::all(table.map()).map_err(|source| GuardError::System {
+            action: "read the flows",
+            interface: interface.clone(),
+            source,
+        })?;
         for flow in flows {
             let allowed = listed.policy().owns(flow.guest)
                 && flow.endpoint().is_some_and(|e| listed.holds(&e));
             if !allowed {
-                flows::remove(&mut self.flows, flow).map_err(failed("write"))?;
+                flows::remove(table, flow).map_err(failed("write"))?;
             }
         }
         Ok(())
@@ -322,25 +331,30 @@ impl<M: BorrowMut<MapData>> PolicyStore<M> {
     /// The bank of the slot that is not in force, of `count` buckets, to be filled: the one in place, or
     /// where that is too short or much too long, a new one.
     fn spare(&self, count: usize) -> Result<Bank, GuardError> {
-        let map = |bank: BorrowedFd<'_>, is_empty| {
+        let spare = |bank: BorrowedFd<'_>, is_empty| {
             Spare::of(bank, count, is_empty)
                 .map_err(|source| self.system("map the allowlist's map", source))
         };
-        match self.rules.get(&self.state.next_number(), 0) {
-            Ok(bank) if (count..=SPARE * count).contains(&(bank.len() as usize)) => {
-                let buckets = map(bank.map().fd().as_fd(), false)?;
+        let number = self.bank_of(self.state.next_number());
+        let found = map::map_in(self.banks.as_fd(), number)
+            .and_then(|bank| {
+                bank.map(|bank| Ok((map::entries(bank.as_fd())? as usize, bank)))
+                    .transpose()
+            })
+            .map_err(|source| self.system("open the allowlist's map", source))?;
+        match found {
+            Some((length, bank)) if (count..=SPARE * count).contains(&length) => {
                 return Ok(Bank {
-                    buckets,
+                    buckets: spare(bank.as_fd(), false)?,
                     fresh: None,
                 });
             }
-            Ok(_) | Err(MapError::KeyNotFound) => {}
-            Err(source) => return Err(map_error(&self.interface, "open", "RULES", source)),
+            _ => {}
         }
         let fresh = bank::create(count)
             .map_err(|source| self.system("make the allowlist's map", source))?;
         Ok(Bank {
-            buckets: map(fresh.as_fd(), true)?,
+            buckets: spare(fresh.as_fd(), true)?,
             fresh: Some(fresh),
         })
     }
@@ -380,30 +394,17 @@ struct Bank {
     fresh: Option<OwnedFd>,
 }
 
-/// A descriptor of the map of the banks.
-fn descriptor(interface: &str, rules: &Map) -> Result<OwnedFd, GuardError> {
-    let failed = |source| GuardError::System {
-        action: "open the allowlist's maps",
-        interface: interface.to_owned(),
-        source,
-    };
-    match rules {
-        Map::ArrayOfMaps(data) => data.fd().as_fd().try_clone_to_owned().map_err(failed),
-        _ => Err(failed(io::Error::other("RULES is of another kind"))),
-    }
-}
-
 /// The state of the guard of `pins`.
 pub(crate) fn state_of(interface: &str, pins: &Pins) -> Result<StateMap, GuardError> {
     require_policy(interface, pins)?;
-    let map = MapData::from_pin(pins.path(POLICY_MAPS[0]))
-        .map_err(|source| map_error(interface, "open", POLICY_MAPS[0], source))?;
-    map_state(interface, &map)
+    let path = pins.path(own::STATE.shape.name);
+    let map = link::open(&path).map_err(failed("open", &path))?;
+    map_state(interface, map.as_fd())
 }
 
 /// Maps the guard's `STATE`.
-fn map_state(interface: &str, map: &MapData) -> Result<StateMap, GuardError> {
-    StateMap::of(map.fd()).map_err(|source| GuardError::System {
+pub(crate) fn map_state(interface: &str, map: BorrowedFd<'_>) -> Result<StateMap, GuardError> {
+    StateMap::of(map).map_err(|source| GuardError::System {
         action: "map the guard's state",
         interface: interface.to_owned(),
         source,

@@ -1,9 +1,9 @@
 //! Other programs for a guard, while it judges.
 //!
-//! The new programs are loaded over the guard's own maps, so they judge by the same policy, flows and
-//! rates, and count on in the same counters. Then each takes the place of the old one in its link
-//! (`BPF_LINK_UPDATE`) or filter (the same preference and handle), in one step of the kernel: every frame is judged by one of
-//! the two, none by neither.
+//! The guard's own maps get a place among the new programs, too, so these judge by the same policy, flows
+//! and rates, and count on in the same counters. Then programs that lead there take the place of the old ones in
+//! the guard's links (`BPF_LINK_UPDATE`) or filters (the same preference and handle), each in one step of the
+//! kernel: every frame is judged by the old programs or the new, none by neither.
 //!
 //! Until that is done the new programs are pinned beside the old ones, as `next_...`: a guard both of
 //! whose links run either is whole. A process that dies meanwhile leaves such pins; the next command
@@ -16,16 +16,18 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
-use aya::maps::{Array, Map, MapData};
 use omerta_verdict::Direction;
 
+use crate::attach::{entries, pin_at};
 use crate::bpf::bpf;
 use crate::bpffs::failed;
 use crate::layout::Layout;
+use crate::map::{self, Put};
 use crate::notes;
-use crate::object::{ACCOUNTS, Programs, SENT, SENT_PIN, SentFlows};
+use crate::object::Programs;
+use crate::own::{self, OwnMaps};
 use crate::pins::{Pins, is_pin};
-use crate::store::{Value, map_error};
+use crate::shared::{JUDGES, Shared, Table};
 use crate::{Guard, GuardError, clsact, link, redirect};
 
 const BPF_LINK_UPDATE: libc::c_int = 29;
@@ -68,8 +70,7 @@ impl Guard {
             true => Counting::Continued,
             false => Counting::Afresh,
         };
-        let programs = Programs::load_over(self.interface(), &self.pins, counting)?;
-        let prepared = prepare(self.interface(), &self.pins, programs, counting);
+        let prepared = prepare(self.interface(), self.ifindex(), &self.pins, counting);
         if let Err(error) = prepared {
             // The error to report is the first; what stays is removed by the next command.
             let _ = forget_next(&self.pins);
@@ -138,67 +139,60 @@ pub fn finish(interface: &str, pins: &Pins) -> Result<(), GuardError> {
 
 /// Whether an upgrade of the guard was interrupted, or is under way.
 pub fn is_interrupted(pins: &Pins) -> Result<bool, GuardError> {
-    is_pin(&pins.next(&pins.program_path(Direction::Egress)))
+    Ok(is_pin(&pins.next(&pins.program_path(Direction::Egress)))? || pins.next_seat()?.is_some())
 }
 
-/// Pins all that is to take the place of what is there: the egress program first, the note of its build
-/// last.
+/// Pins all that is to take the place of what is there: the note of the new place first, the note of the
+/// build last.
 fn prepare(
     interface: &str,
+    ifindex: u32,
     pins: &Pins,
-    mut programs: Programs,
     counting: Counting,
 ) -> Result<(), GuardError> {
-    for direction in Direction::ALL {
-        let path = pins.next(&pins.program_path(direction));
-        programs
-            .program(direction)?
-            .pin(&path)
-            .map_err(|error| failed("pin", &path)(io::Error::other(error)))?;
+    let old = pins.seat()?.ok_or_else(|| GuardError::OtherPolicyLayout {
+        interface: interface.to_owned(),
+    })?;
+    let (namespace, owner) = (pins.namespace(), pins.owner()?);
+    let note = pins.next(&pins.path(notes::PLACE));
+    // The token is in the guard's state, which is the same.
+    let (shared, seat) = Shared::seat(
+        namespace,
+        interface,
+        owner.as_ref(),
+        ifindex,
+        old.token,
+        &note,
+    )?;
+    entries(pins, interface, &shared, &seat, |path| pins.next(&path))?;
+    pin_at(&pins.next(&pins.path(JUDGES)), shared.judges())?;
+    let own = OwnMaps::open(pins, counting == Counting::Afresh)?;
+    if counting == Counting::Afresh {
+        own.pin_next_accounts(pins)?;
     }
-    let accounts = match counting {
-        Counting::Continued => &[][..],
-        Counting::Afresh => &ACCOUNTS,
-    };
-    for (name, map) in programs.ebpf().maps() {
-        let pin = match name {
-            SENT => SENT_PIN,
-            name if accounts.contains(&name) => name,
-            _ => continue,
-        };
-        if pin == SENT_PIN {
-            copy_sent(interface, pins, map)?;
+    let before = old.shared(pins.namespace())?;
+    let moved = || {
+        for slot in [0, 1] {
+            let bank = map::map_in(before.table(Table::Rules), 2 * old.place + slot)?;
+            if let Some(bank) = bank {
+                map::put(&[Put {
+                    table: shared.table(Table::Rules),
+                    number: 2 * seat.place + slot,
+                    map: bank.as_fd(),
+                }])?;
+            }
         }
-        let path = pins.next(&pins.path(pin));
-        map.pin(&path)
-            .map_err(|error| failed("pin", &path)(io::Error::other(error)))?;
-    }
+        own.put(&shared, seat.place)
+    };
+    moved().map_err(|source| GuardError::System {
+        action: "put the maps where the new programs find them",
+        interface: interface.to_owned(),
+        source,
+    })?;
     redirect::prepare_next(interface, pins, counting)?;
     pins.keep_identity()?;
     pins.set_next_note(notes::LAYOUT, &Layout::of_this_build().to_string())?;
     pins.set_next_note(notes::PROGRAMS, &build_note())
-}
-
-/// What the guest has sent on so far, outside of conntrack mode, for the errors that quote it. What it
-/// sends on for the first time from here until the programs change places, it must send on once more.
-fn copy_sent(interface: &str, pins: &Pins, new: &Map) -> Result<(), GuardError> {
-    let failed = |action| move |source| map_error(interface, action, SENT_PIN, source);
-    let old: Array<MapData, Value<SentFlows>> = MapData::from_pin(pins.path(SENT_PIN))
-        .and_then(|data| Map::Array(data).try_into())
-        .map_err(failed("open"))?;
-    let sent = old.get(&0, 0).map_err(failed("read"))?;
-    let Map::Array(data) = new else {
-        return Err(failed("open")(aya::maps::MapError::InvalidMapType {
-            map_type: 0,
-        }));
-    };
-    let new = data.fd().as_fd().try_clone_to_owned();
-    let mut new: Array<MapData, Value<SentFlows>> = new
-        .map_err(aya::maps::MapError::IoError)
-        .and_then(MapData::from_fd)
-        .and_then(|data| Map::Array(data).try_into())
-        .map_err(failed("open"))?;
-    new.set(0, sent, 0).map_err(failed("write"))
 }
 
 /// Has the next programs judge, then puts their pins in the places of the old ones.
@@ -211,6 +205,7 @@ fn put_next_in_force(interface: &str, pins: &Pins) -> Result<(), GuardError> {
         }
     }
     redirect::put_next_in_force(interface, pins)?;
+    leave_old_place(interface, pins)?;
     let [first, last] = [Direction::Egress, Direction::Ingress]
         .map(|direction| pins.next(&pins.program_path(direction)));
     let note = pins.next(&pins.path(notes::PROGRAMS));
@@ -230,14 +225,41 @@ fn put_next_in_force(interface: &str, pins: &Pins) -> Result<(), GuardError> {
     Ok(())
 }
 
+/// Gives the place among the old programs up, which judge nothing any more.
+fn leave_old_place(interface: &str, pins: &Pins) -> Result<(), GuardError> {
+    let (Some(old), Some(next)) = (pins.seat()?, pins.next_seat()?) else {
+        return Ok(());
+    };
+    if old == next {
+        return Ok(());
+    }
+    // A frame that the old programs began to judge is judged to its end: this waits for it.
+    let shared = next.shared(pins.namespace())?;
+    let own = OwnMaps::open(pins, false)?;
+    own.get(own::STATE)
+        .map_err(io::Error::other)
+        .and_then(|state| map::set(shared.table(Table::States), next.place, state))
+        .map_err(|source| GuardError::System {
+            action: "wait for the old programs of",
+            interface: interface.to_owned(),
+            source,
+        })?;
+    old.leave(pins.namespace())
+}
+
 /// Removes what was prepared, in the other order.
 fn forget_next(pins: &Pins) -> Result<(), GuardError> {
+    if let Some(next) = pins.next_seat()? {
+        next.leave(pins.namespace())?;
+    }
+    let place = pins.next(&pins.path(notes::PLACE));
     let first = pins.next(&pins.program_path(Direction::Egress));
     let note = pins.next(&pins.path(notes::PROGRAMS));
     let mut paths = pins.all_next()?;
     paths.sort_by_key(|path| match path {
         path if *path == note => 0,
         path if *path == first => 2,
+        path if *path == place => 3,
         _ => 1,
     });
     for path in paths {

@@ -2,23 +2,22 @@
 //! endpoint is dropped where it arrives. The program and its maps live as long as the process that
 //! attached them: nothing is pinned, so nothing of a process that died drops anything.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::EbpfLoader;
 use aya::maps::{HashMap, Map, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::{ProgramError, SchedClassifier, Xdp};
 use aya::util::nr_cpus;
-use omerta_verdict::Address;
+use omerta_verdict::{Address, Direction};
 
-use crate::bpf::bpf_open;
+use crate::bpffs::failed;
 use crate::counters::Count;
+use crate::map::{self, Put};
 use crate::store::{PolicyStore, Value, map_error};
-use crate::{Guard, GuardError, Hook, bank, interface, link};
+use crate::{Guard, GuardError, Hook, interface, link, own};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OMERTA_UPLINK"));
-
-const BPF_LINK_CREATE: libc::c_int = 28;
 
 const BY_TCX: &str = "uplink_ingress";
 const BY_XDP: &str = "uplink_xdp";
@@ -180,14 +179,13 @@ impl Uplink {
         let name = guard.interface();
         guard.judging()?;
         let policy = PolicyStore::open(name, &guard.pins)?.policy()?;
-        let state = MapData::from_pin(guard.pins.path("STATE"))
-            .map_err(|source| map_error(name, "open", "STATE", source))?;
+        let path = guard.pins.path(own::STATE.shape.name);
+        let state = link::open(&path).map_err(failed("open", &path))?;
         let system = |source| GuardError::System {
             action: "enter a guard at the uplink",
             interface: name.to_owned(),
             source,
         };
-        let state = state.fd().as_fd().try_clone_to_owned().map_err(system)?;
         let addresses = policy.addresses.into_iter().filter(|a| a.is_v4());
         let mut guests = self.guests();
         let Some(place) = guests.taken.iter().position(Option::is_none) else {
@@ -196,7 +194,12 @@ impl Uplink {
             });
         };
         // Nothing leads there yet.
-        bank::put(&self.states, place as u32, state).map_err(system)?;
+        let put = Put {
+            table: self.states.as_fd(),
+            number: place as u32,
+            map: state.as_fd(),
+        };
+        map::put(&[put]).map_err(system)?;
         self.forget_count(name, place)?;
         guests.taken[place] = Some(name.to_owned());
         let mut entered = AtUplink {
@@ -264,44 +267,21 @@ impl Uplink {
     }
 }
 
-/// `union bpf_attr` of `BPF_LINK_CREATE`, up to what is said here (include/uapi/linux/bpf.h). aya's links do
-/// not tell what became of them.
-#[repr(C)]
-struct LinkRequest {
-    program: u32,
-    ifindex: u32,
-    attach_type: u32,
-    flags: u32,
-    relative: u32,
-    padding: u32,
-    expected_revision: u64,
-}
-
 impl UplinkLink {
     fn make(name: &str, by_xdp: Option<&OwnedFd>, by_tcx: &OwnedFd) -> Result<Self, GuardError> {
         const BPF_XDP: u32 = 37;
         /// `XDP_FLAGS_DRV_MODE`: what the driver does not do itself costs more than it saves.
         const BY_DRIVER: u32 = 1 << 2;
-        const BPF_TCX_INGRESS: u32 = 46;
-        /// `BPF_F_BEFORE` all others.
-        const FIRST: u32 = 1 << 3;
         let ifindex = interface::index(name)?;
-        let make = |program: &OwnedFd, attach_type, flags| {
-            let mut request = LinkRequest {
-                program: program.as_raw_fd() as u32,
-                ifindex,
-                attach_type,
-                flags,
-                relative: 0,
-                padding: 0,
-                expected_revision: 0,
-            };
-            // SAFETY: the kernel reads `request`, which outlives the call.
-            unsafe { bpf_open(BPF_LINK_CREATE, &mut request) }
-        };
-        let (hook, link) = match by_xdp.map(|program| make(program, BPF_XDP, BY_DRIVER)) {
+        let (hook, link) = match by_xdp
+            .map(|program| link::create(program.as_fd(), ifindex, BPF_XDP, BY_DRIVER))
+        {
             Some(Ok(link)) => (UplinkHook::Xdp, Ok(link)),
-            _ => (UplinkHook::Tcx, make(by_tcx, BPF_TCX_INGRESS, FIRST)),
+            _ => (
+                UplinkHook::Tcx,
+                // What arrives at the uplink comes in as what a guest sends does at its tap.
+                link::first(by_tcx.as_fd(), ifindex, Direction::Egress),
+            ),
         };
         let link = link.map_err(|source| GuardError::System {
             action: "drop early",

@@ -9,7 +9,7 @@ use omerta_verdict::{
 
 use crate::accounting::Counters;
 use crate::buffer::PlainBuffer;
-use crate::state::{KernelGuard, StraightGuard};
+use crate::state::{KernelGuard, StraightGuard, place_of};
 
 const NEXT: i32 = -1;
 const SHOT: i32 = 2;
@@ -175,7 +175,7 @@ fn judge_in_part<const LISTS: bool, const NOTES: bool>(context: &TcContext) -> b
     let Some(frame) = PlainBuffer::of(context) else {
         return false;
     };
-    let Some(guard) = KernelGuard::read() else {
+    let Some(guard) = KernelGuard::of_tap(context.skb.skb) else {
         return false;
     };
     let Some(straight) = guard.straight() else {
@@ -228,7 +228,7 @@ pub fn step_flow(context: TcContext) -> i32 {
 /// And the frame is counted, as it comes and as it leaves.
 #[classifier]
 pub fn step_count(context: TcContext) -> i32 {
-    let Some(counters) = Counters::of(Direction::Egress) else {
+    let Some(counters) = Counters::of(place_of(context.skb.skb), Direction::Egress) else {
         return SHOT;
     };
     let length = context.len();

@@ -112,7 +112,7 @@ pub fn keys(_context: TcContext) -> i32 {
 /// Looks them up as the guard's programs do.
 #[classifier]
 pub fn guard(_context: TcContext) -> i32 {
-    let Some(guard) = KernelGuard::read() else {
+    let Some(guard) = KernelGuard::read(0) else {
         return -1;
     };
     let Some(policy) = guard.policy() else {
@@ -127,7 +127,7 @@ pub fn guard(_context: TcContext) -> i32 {
 /// Reads one word of a random bucket of the guard's table: the least that a lookup can cost.
 #[classifier]
 pub fn floor(_context: TcContext) -> i32 {
-    let Some(guard) = KernelGuard::read() else {
+    let Some(guard) = KernelGuard::read(0) else {
         return -1;
     };
     let Some(policy) = guard.policy() else {

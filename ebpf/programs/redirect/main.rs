@@ -13,7 +13,7 @@ use aya_ebpf::{
     maps::PerCpuArray,
     programs::TcContext,
 };
-use omerta_verdict::{DIRECTION_COUNTERS, Direction, OWN_ANSWERS_COUNTER, Outcome};
+use omerta_verdict::{COUNTER_ROWS, DIRECTION_COUNTERS, Direction, OWN_ANSWERS_COUNTER, Outcome};
 
 /// `TCX_NEXT`.
 const NEXT: i32 = -1;
@@ -46,7 +46,8 @@ pub struct Count {
 
 /// The guard's own counters, which it pinned.
 #[map]
-static COUNTERS: PerCpuArray<[Count; DIRECTION_COUNTERS]> = PerCpuArray::with_max_entries(2, 0);
+static COUNTERS: PerCpuArray<[Count; DIRECTION_COUNTERS]> =
+    PerCpuArray::with_max_entries(COUNTER_ROWS as u32, 0);
 
 /// What this program keeps on each CPU.
 #[repr(C)]

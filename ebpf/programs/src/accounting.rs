@@ -1,17 +1,19 @@
 //! Counters and events.
 
 use aya_ebpf::{
+    btf_maps::{self, ArrayOfMaps},
     helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes},
-    macros::map,
-    maps::{PerCpuArray, RingBuf},
+    macros::{btf_map, map},
+    maps::PerCpuArray,
     programs::TcContext,
 };
 use omerta_verdict::{
-    DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Failure, Reason,
+    COUNTER_ROWS, DIRECTION_COUNTERS, Direction, EVENT_FRAME_BYTES, EventRecord, Failure, GUARDS,
+    LOST_ROW, Reason,
 };
 
 use crate::diagnostics::tell;
-use crate::state::may_tell;
+use crate::state::{may_tell, place_of};
 
 #[repr(C)]
 pub struct Count {
@@ -19,17 +21,21 @@ pub struct Count {
     bytes: u64,
 }
 
-/// Per CPU: each direction's counters, by `Outcome::index` and what follows them.
-#[map]
-static COUNTERS: PerCpuArray<[Count; DIRECTION_COUNTERS]> = PerCpuArray::with_max_entries(2, 0);
+/// Per CPU: each direction's counters, by `Outcome::index` and what follows them; then the dropped frames
+/// of which no event tells, by [`Lost`].
+#[btf_map]
+static COUNTERS: ArrayOfMaps<btf_maps::PerCpuArray<RowWords, COUNTER_ROWS>, GUARDS> =
+    ArrayOfMaps::new();
+type Row = [Count; DIRECTION_COUNTERS];
+type RowWords = [u64; size_of::<Row>() / size_of::<u64>()];
 
-/// Dropped frames, newest lost where the reader is too slow.
-#[map]
-static EVENTS: RingBuf = RingBuf::with_byte_size(32 * 1024, 0);
+/// Dropped frames, newest lost where the reader is too slow. Userspace makes rings of any size.
+#[btf_map]
+static EVENTS: ArrayOfMaps<btf_maps::RingBuf<EventRecord, 4096>, GUARDS> = ArrayOfMaps::new();
 
-/// Per CPU: the dropped frames of which no event tells, by [`Lost`].
+/// Per CPU: what came from or for taps whose guards are gone from their places. It is dropped.
 #[map]
-static LOST: PerCpuArray<Count> = PerCpuArray::with_max_entries(2, 0);
+static UNGUARDED: PerCpuArray<Count> = PerCpuArray::with_max_entries(1, 0);
 
 /// Why no event tells of a dropped frame.
 #[derive(Clone, Copy)]
@@ -42,12 +48,14 @@ enum Lost {
 
 /// One direction's counters of this CPU.
 #[derive(Clone, Copy)]
-pub struct Counters(*mut [Count; DIRECTION_COUNTERS]);
+pub struct Counters(*mut Row);
 
 impl Counters {
+    /// Those of the guard in `place`.
     #[inline(always)]
-    pub fn of(direction: Direction) -> Option<Self> {
-        COUNTERS.get_ptr_mut(direction as u32).map(Self)
+    pub fn of(place: u32, direction: Direction) -> Option<Self> {
+        let row = COUNTERS.get_value_ptr_mut(place, &(direction as u32))?;
+        Some(Self(row.cast()))
     }
 
     #[inline(always)]
@@ -74,23 +82,34 @@ fn add(count: *mut Count, length: u32) {
 }
 
 #[inline(always)]
-fn lost(why: Lost, length: u32) {
-    if let Some(count) = LOST.get_ptr_mut(why as u32) {
+fn lost(place: u32, why: Lost, length: u32) {
+    let row = LOST_ROW;
+    if let Some(row) = COUNTERS.get_value_ptr_mut(place, &row) {
+        // SAFETY: a row has more counters than there are causes.
+        add(unsafe { row.cast::<Count>().add(why as usize) }, length);
+    }
+}
+
+/// Counts a frame of a tap whose guard is not in its place.
+#[inline(always)]
+pub fn count_unguarded(length: u32) {
+    if let Some(count) = UNGUARDED.get_ptr_mut(0) {
         add(count, length);
     }
 }
 
 #[inline(always)]
 pub fn report(context: &TcContext, direction: Direction, reason: u8, length: u32) {
+    let place = place_of(context.skb.skb);
     let is_violation =
         matches!(direction, Direction::Egress) && Reason::VIOLATIONS >> (reason & 63) & 1 == 1;
-    if !may_tell(is_violation) {
-        lost(Lost::RateLimited, length);
+    if !may_tell(place, is_violation) {
+        lost(place, Lost::RateLimited, length);
         return;
     }
-    let Some(mut entry) = EVENTS.reserve::<EventRecord>(0) else {
-        lost(Lost::RingFull, length);
-        tell(Failure::EventRing, 0);
+    let Some(mut entry) = EVENTS.get(place).and_then(|ring| ring.reserve(0)) else {
+        lost(place, Lost::RingFull, length);
+        tell(place, Failure::EventRing, 0);
         return;
     };
     let record = entry.as_mut_ptr();

@@ -10,10 +10,11 @@ use aya_ebpf::{
 use omerta_verdict::{ANSWER_CAPACITY, Answer, Direction, Failure};
 
 use crate::diagnostics::tell;
+use crate::state::place_of;
 
 /// Marks answers given for the guest, which enter by the interface's ingress hook and so pass
-/// `guest_egress`. Random for each guard, set at load; 0 marks nothing. No guest can set a mark,
-/// and the content is judged besides.
+/// `guest_egress`. Random for each network namespace, set at load; 0 marks nothing. No guest can set a
+/// mark, and the content is judged besides, by the tap's own guard.
 #[unsafe(no_mangle)]
 static MARK: u32 = 0;
 
@@ -81,7 +82,7 @@ pub fn send(context: &TcContext, direction: Direction) -> Option<i32> {
         overwrite(context, frame, advertisement as u32)
     };
     if written != 0 {
-        tell(Failure::Answer, written);
+        tell(place_of(skb), Failure::Answer, written);
         return None;
     }
     let flags = match direction {

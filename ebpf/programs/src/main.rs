@@ -1,5 +1,6 @@
-//! The guard's two programs, attached by TCX or clsact to a guest's interface. Each is a shell: it
-//! makes the headers readable, asks the verdict, counts the outcome and carries it out.
+//! The two programs that judge for all guards of a network namespace. A guard's own programs, on a guest's
+//! interface by TCX or clsact, do no more than name the guard and go on here (`ebpf/dataplane/src/entry.rs`).
+//! Each is a shell: it makes the headers readable, asks the verdict, counts the outcome and carries it out.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch, core_intrinsics)]
@@ -19,10 +20,10 @@ use omerta_verdict::{
     usual_ingress,
 };
 
-use crate::accounting::Counters;
+use crate::accounting::{Counters, count_unguarded};
 use crate::buffer::{PlainBuffer, SocketBuffer};
 use crate::diagnostics::tell;
-use crate::state::KernelGuard;
+use crate::state::{KernelGuard, place_of};
 
 /// `TCX_NEXT` (`TC_ACT_UNSPEC`): the guard objects to nothing; what else the operator attached
 /// behind it still decides.
@@ -47,7 +48,7 @@ const TRIES: u32 = 4;
 /// What the guest sends: the interface's ingress hook.
 #[classifier]
 pub fn guest_egress(context: TcContext) -> i32 {
-    let Some(counters) = Counters::of(Direction::Egress) else {
+    let Some((guard, counters)) = guarded(&context, Direction::Egress) else {
         return SHOT;
     };
     if answer::is_marked(&context) && settled(|| is_own_answer(context.skb.skb)) == 1 {
@@ -55,23 +56,39 @@ pub fn guest_egress(context: TcContext) -> i32 {
         answer::clear_mark(&context);
         return NEXT;
     }
-    carry_out(&context, counters, Direction::Egress)
+    carry_out(&context, &guard, counters, Direction::Egress)
 }
 
 /// What is sent to the guest: the interface's egress hook.
 #[classifier]
 pub fn guest_ingress(context: TcContext) -> i32 {
-    match Counters::of(Direction::Ingress) {
-        Some(counters) => carry_out(&context, counters, Direction::Ingress),
+    match guarded(&context, Direction::Ingress) {
+        Some((guard, counters)) => carry_out(&context, &guard, counters, Direction::Ingress),
         None => SHOT,
     }
 }
 
+/// The guard of the frame's tap and its counters. Where it is not in its place, the frame is counted apart.
 #[inline(always)]
-fn carry_out(context: &TcContext, counters: Counters, direction: Direction) -> i32 {
+fn guarded(context: &TcContext, direction: Direction) -> Option<(KernelGuard, Counters)> {
+    let guard = KernelGuard::of_tap(context.skb.skb);
+    let found = guard.and_then(|guard| Some((guard, Counters::of(guard.place(), direction)?)));
+    if found.is_none() {
+        count_unguarded(context.len());
+    }
+    found
+}
+
+#[inline(always)]
+fn carry_out(
+    context: &TcContext,
+    guard: &KernelGuard,
+    counters: Counters,
+    direction: Direction,
+) -> i32 {
     let (skb, length) = (context.skb.skb, context.len());
     counters.count(RX_COUNTER as u32, length);
-    let mut outcome = judge_usual(context, direction);
+    let mut outcome = judge_usual(context, guard, direction);
     if outcome == OPEN {
         outcome = settled(|| match direction {
             Direction::Egress => judge_egress(skb),
@@ -117,11 +134,8 @@ fn settled(judge: impl Fn() -> u32) -> u32 {
 
 /// The outcome of what is usual, without a call; [`OPEN`] for what is not.
 #[inline(always)]
-fn judge_usual(context: &TcContext, direction: Direction) -> u32 {
+fn judge_usual(context: &TcContext, guard: &KernelGuard, direction: Direction) -> u32 {
     let Some(frame) = PlainBuffer::of(context) else {
-        return OPEN;
-    };
-    let Some(guard) = KernelGuard::read() else {
         return OPEN;
     };
     let Some(straight) = guard.straight() else {
@@ -176,7 +190,7 @@ pub extern "C" fn is_own_answer(skb: *mut __sk_buff) -> u32 {
     let Ok(frame) = SocketBuffer::readable(&context) else {
         return 0;
     };
-    let Some(guard) = KernelGuard::read() else {
+    let Some(guard) = KernelGuard::read(place_of(context.skb.skb)) else {
         return 0;
     };
     let own = is_answer_for_guest(&frame, &guard) as u32;
@@ -213,11 +227,11 @@ fn judge(context: &TcContext, direction: Direction) -> u32 {
     let frame = match SocketBuffer::readable(context) {
         Ok(frame) => frame,
         Err(error) => {
-            tell(Failure::Unreadable, error);
+            tell(place_of(context.skb.skb), Failure::Unreadable, error);
             return UNREADABLE;
         }
     };
-    let Some(guard) = KernelGuard::read() else {
+    let Some(guard) = KernelGuard::read(place_of(context.skb.skb)) else {
         return FIRST_REASON;
     };
     let verdict = match direction {
@@ -236,7 +250,7 @@ fn judge(context: &TcContext, direction: Direction) -> u32 {
 #[inline(always)]
 fn judge_question(context: &TcContext, direction: Direction) -> u32 {
     let frame = SocketBuffer::as_it_is(context);
-    let Some(guard) = KernelGuard::read() else {
+    let Some(guard) = KernelGuard::read(place_of(context.skb.skb)) else {
         return FIRST_REASON;
     };
     let verdict = match direction {

@@ -1,43 +1,64 @@
-//! The guard's maps. Each guard has its own set; userspace pins them beside the links.
+//! The guards' maps. Each guard has a set of its own, which userspace pins beside the guard's links and
+//! puts in the guard's place here.
 
 // The target is declared without compare-and-swap, which the instruction set has (Linux 5.12).
 use core::arch::asm;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xsub};
 
 use aya_ebpf::{
-    bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE},
+    bindings::{__sk_buff, BPF_F_INNER_MAP, BPF_F_MMAPABLE},
     btf_maps::{self, ArrayOfMaps},
     helpers::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns},
-    macros::{btf_map, map},
-    maps::Array,
+    macros::btf_map,
 };
 use omerta_verdict::{
-    Address, AddressClass, Bucket, FixedInputs, Flow, Guard, INLINE_BUCKETS, MAX_ADDRESSES, Meter,
-    Mode, Policy, Protocol, Rate, Slot, State, table_holds,
+    Address, AddressClass, Bucket, FixedInputs, Flow, GUARDS, Guard, INLINE_BUCKETS, Live,
+    MAX_ADDRESSES, Meter, Mode, Policy, Protocol, Rate, Slot, State, table_holds,
 };
 
 use crate::flows;
 
 /// What userspace maps and writes: policy, short allowlists, lease.
-#[map]
-static STATE: Array<State> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-
-/// The bank of each slot whose allowlist is too long to stand beside its policy. Userspace makes
-/// banks of the size that is needed; this one is the pattern that the kernel holds them to.
 #[btf_map]
-static RULES: ArrayOfMaps<btf_maps::Array<Words, 1, BANK_FLAGS>, 2> = ArrayOfMaps::new();
+static STATES: ArrayOfMaps<btf_maps::Array<Words<State>, 1, STATE_FLAGS>, GUARDS> =
+    ArrayOfMaps::new();
 
-/// A bucket as the pattern names it. Before Linux 6.3 a structure here would make the pattern differ
-/// from a bank, which is made without type information (`timer_off` in kernel/bpf/map_in_map.c).
-type Words = [u64; size_of::<Bucket>() / size_of::<u64>()];
+/// What the programs write: meters, and what they remember of flows and failures.
+#[btf_map]
+static LIVES: ArrayOfMaps<btf_maps::Array<Words<Live>, 1>, GUARDS> = ArrayOfMaps::new();
+
+/// The banks of each guard's two slots, whose allowlists may be too long to stand beside their policies.
+/// Userspace makes banks of the size that is needed; this one is the pattern that the kernel holds
+/// them to.
+#[btf_map]
+static RULES: ArrayOfMaps<btf_maps::Array<Words<Bucket>, 1, BANK_FLAGS>, { 2 * GUARDS }> =
+    ArrayOfMaps::new();
+
+/// A map's value as the pattern names it. Before Linux 6.3 a structure here would make the pattern differ
+/// from what is put in its place, which is made without type information (`timer_off` in
+/// kernel/bpf/map_in_map.c).
+type Words<T> = <T as AsWords>::Words;
+
+/// What has as many words as its type says.
+trait AsWords {
+    type Words;
+}
+
+macro_rules! as_words {
+    ($($type:ty),*) => {$(
+        impl AsWords for $type {
+            type Words = [u64; size_of::<$type>() / size_of::<u64>()];
+        }
+    )*};
+}
+as_words!(State, Live, Bucket);
+
+/// Userspace maps a state.
+const STATE_FLAGS: usize = BPF_F_MMAPABLE as usize;
 
 /// A bank is mapped by userspace, so it starts at a page and each bucket is one cache line; and
 /// its size is its own, not the pattern's.
 const BANK_FLAGS: usize = (BPF_F_MMAPABLE | BPF_F_INNER_MAP) as usize;
-
-/// The bucket of each meter, shared by all CPUs.
-#[map]
-static METERS: Array<u64> = Array::with_max_entries(Meter::COUNT as u32, 0);
 
 /// How long a tick is, in nanoseconds. Set at load.
 #[unsafe(no_mangle)]
@@ -51,23 +72,72 @@ const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
 /// Tries of one CPU to take a token while others take theirs; then the bucket counts as empty.
 const TRIES: u32 = 8;
 
+/// Where in the maps the guard of a frame's tap is. The program on the tap (`ebpf/dataplane/src/entry.rs`)
+/// writes it, and the guard's token, into the frame's control block and goes on with the programs here.
+#[inline(always)]
+pub fn place_of(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the context is valid for the whole run; the verifier rewrites this load.
+    unsafe { (*skb).cb[0] }
+}
+
+#[inline(always)]
+fn token_of(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: as above.
+    unsafe { (*skb).cb[1] }
+}
+
+/// The state in `place`.
+#[inline(always)]
+fn state_at(place: u32) -> Option<*mut State> {
+    // A variable: the compiler may take a constant of value 0 for one that the loader writes over.
+    let only = 0;
+    STATES
+        .get_value_ptr_mut(place, &only)
+        .map(|words| words.cast())
+}
+
+/// What the programs write for the guard in `place`.
+#[inline(always)]
+pub fn live_at(place: u32) -> Option<*mut Live> {
+    // As above.
+    let only = 0;
+    LIVES
+        .get_value_ptr_mut(place, &only)
+        .map(|words| words.cast())
+}
+
 /// The policy and allowlist of one generation, chosen once per frame. What it gives may be written
 /// while it is read: it counts only if [`KernelGuard::holds`] afterwards.
 #[derive(Clone, Copy)]
 pub struct KernelGuard {
+    place: u32,
     state: *mut State,
     generation: u64,
 }
 
 impl KernelGuard {
-    /// The generation in force.
+    /// The guard of the frame's tap. `None` where its place is empty, or another guard's by now.
     #[inline(always)]
-    pub fn read() -> Option<Self> {
-        let state = STATE.get_ptr_mut(0)?;
+    pub fn of_tap(skb: *mut __sk_buff) -> Option<Self> {
+        let place = place_of(skb);
+        let guard = Self::read(place)?;
+        // SAFETY: as in [`KernelGuard::read`].
+        let token = unsafe { (&raw const (*guard.state).token).read_volatile() };
+        (token == token_of(skb)).then_some(guard)
+    }
+
+    /// The generation in force of the guard in `place`.
+    #[inline(always)]
+    pub fn read(place: u32) -> Option<Self> {
+        let state = state_at(place)?;
         // SAFETY: an array map's element lives as long as the map; this is one aligned load.
         let generation = unsafe { (&raw const (*state).generation).read_volatile() };
         keep_order();
-        Some(Self { state, generation })
+        Some(Self {
+            place,
+            state,
+            generation,
+        })
     }
 
     /// Whether its generation is still in force, so that nothing read of it was being written: the
@@ -87,20 +157,28 @@ impl KernelGuard {
         unsafe { &(*self.state).slots[(self.generation & 1) as usize] }
     }
 
-    /// The slot's number.
+    /// The number of the slot among all guards', which is also its bank's in `RULES`.
     #[inline(always)]
     fn number(&self) -> u32 {
-        (self.generation & 1) as u32
+        self.place << 1 | (self.generation & 1) as u32
     }
-}
 
-/// The generation in force; before the first commit 0.
-#[inline(always)]
-pub fn generation() -> u64 {
-    match STATE.get_ptr_mut(0) {
-        // SAFETY: as in [`KernelGuard::read`].
-        Some(state) => unsafe { (&raw const (*state).generation).read_volatile() },
-        None => 0,
+    /// The slot of a [`KernelGuard::number`].
+    #[inline(always)]
+    fn of_number(number: u32) -> Option<Self> {
+        Self::of(number >> 1, (number & 1) as u64)
+    }
+
+    /// The guard's place.
+    #[inline(always)]
+    pub fn place(&self) -> u32 {
+        self.place
+    }
+
+    /// The generation that it was read at.
+    #[inline(always)]
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 }
 
@@ -209,34 +287,34 @@ impl Guard for KernelGuard {
 
     #[inline(always)]
     fn take(&self, meter: Meter, rate: Rate, units: u32) -> bool {
-        rate.is_unlimited() || take_units(self.generation, meter as u32, units) == 1
+        rate.is_unlimited() || take_units(self.generation, self.place, meter as u32, units) == 1
     }
 
     #[inline(always)]
     fn put_back(&self, meter: Meter, rate: Rate, units: u32) {
         if !rate.is_unlimited() {
-            put_back_units(self.generation, meter as u32, units);
+            put_back_units(self.generation, self.place, meter as u32, units);
         }
     }
 
     #[inline(always)]
     fn open_flow(&self, flow: &Flow) -> bool {
-        self.holds() && flows::open(flow, self.generation, self.now())
+        self.holds() && flows::open(self, flow)
     }
 
     #[inline(always)]
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
-        flows::last_seen(flow)
+        flows::last_seen(self, flow)
     }
 
     #[inline(always)]
     fn note_sent(&self, flow: &Flow) {
-        flows::note_apart(flow);
+        flows::note_apart(self, flow);
     }
 
     #[inline(always)]
     fn last_sent(&self, flow: &Flow) -> Option<u64> {
-        flows::last_noted(flow)
+        flows::last_noted(self, flow)
     }
 }
 
@@ -335,17 +413,17 @@ impl Guard for StraightGuard<'_> {
     /// Whether the flow was known; one that is not is for the general way to open.
     #[inline(always)]
     fn open_flow(&self, flow: &Flow) -> bool {
-        self.whole.holds() && flows::refresh(flow, self.now())
+        self.whole.holds() && flows::refresh(self.whole, flow)
     }
 
     #[inline(always)]
     fn flow_seen(&self, flow: &Flow) -> Option<u64> {
-        flows::seen(flow)
+        flows::seen(self.whole, flow)
     }
 
     #[inline(always)]
     fn note_sent(&self, flow: &Flow) {
-        flows::note(flow, self.whole.generation);
+        flows::note(self.whole, flow);
     }
 
     /// Errors go the general way.
@@ -358,11 +436,11 @@ impl Guard for StraightGuard<'_> {
 // The verifier judges each of these functions once and for itself: see `main`. Numbers stand for
 // what is not theirs to hold, and the slot for the policy, so that all see the same one.
 
-/// 1 where the guest owns the address, by the policy in `slot`.
+/// 1 where the guest owns the address, by the policy in the slot of that number.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn guest_owns(slot: u32, high: u64, low: u64) -> u32 {
-    match KernelGuard::of(slot as u64) {
+pub extern "C" fn guest_owns(number: u32, high: u64, low: u64) -> u32 {
+    match KernelGuard::of_number(number) {
         Some(guard) => guard.slot().policy.owns(Address::from_words(high, low)) as u32,
         None => 0,
     }
@@ -375,23 +453,23 @@ pub extern "C" fn address_class(high: u64, low: u64) -> u32 {
     AddressClass::of(Address::from_words(high, low)).bits()
 }
 
-/// 1 where the allowlist of the policy in `slot` holds the endpoint.
+/// 1 where the allowlist of the policy in the slot of that number holds the endpoint.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn allowlist_holds(slot: u32, high: u64, low: u64, service: u32) -> u32 {
+pub extern "C" fn allowlist_holds(number: u32, high: u64, low: u64, service: u32) -> u32 {
     let address = Address::from_words(high, low);
-    match KernelGuard::of(slot as u64) {
+    match KernelGuard::of_number(number) {
         Some(guard) => table_holds(&guard, &guard.slot().policy, address, service) as u32,
         None => 0,
     }
 }
 
-/// 1 where `units` could be taken from the bucket of `meter`, at the rate of the policy of
-/// `generation`.
+/// 1 where `units` could be taken from the bucket of `meter` of the guard in `place`, at the rate of the
+/// policy of `generation`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn take_units(generation: u64, meter: u32, units: u32) -> u32 {
-    match KernelGuard::of(generation) {
+pub extern "C" fn take_units(generation: u64, place: u32, meter: u32, units: u32) -> u32 {
+    match KernelGuard::of(place, generation) {
         Some(guard) => guard.take_at_its_rate(meter, units) as u32,
         None => 0,
     }
@@ -400,23 +478,23 @@ pub extern "C" fn take_units(generation: u64, meter: u32, units: u32) -> u32 {
 /// Gives back to the bucket of `meter` what [`take_units`] took from it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn put_back_units(generation: u64, meter: u32, units: u32) -> u32 {
-    if let Some(guard) = KernelGuard::of(generation) {
+pub extern "C" fn put_back_units(generation: u64, place: u32, meter: u32, units: u32) -> u32 {
+    if let Some(guard) = KernelGuard::of(place, generation) {
         guard.put_back_at_its_rate(meter, units);
     }
     0
 }
 
-/// Whether an event may be told, by the policy in force.
+/// Whether an event of the guard in `place` may be told, by the policy in force.
 #[inline(always)]
-pub fn may_tell(is_violation: bool) -> bool {
+pub fn may_tell(place: u32, is_violation: bool) -> bool {
     let meter = if is_violation {
         Meter::Violations
     } else {
         Meter::Events
     };
     // A guard without policy has no rate, and nobody who reads.
-    let Some(guard) = KernelGuard::read() else {
+    let Some(guard) = KernelGuard::read(place) else {
         return false;
     };
     let rate = guard.slot().policy.rates[meter as usize];
@@ -424,22 +502,27 @@ pub fn may_tell(is_violation: bool) -> bool {
 }
 
 impl KernelGuard {
-    /// The policy and allowlist of `generation`.
+    /// The policy and allowlist of `generation` of the guard in `place`.
     #[inline(always)]
-    fn of(generation: u64) -> Option<Self> {
-        let state = STATE.get_ptr_mut(0)?;
-        Some(Self { state, generation })
+    fn of(place: u32, generation: u64) -> Option<Self> {
+        Some(Self {
+            place,
+            state: state_at(place)?,
+            generation,
+        })
     }
 
     /// The bucket of `meter` and its rate; `None` where the policy has changed: a rate that is being written
     /// must not set the bucket.
     #[inline(always)]
     fn metered(&self, meter: u32) -> Option<(*mut u64, Rate)> {
-        let word = METERS.get_ptr_mut(meter)?;
+        let live = live_at(self.place)?;
         // The compiler may know the bound and leave the comparison out; the verifier does not.
         // SAFETY: the variable is this function's own.
         let meter = unsafe { core::ptr::read_volatile(&raw const meter) };
         let rate = self.slot().policy.rates.get(meter as usize).copied()?;
+        // SAFETY: an array map's element lives as long as the map, and there are as many buckets as rates.
+        let word = unsafe { (&raw mut (*live).meters).cast::<u64>().add(meter as usize) };
         self.holds().then_some((word, rate))
     }
 
@@ -486,44 +569,6 @@ fn fixed() -> FixedInputs {
 /// costs as much as the rest of a verdict, and what is timed here lasts longer. It is asked for once
 /// in a tick; until the next one, what was told then is what would be told.
 #[inline(always)]
-pub fn now() -> u64 {
-    match STATE.get_ptr_mut(0) {
-        Some(state) => now_of(state),
-        // Later than any lease.
-        None => u64::MAX,
-    }
-}
-
-/// The kernel's tick. (On 64 bits it is no call.)
-#[inline(always)]
-pub fn tick() -> u64 {
-    match fixed_now() {
-        // SAFETY: the helper takes no arguments and has no preconditions.
-        0 => unsafe { bpf_jiffies64() },
-        now => now,
-    }
-}
-
-/// The time at a tick that was not long ago, as [`now`] tells it.
-#[inline(always)]
-pub fn time_of(then: u64) -> u64 {
-    let length = match fixed_now() {
-        // SAFETY: as in [`fixed`].
-        0 => unsafe { core::ptr::read_volatile(&raw const TICK_NS) },
-        _ => 1,
-    };
-    now().saturating_sub(tick().saturating_sub(then).wrapping_mul(length))
-}
-
-/// `FIXED`'s time, or 0.
-#[inline(always)]
-fn fixed_now() -> u64 {
-    // SAFETY: as in [`fixed`].
-    unsafe { core::ptr::read_volatile(&raw const FIXED.now_ns) }
-}
-
-/// [`now`], as the guard's state holds it.
-#[inline(always)]
 fn now_of(state: *mut State) -> u64 {
     let fixed = fixed_now();
     if fixed != 0 {
@@ -543,4 +588,32 @@ fn now_of(state: *mut State) -> u64 {
         (&raw mut (*state).tick).write_volatile(tick);
         now
     }
+}
+
+/// The kernel's tick. (On 64 bits it is no call.)
+#[inline(always)]
+pub fn tick() -> u64 {
+    match fixed_now() {
+        // SAFETY: the helper takes no arguments and has no preconditions.
+        0 => unsafe { bpf_jiffies64() },
+        now => now,
+    }
+}
+
+/// The time at a tick that was not long ago, as the clock of a guard tells it that says `now`.
+#[inline(always)]
+pub fn time_of(then: u64, now: u64) -> u64 {
+    let length = match fixed_now() {
+        // SAFETY: as in [`fixed`].
+        0 => unsafe { core::ptr::read_volatile(&raw const TICK_NS) },
+        _ => 1,
+    };
+    now.saturating_sub(tick().saturating_sub(then).wrapping_mul(length))
+}
+
+/// `FIXED`'s time, or 0.
+#[inline(always)]
+fn fixed_now() -> u64 {
+    // SAFETY: as in [`fixed`].
+    unsafe { core::ptr::read_volatile(&raw const FIXED.now_ns) }
 }

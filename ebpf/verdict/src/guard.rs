@@ -97,12 +97,12 @@ impl Flow {
 }
 
 /// Places of [`SentFlow`] that a guard has; a power of two.
-pub const SENT_FLOWS: usize = 1024;
+pub const SENT_FLOWS: usize = 256;
 
 /// A flow that the guest sent on, remembered outside of conntrack mode for the errors that quote it.
 /// Each has one place, which it takes from the flow that was there. All zero is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C, align(64))]
+#[repr(C)]
 pub struct SentFlow {
     /// [`Flow::words`].
     pub flow: [u64; 5],

@@ -44,5 +44,5 @@ pub use network::{Address, AddressClass};
 pub use policy::{MAX_ADDRESSES, MAX_GATEWAYS, Mode, Policy};
 pub use rate::{Meter, Rate};
 pub use reason::{DIRECTION_COUNTERS, Direction, OWN_ANSWERS_COUNTER, Outcome, RX_COUNTER, Reason};
-pub use state::{INLINE_BUCKETS, Slot, State};
+pub use state::{COUNTER_ROWS, FLOWS, GUARDS, INLINE_BUCKETS, LOST_ROW, Live, Slot, State};
 pub use table::{BUCKET_RULES, Bucket, MAX_PROBES, Table, table_holds};

@@ -30,11 +30,12 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
     let empty = kernel::constant(Kind::Classifier, NEXT)?;
     let frame = allowed_frame();
     let mut whole = loaded(Mode::Filtered)?;
-    let mut object = Programs::fitted(OBJECT)?;
-    PolicyStore::of_object(&mut object, "bench")?
+    let mut steps = Programs::fitted(OBJECT, &[], &[])?;
+    PolicyStore::of(&steps, "bench")?
         .commit(config(Mode::Filtered).policy("bench")?, &allowlist())?;
     for (_, name) in STEPS {
-        let program: &mut SchedClassifier = object
+        let program: &mut SchedClassifier = steps
+            .object_mut()
             .program_mut(name)
             .with_context(|| format!("the program {name}"))?
             .try_into()?;
@@ -42,7 +43,7 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             .load()
             .with_context(|| format!("load the program {name}"))?;
     }
-    let object = &object;
+    let object = steps.object();
     let frame = &frame;
     let mut cases = vec![Case::new(BASE, BASE, || run(&empty, frame, NEXT))];
     for (row, name) in STEPS {

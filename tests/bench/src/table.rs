@@ -9,8 +9,7 @@
 use anyhow::{Context, Result, bail};
 use aya::maps::{Array, MapData};
 use aya::programs::SchedClassifier;
-use aya::{Ebpf, EbpfLoader};
-use omerta_dataplane::PolicyStore;
+use omerta_dataplane::{PolicyStore, Programs};
 use omerta_kernel_tests::config;
 use omerta_verdict::{Address, Endpoint, Mode, Protocol};
 
@@ -51,7 +50,7 @@ const CASES: [(&str, Kind, u32); 9] = [
 
 /// The table of one case, and the programs that look up in it.
 struct Table {
-    object: Ebpf,
+    programs: Programs,
     program: &'static str,
 }
 
@@ -68,16 +67,9 @@ impl Table {
             Kind::Hash => ("hash", Some("HASH")),
             Kind::Trie => ("trie", Some("TRIE")),
         };
-        let mut loader = EbpfLoader::new();
-        loader.btf(None).override_global("ENTRIES", &entries, true);
-        // Nothing here opens flows, but a map must have room for one.
-        for flows in ["FLOWS", "FLOW_PLACES"] {
-            loader.map_max_entries(flows, 1);
-        }
-        if let Some(map) = map {
-            loader.map_max_entries(map, entries);
-        }
-        let mut object = loader.load(OBJECT).context("load the bench's programs")?;
+        let sizes: Vec<_> = map.map(|map| (map, entries)).into_iter().collect();
+        let mut programs = Programs::fitted(OBJECT, &[("ENTRIES", entries)], &sizes)?;
+        let object = programs.object_mut();
         let mut random: Array<&mut MapData, u64> = object
             .map_mut("RANDOM")
             .context("the map RANDOM")?
@@ -94,7 +86,7 @@ impl Table {
                         port: PORT,
                     })
                     .collect();
-                PolicyStore::of_object(&mut object, "bench")?
+                PolicyStore::of(&programs, "bench")?
                     .commit(config(Mode::Filtered).policy("bench")?, &endpoints)?;
             }
             Kind::Hash | Kind::Trie => {
@@ -102,7 +94,7 @@ impl Table {
                 let words = |index| [0, 0, 0xffff, address(index), service];
                 let ones = vec![1_u32; entries as usize];
                 let name = map.context("the table's map")?;
-                let data = match object.map(name).context("the table's map")? {
+                let data = match programs.object().map(name).context("the table's map")? {
                     aya::maps::Map::HashMap(data) | aya::maps::Map::LpmTrie(data) => data,
                     _ => bail!("the map {name} is of another kind"),
                 };
@@ -122,7 +114,8 @@ impl Table {
             }
         }
         for name in ["keys", program] {
-            let program: &mut SchedClassifier = object
+            let program: &mut SchedClassifier = programs
+                .object_mut()
                 .program_mut(name)
                 .with_context(|| format!("the program {name}"))?
                 .try_into()?;
@@ -130,13 +123,14 @@ impl Table {
                 .load()
                 .with_context(|| format!("load the program {name}"))?;
         }
-        Ok(Self { object, program })
+        Ok(Self { programs, program })
     }
 
     /// Nanoseconds a key of the program `name`, which must find every key.
     fn run(&self, name: &str) -> Result<f64> {
         let program: &SchedClassifier = self
-            .object
+            .programs
+            .object()
             .program(name)
             .with_context(|| format!("the program {name}"))?
             .try_into()?;

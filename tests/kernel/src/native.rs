@@ -18,7 +18,7 @@ pub struct NativeGuard {
     inputs: FixedInputs,
     /// As LEASE.
     pub lease: u64,
-    /// As METERS.
+    /// As in [`omerta_verdict::Live`].
     pub meters: [Cell<u64>; Meter::COUNT],
     /// As FLOWS.
     pub flows: RefCell<Flows>,

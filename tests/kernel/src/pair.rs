@@ -131,7 +131,8 @@ impl Pair {
             let (meter, _) = LIMITS[random.usize(..LIMITS.len())];
             // From empty to somewhat more than full, as other CPUs' clocks may have it.
             let word = NOW - 100_000_000 + random.u64(..700_000_000);
-            self.programs.set_word("METERS", meter as u32, word)?;
+            self.programs
+                .edit_live(|live| live.meters[meter as usize] = word)?;
             self.native.meters[meter as usize].set(word);
         }
         let flows = self.native.flows.get_mut();
@@ -165,7 +166,7 @@ impl Pair {
         }
         let mut table = [SentFlow::NONE; SENT_FLOWS];
         table.copy_from_slice(sent);
-        self.programs.set_sent_flows(table)
+        self.programs.edit_live(|live| live.sent = table)
     }
 
     /// The verdict of both, or how the kernel's differs from the native one: outcome, reason,
@@ -232,8 +233,8 @@ impl Pair {
     /// The difference, in words.
     pub fn compare_state(&mut self) -> Result<(), String> {
         let failed = |error: GuardError| format!("a map cannot be read: {error:?}");
-        for (index, native) in self.native.meters.iter().enumerate() {
-            let kernel = self.programs.word("METERS", index as u32).map_err(failed)?;
+        let live = self.programs.live().map_err(failed)?;
+        for (index, (native, kernel)) in self.native.meters.iter().zip(live.meters).enumerate() {
             if kernel != native.get() {
                 return Err(format!(
                     "meter {index}: native {}, kernel {kernel}",
@@ -250,9 +251,8 @@ impl Pair {
         if !same {
             return Err(format!("flows: native {native:?}, kernel {kernel:?}"));
         }
-        let kernel = self.programs.sent_flows().map_err(failed)?;
         let native = self.native.sent.get_mut();
-        if let Some((native, kernel)) = native.iter().zip(&kernel).find(|(n, k)| n != k) {
+        if let Some((native, kernel)) = native.iter().zip(&live.sent).find(|(n, k)| n != k) {
             return Err(format!("sent on: native {native:?}, kernel {kernel:?}"));
         }
         Ok(())

@@ -139,10 +139,21 @@ fn whole_or_absent(hook: Hook) {
                 }
                 Guard::open("guest").unwrap().verify().unwrap();
                 become_of(&programs, [1, 1]);
+                // Its pins, and those of the programs that judge for it.
                 let beside = names(&format!("/sys/fs/bpf/omerta/{inode}"));
-                assert_eq!(beside, BTreeSet::from(["guest".to_owned()]));
+                let (shared, own): (Vec<_>, Vec<_>) = beside
+                    .iter()
+                    .partition(|name| name.starts_with(":programs-"));
+                assert!(shared.len() == 1 && own == ["guest"], "{beside:?}");
+                let shared = names(&format!("/sys/fs/bpf/omerta/{inode}/{}", shared[0]));
+                let places = shared.iter().filter(|name| name.starts_with("place_"));
+                assert_eq!(places.count(), 1, "{shared:?}");
             }
             Guard::open("guest").unwrap().detach().unwrap();
+            assert_eq!(
+                names(&format!("/sys/fs/bpf/omerta/{inode}")),
+                BTreeSet::new()
+            );
             drop(tap);
         })
         .unwrap();

@@ -93,12 +93,12 @@ impl Judge {
     /// Lets what the guest has sent be so many ticks older.
     fn set_sent_back(&mut self, ticks: u64) {
         let mut sent = [SentFlow::NONE; SENT_FLOWS];
-        sent.copy_from_slice(&self.0.sent_flows().unwrap());
+        sent.copy_from_slice(&self.0.live().unwrap().sent);
         for entry in sent.iter_mut().filter(|entry| entry.generation != 0) {
             entry.tick -= ticks;
             entry.check = 0;
         }
-        self.0.set_sent_flows(sent).unwrap();
+        self.0.edit_live(|live| live.sent = sent).unwrap();
     }
 
     /// Lets the flow from `port` time out.

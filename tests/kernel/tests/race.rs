@@ -14,7 +14,6 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use aya::maps::MapData;
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use omerta_dataplane::{EventStream, PolicyStore, Programs};
 use omerta_kernel_tests::*;
@@ -97,7 +96,7 @@ impl Drop for Ends<'_> {
 fn race(
     programs: &mut Programs,
     wanted: &[Option<Reason>],
-    mut change: impl FnMut(&mut PolicyStore<&mut MapData>, usize) + Send,
+    mut change: impl FnMut(&mut PolicyStore, usize) + Send,
 ) {
     let mut events = programs.take_events().unwrap();
     let judges = Direction::ALL.map(|direction| held(programs, direction));

@@ -7,14 +7,13 @@
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use omerta_dataplane::links::{self, Changes, Interface};
-use omerta_dataplane::{Guard, GuardConfig, GuardError, HeldGuard, Programs};
-use omerta_verdict::Mode;
+use omerta_dataplane::{Guard, GuardConfig, GuardError, HeldGuard, Prepared};
 
 use super::GuardCommandError;
 use super::fence::Fence;
@@ -39,6 +38,9 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
     let changes = Changes::of_interfaces().map_err(GuardCommandError::Watch)?;
     let firewall = fence.as_ref().map(|_| Changes::of_firewall()).transpose();
     let firewall = firewall.map_err(GuardCommandError::Watch)?;
+    // Loaded before they are needed, since that takes a hundred times as long as attaching. Where they cannot
+    // be, the first guard tells why.
+    let _programs = Prepared::new(None);
     let mut cut_short = 0_u32;
     loop {
         // Taken first: what changes while all is looked at is an occasion to look again.
@@ -83,10 +85,6 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
                 count => Err(GuardCommandError::Unguarded(count)),
             };
         }
-        // Interfaces that appear from now on are guarded by these.
-        for tap in &mut taps {
-            tap.prepare();
-        }
         let told = [Some(&changes), firewall.as_ref()].into_iter().flatten();
         let mut told: Vec<_> = told
             .map(|changes| PollFd::new(changes.as_fd(), PollFlags::POLLIN))
@@ -101,9 +99,6 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
 /// One declared interface.
 struct Tap {
     declared: Attachment,
-    /// Loaded before they are needed, since that takes a hundred times as long as attaching; by a thread of its
-    /// own, since an interface may appear meanwhile.
-    programs: Option<JoinHandle<Result<Programs, GuardError>>>,
     /// The index of the interface that was looked at last; `None` before the first look.
     known: Option<u32>,
     /// The guard that is in force, held open: it judges whatever becomes of its pins.
@@ -118,7 +113,6 @@ impl Tap {
     fn new(declared: Attachment) -> Self {
         Self {
             declared,
-            programs: None,
             known: None,
             held: None,
             set_down: None,
@@ -132,26 +126,6 @@ impl Tap {
 
     fn config(&self) -> &GuardConfig {
         &self.declared.config
-    }
-
-    fn prepare(&mut self) {
-        if self.programs.is_none() {
-            let (name, mode) = (self.name().to_owned(), self.config().mode);
-            let thread = thread::Builder::new().name("omerta-load".into());
-            // Where there is no thread, they are loaded when they are needed.
-            self.programs = thread.spawn(move || Programs::load(&name, mode)).ok();
-        }
-    }
-
-    /// Those that were loaded, or others where these have no room for `mode`.
-    fn programs(&mut self, mode: Mode) -> Result<Programs, GuardError> {
-        if mode == Mode::Conntrack && self.config().mode != mode {
-            return Programs::load(self.name(), mode);
-        }
-        match self.programs.take().map(JoinHandle::join) {
-            Some(Ok(programs)) => programs,
-            _ => Programs::load(self.name(), self.config().mode),
-        }
     }
 
     /// Looks at the interface as it is, and has it guarded. In `group` are those that the fence lets through.
@@ -261,11 +235,11 @@ impl Tap {
             // What is held is not known, and ends with this process.
             self.set_down(found)?;
         }
-        let programs = self.programs(mode?)?;
+        mode?;
         let guard = match &self.held {
             // What was revoked since it was declared stays so, and a lease that has ended.
-            Some(held) => Guard::attach_in_place_of(held, programs, &name, self.config())?,
-            None => Guard::attach_loaded(programs, &name, self.config())?,
+            Some(held) => Guard::attach_in_place_of(held, &name, self.config())?,
+            None => Guard::attach(&name, self.config())?,
         };
         self.held = Some(guard.hold()?);
         if let Some(peers) = &self.declared.redirect {

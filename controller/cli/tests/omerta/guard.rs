@@ -80,14 +80,24 @@ impl Stage {
     }
 
     /// What is pinned for this namespace, wherever a guard can be pinned.
+    /// The guards', and the programs' that judge for them, which are there as long as guards are.
     pub fn pins(&self) -> Vec<String> {
         let directory = format!("/sys/fs/bpf/omerta/{}", self.namespace.inode().unwrap());
-        match std::fs::read_dir(directory) {
+        let mut found: Vec<_> = match std::fs::read_dir(directory) {
             Ok(entries) => entries
                 .map(|entry| entry.unwrap().file_name().into_string().unwrap())
                 .collect(),
             Err(_) => Vec::new(),
-        }
+        };
+        found.sort();
+        let programs = found.iter().filter(|name| name.starts_with(":programs-"));
+        assert_eq!(
+            programs.count(),
+            usize::from(!found.is_empty()),
+            "{found:?}"
+        );
+        found.retain(|name| !name.starts_with(":programs-"));
+        found
     }
 }
 
