@@ -19,7 +19,7 @@ use crate::pins::{Pins, is_pin};
 use crate::shared::{Shared, Table};
 
 /// Bytes of a ring of events.
-const EVENTS_BYTES: u32 = 8192;
+const EVENTS_BYTES: u32 = 16 * 1024;
 
 /// One of a guard's maps. The name of its shape is that of its pin.
 #[derive(Clone, Copy, Debug)]
