@@ -25,7 +25,15 @@ from .guard import (
     truth,
 )  # fmt: skip
 from .layout import Layout
-from .memory import constant_byte, context_field, frame_byte, kernel_byte, kernel_memory
+from .memory import (
+    COUNTERS,
+    UNGUARDED,
+    constant_byte,
+    context_field,
+    frame_byte,
+    kernel_byte,
+    kernel_memory,
+)
 from .slots import Slots
 from .state import Entry, State
 
@@ -338,13 +346,20 @@ class Run:
     # What is counted
 
     def _counter_claims(self) -> Iterator[Claim]:
-        """rx = allowed + answered + dropped: each run adds one to one counter of its outcome."""
+        """rx = allowed + answered + dropped: each run adds one to one counter of its outcome. Where the
+        frame's guard is not in its place nothing passes, and that is counted apart."""
         fields, size = self.layouts["Count"].fields, self.layouts["Count"].size
+        row = self.program.maps["COUNTERS"].inner
+        assert row is not None
         # Behind the outcomes: rx, and the guard's own answers.
-        rx = self.program.maps["COUNTERS"].value_size // size - 2
+        rx = row.value_size // size - 2
         own = z3.And(self.allowed(), self.own_answer(), self.marked) if self.egress else False
         counted = z3.And(self.reached, z3.Not(own))
-        stores = all_entries(self.end.log, "store", "COUNTERS")
+        stores = all_entries(self.end.log, "store", COUNTERS)
+        # The third row is of events.
+        stores = [entry for entry in stores if entry.args[1] != 2]
+        apart = all_entries(self.end.log, "store", UNGUARDED)
+        unguarded = z3.And(how_many(stores) == 0, how_many(apart) == 2, self.result == SHOT)
         for what, by in (
             ("packets", z3.BitVecVal(1, 64)),
             ("bytes", z3.ZeroExt(32, z3.BitVec("length", 32))),
@@ -353,8 +368,13 @@ class Run:
             outcomes = _where(entries, lambda at: bits.compare("lt", _div(at, size), rx, 64))
             received = _where(entries, lambda at: bits.compare("eq", _div(at, size), rx, 64))
             one = z3.And(how_many(outcomes) == 1, how_many(received) == 1)
-            both = z3.And(one, how_many(entries) == 2, how_many(stores) == 4)
-            yield Claim(f"rx and one outcome are counted in {what}", counted, both)
+            both = z3.And(one, how_many(entries) == 2, how_many(stores) == 4, how_many(apart) == 0)
+            either = z3.Or(both, unguarded)
+            yield Claim(f"rx and one outcome are counted in {what}", counted, either)
+            for entry in _counts(apart, size, fields[what]):
+                new, old = (_word(entry.args[i]) for i in (3, 4))
+                grown = bits.term(new, 64) == bits.term(old, 64) + by
+                yield Claim(f"{what} grow by what came", _when(self.reached, entry), grown)
             for entry in entries:
                 key, new, old = (_word(entry.args[i]) for i in (1, 3, 4))
                 grown = z3.And(

@@ -11,7 +11,8 @@ from . import bits
 from .bits import Truth, Word
 from .cells import without_packet_pointers
 from .elf import MapDefinition, Unmodelled
-from .memory import Region, frame_byte, kernel_byte, kernel_memory
+from .memory import Region, context_field, frame_byte, kernel_byte, kernel_memory
+from .slots import RULES
 from .state import Choice, MapReference, Pointer, State, Value
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Helpers:
         if not isinstance(reference, MapReference):
             raise Unmodelled(f"a map is expected, not {reference}, at {state.pc}")
         definition = self.machine.program.maps[reference.name]
-        if reference.generation is None:
+        if not reference.own:
             return definition
         assert definition.inner is not None
         return definition.inner
@@ -95,7 +96,10 @@ class Helpers:
             region = Region("shared", definition.value_size, definition.name)
             value = Pointer(self.memory.add(region), 0)
         elif definition.kind == "array_of_maps":
-            value = MapReference(definition.name, self.memory.slots.bank(state, key))
+            value = self._own(state, definition, key)
+            # The programs are loaded with as many places as they know of.
+            there = bits.compare("lt", key, definition.max_entries, 32)
+            found = bits.every([found, there])
         elif reference.generation is not None:
             value = Pointer(self.memory.bucket_in_bank(reference.generation, key), 0)
         else:
@@ -104,6 +108,14 @@ class Helpers:
                 found = True
         state.registers[0] = value if found is True else Choice(found, value, 0)
         yield state
+
+    def _own(self, state: State, table: MapDefinition, key: Word) -> MapReference:
+        """The map of the frame's guard in a table: programs look at no other place."""
+        if table.name == RULES:
+            return MapReference(table.name, True, self.memory.slots.bank(state, key))
+        own = bits.compare("eq", key, context_field("place"), 32)
+        self.machine.require(state, own, f"another guard's place in {table.name}")
+        return MapReference(table.name, True)
 
     def map_update(self, state: State) -> Iterator[State]:
         definition = self._map(state)

@@ -25,11 +25,12 @@ STACK = 512
 CONTEXT = {
     0: "length", 4: "pkt_type", 8: "mark", 12: "queue_mapping", 16: "protocol",
     20: "vlan_present", 24: "vlan_tci", 28: "vlan_proto", 32: "priority", 36: "ingress_ifindex",
-    40: "ifindex", 76: "data", 80: "data_end", 160: "wire_len", 164: "gso_segs", 176: "gso_size",
+    40: "ifindex", 48: "place", 52: "token", 76: "data", 80: "data_end", 160: "wire_len", 164: "gso_segs", 176: "gso_size",
 }  # fmt: skip
 
 # Per-CPU maps of 64-bit words, of which the program computes which one it changes.
-TALLIED = {"COUNTERS"}
+COUNTERS, UNGUARDED = "COUNTERS's", "UNGUARDED"
+TALLIED = {COUNTERS, UNGUARDED}
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ kernel_byte = z3.Function("struct sk_buff", z3.BitVecSort(64), z3.BitVecSort(8))
 kernel_memory = z3.Function("kernel memory", z3.BitVecSort(64), z3.BitVecSort(8))
 
 
-# A tallied map's words before the program has touched them, by key and offset.
-_tallied = z3.Function(
-    "tallied", z3.BitVecSort(32), z3.BitVecSort(64), z3.BitVecSort(64)
-)  # fmt: skip
+# Each tallied map's words before the program has touched them, by key and offset.
+_tallied = {
+    name: z3.Function(name, z3.BitVecSort(32), z3.BitVecSort(64), z3.BitVecSort(64))
+    for name in TALLIED
+}
 
 
 def context_field(name: str) -> z3.BitVecRef:
@@ -85,6 +87,10 @@ class Memories:
         self.regions: dict[str, Region] = {"context": Region("context", 192)}
         self.regions |= {f"stack{depth}": Region("stack", STACK) for depth in range(8)}
         self.regions[PACKET] = Region("packet", 0)
+
+    def place(self) -> z3.BitVecRef:
+        """Where in the tables the frame's guard is, as the program on its interface names it."""
+        return context_field("place")
 
     # Regions
 
@@ -277,7 +283,7 @@ class Memories:
     @staticmethod
     def _load_tallied(state: State, region: Region, offset: Word) -> Word:
         """What the program last stored there, or what was there before."""
-        word: Word = _tallied(bits.term(region.key, 32), bits.term(offset, 64))
+        word: Word = _tallied[region.map](bits.term(region.key, 32), bits.term(offset, 64))
         for entry in state.log:
             if entry.kind != "store" or entry.args[0] != region.map:
                 continue

@@ -1,4 +1,4 @@
-"""The policy as programs read it: two slots in the map value STATE, and the long lists in RULES.
+"""The policy as programs read it: two slots in the guard's map in STATES, and the long lists in RULES.
 
 Userspace may write a slot while a program reads it. What a program reads counts only where the
 generation that named the slot is read again afterwards and is the same (ARCHITECTURE.md, "Changing
@@ -24,7 +24,7 @@ from .state import State, Value
 if TYPE_CHECKING:
     from .machine import Machine
 
-STATE, RULES, BANKS = "STATE", "RULES", "RULES's"
+STATES, STATE, RULES, BANKS = "STATES", "STATES's", "RULES", "RULES's"
 _GENERATION = "generation#"
 
 
@@ -73,9 +73,11 @@ class Slots:
         # Keeps terms alive, whose numbers are keys.
         self._kept: list[z3.ExprRef] = []
         maps = machine.program.maps
-        banks = maps[RULES].inner
-        if maps[STATE].value_size != self.state.size or maps[STATE].max_entries != 1:
-            raise Unmodelled(f"{STATE} does not hold one State")
+        banks, own = maps[RULES].inner, maps[STATES].inner
+        if own is None or own.value_size != self.state.size or own.max_entries != 1:
+            raise Unmodelled(f"{STATES} does not hold maps of one State")
+        if maps[RULES].max_entries != 2 * maps[STATES].max_entries:
+            raise Unmodelled(f"{RULES} does not hold two banks of each guard")
         if banks is None or banks.value_size != self.bucket.size:
             raise Unmodelled(f"{RULES} does not hold banks of Buckets")
         if self.slot.fields["policy"] != 0 or self.bucket.size != 64:
@@ -83,7 +85,7 @@ class Slots:
         if self.state.size != self.state.fields["slots"] + 2 * self.slot.size:
             raise Unmodelled("a State that does not end with two slots")
 
-    # STATE
+    # STATES
 
     def load(self, state: State, offset: Word, size: int) -> Value | None:
         """`size` bytes at any offset of STATE."""
@@ -223,8 +225,11 @@ class Slots:
         if isinstance(key, int):
             raise Unmodelled(f"a bank that no generation chose, at {state.pc}")
         generation, even, odd = self._by_parity(state, key)
-        if not (bits.same(even, 0) and bits.same(odd, 1)):
-            raise Unmodelled(f"a bank that is not the slot's, at {state.pc}")
+        first = bits.arithmetic("lsh", self.machine.memory.place(), 1, 32)
+        second = bits.arithmetic("or", first, 1, 32)
+        for found, wanted in ((even, first), (odd, second)):
+            own = bits.compare("eq", found, wanted, 32)
+            self.machine.require(state, own, "a bank that is not the slot's")
         self._note(state, generation, None)
         return generation
 

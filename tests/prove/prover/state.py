@@ -29,6 +29,8 @@ class MapReference:
     """A map: what ld_imm64 of it gives, or for an inner map what a lookup gave."""
 
     name: str
+    # Whether it is the guard's own map in this one.
+    own: bool = False
     # Of a bank in RULES: the number of the generation that chose its slot.
     generation: int | None = None
 
