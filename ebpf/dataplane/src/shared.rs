@@ -18,18 +18,20 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::Ebpf;
-use aya::maps::Map;
+use aya::maps::{Map, MapData, PerCpuArray};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use omerta_verdict::{Direction, FixedInputs, GUARDS};
 
 use crate::bpffs::{failed, namespace_directory};
+use crate::counters::Count;
 use crate::layout::Digest;
 use crate::lock::remove_empty;
 use crate::map::{self, BPF_MAP_TYPE_PROG_ARRAY, Shape};
 use crate::object::{self, Loaded, program_name};
+use crate::store::map_error;
 use crate::upgrade::build_note;
-use crate::{DiagnosticStream, GuardError, Owner, link};
+use crate::{DiagnosticStream, Guard, GuardError, Owner, link};
 
 /// Before the names of directories of programs. No interface's name has this character.
 pub const PROGRAMS: &str = ":programs";
@@ -39,6 +41,8 @@ const UNFINISHED: &str = "%unfinished";
 const CLAIM: &str = "place_";
 /// The pin of the programs' own array.
 pub const JUDGES: &str = "JUDGES";
+/// What programs count of interfaces whose guards are gone from their places.
+const UNGUARDED: &str = "UNGUARDED";
 const MARK: &str = "mark";
 /// How many directories of one owner's programs there may be.
 const MOST_DIRECTORIES: u32 = 8;
@@ -264,6 +268,9 @@ impl Shared {
             pin(shared.table(table), table.name())?;
         }
         pin(shared.judges(), JUDGES)?;
+        if let Some(Map::PerCpuArray(counts)) = ebpf.map(UNGUARDED) {
+            pin(counts.fd().as_fd(), UNGUARDED)?;
+        }
         for direction in Direction::ALL {
             let program = object::program(&mut ebpf, direction, interface)?;
             let fd = program.fd().map_err(|error| {
@@ -486,6 +493,32 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>, GuardError> {
     entries
         .map(|entry| Ok(entry.map_err(failed("read", directory))?.path()))
         .collect()
+}
+
+impl Guard {
+    /// What came from or for interfaces of this network namespace of which a guard's program is left, and
+    /// the guard is not. All of it was dropped.
+    pub fn unguarded() -> Result<Count, GuardError> {
+        let mut sum = Count::default();
+        for directory in directories(&namespace_directory()?)? {
+            let path = directory.join(UNGUARDED);
+            let map = match MapData::from_pin(&path) {
+                Ok(map) => map,
+                // It goes with the last guard, or is not whole yet.
+                Err(_) if !path.exists() => continue,
+                Err(source) => return Err(map_error("guards", "open", UNGUARDED, source)),
+            };
+            let counts: PerCpuArray<MapData, Count> = Map::PerCpuArray(map)
+                .try_into()
+                .map_err(|source| map_error("guards", "open", UNGUARDED, source))?;
+            let counts = counts.get(&0, 0);
+            let counts = counts.map_err(|e| map_error("guards", "read", UNGUARDED, e))?;
+            for count in counts.iter() {
+                sum += *count;
+            }
+        }
+        Ok(sum)
+    }
 }
 
 /// The directories of programs of a network namespace.

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
-use omerta_dataplane::{GuardError, Hook, Programs, outer_process};
+use omerta_dataplane::{Guard, GuardError, Hook, Programs, outer_process};
 use omerta_verdict::Mode;
 
 use super::Check;
@@ -16,6 +16,7 @@ use crate::exit::explain;
 pub(super) fn kernel() -> Vec<Check> {
     let mut checks = vec![hooks(), programs(), jit(), unprivileged(), bpffs()];
     checks.extend(mounts());
+    checks.extend(places());
     checks
 }
 
@@ -79,6 +80,22 @@ fn programs() -> Check {
             },
         ),
     }
+}
+
+/// Only where something was dropped so.
+fn places() -> Option<Check> {
+    const NAME: &str = "guards' places";
+    let unguarded = Guard::unguarded().ok()?;
+    (unguarded.packets > 0).then(|| {
+        Check::warning(
+            NAME,
+            format!(
+                "{} frames were dropped at interfaces whose guards are gone and whose programs are not",
+                unguarded.packets
+            ),
+            "look for interfaces that pass nothing (`omerta guard list`), and attach their guards again",
+        )
+    })
 }
 
 fn jit() -> Check {
