@@ -12,7 +12,7 @@ use std::sync::atomic::{Ordering, fence};
 use aya::maps::{IterableMap, Map, MapError};
 use omerta_verdict::{
     Address, Bucket, Endpoint, FixedInputs, Flow, INLINE_BUCKETS, Live, Policy, Slot,
-    SocketBufferLayout, State, Table,
+    SocketBufferLayout, Table,
 };
 
 use crate::bank::{self, Mapped, Spare};
@@ -41,10 +41,8 @@ const SETTLING: u32 = 100;
 #[repr(transparent)]
 pub(crate) struct Value<T: Copy>(pub(crate) T);
 
-// SAFETY: `State` and `Bucket` are `repr(C)`, hold integers only, and name their padding as
-// fields, so every byte is initialised and every bit pattern is valid.
-unsafe impl aya::Pod for Value<State> {}
-// SAFETY: as above.
+// SAFETY: `Bucket` is `repr(C)`, holds integers only, and names its padding as fields, so every byte
+// is initialised and every bit pattern is valid.
 unsafe impl aya::Pod for Value<Bucket> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Value<SocketBufferLayout> {}
