@@ -17,6 +17,9 @@ use omerta_verdict::Direction;
 /// The map that aya-log makes.
 pub(crate) const RING: &str = "AYA_LOGS";
 
+/// Lines that were told, each with the place of the guard that it is about.
+type Told = Arc<Mutex<Vec<(Option<u32>, String)>>>;
+
 /// A failure that programs told of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostic {
@@ -30,7 +33,7 @@ pub struct Diagnostic {
 /// Readiness of its descriptor says that there may be something.
 pub struct DiagnosticStream {
     logger: EbpfLogger<Lines>,
-    told: Arc<Mutex<Vec<(Option<u32>, String)>>>,
+    told: Told,
     /// Where the programs are pinned.
     directory: PathBuf,
 }
@@ -40,7 +43,7 @@ impl DiagnosticStream {
     pub(crate) fn of(directory: PathBuf) -> Result<Self, GuardError> {
         let path = directory.join(program_name(Direction::Egress));
         let program = link::program_id(&path).map_err(failed("read the program", &path))?;
-        let told = Arc::default();
+        let told = Told::default();
         let logger = EbpfLogger::init_from_id_with_logger(program, Lines(Arc::clone(&told)))
             .map_err(|source| {
                 failed("open the log of the program", &path)(io::Error::other(source))
@@ -78,7 +81,7 @@ impl AsRawFd for DiagnosticStream {
 }
 
 /// Takes lines from aya-log, which hands them to a logger.
-struct Lines(Arc<Mutex<Vec<(Option<u32>, String)>>>);
+struct Lines(Told);
 
 impl Log for Lines {
     fn enabled(&self, _metadata: &Metadata<'_>) -> bool {

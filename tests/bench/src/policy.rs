@@ -101,7 +101,7 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             Guard::open("guest")?.replace(&omerta_kernel_tests::allowlist())?;
             Ok(took)
         };
-        let mut unattached = loaded(Mode::Filtered)?;
+        let unattached = loaded(Mode::Filtered)?;
         let samples = rounds.run(vec![
             Case::new("commit-p50", "commit-p50", || Ok(median(&commits()?))),
             Case::new("commit-p99", "commit-p50", || {
@@ -117,7 +117,7 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
             Case::new("file-1m", "commit-p50", || replace_by_file(&all)),
             // A policy with its short allowlist is written, and the word that puts it in force.
             Case::new("switch", "commit-p50", || {
-                let mut store = PolicyStore::of(&mut unattached, "bench")?;
+                let mut store = PolicyStore::of(&unattached, "bench")?;
                 let took = microseconds(|| {
                     for _ in 0..SWITCHES {
                         store.repeat();

@@ -19,8 +19,8 @@ pub const NEXT: i32 = -1;
 const SHOT: i32 = 2;
 
 pub fn loaded(mode: Mode) -> Result<Programs> {
-    let mut programs = Programs::load("bench", mode)?;
-    PolicyStore::of(&mut programs, "bench")?.commit(config(mode).policy("bench")?, &allowlist())?;
+    let programs = Programs::load("bench", mode)?;
+    PolicyStore::of(&programs, "bench")?.commit(config(mode).policy("bench")?, &allowlist())?;
     Ok(programs)
 }
 

@@ -78,7 +78,7 @@ impl Pair {
         }
         let mut programs = Programs::load_with("parity", mode, inputs)?;
         let policy = {
-            let mut store = PolicyStore::of(&mut programs, "parity")?;
+            let mut store = PolicyStore::of(&programs, "parity")?;
             store.commit(
                 Policy {
                     rates,
@@ -125,7 +125,7 @@ impl Pair {
             1..=15 => NOW + 1,
             _ => 0,
         };
-        PolicyStore::of(&mut self.programs, "parity")?.set_lease_until_ns(lease);
+        PolicyStore::of(&self.programs, "parity")?.set_lease_until_ns(lease);
         self.native.lease = lease;
         if self.limited {
             let (meter, _) = LIMITS[random.usize(..LIMITS.len())];

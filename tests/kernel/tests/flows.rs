@@ -49,13 +49,13 @@ impl Judge {
     }
 
     fn commit(&mut self, policy: Policy, endpoints: &[Endpoint]) {
-        let mut store = PolicyStore::of(&mut self.0, "flows").unwrap();
+        let mut store = PolicyStore::of(&self.0, "flows").unwrap();
         store.commit(policy, endpoints).unwrap();
     }
 
     /// Puts `endpoints` in place of the allowlist.
     fn replace(&mut self, endpoints: &[Endpoint]) {
-        let policy = PolicyStore::of(&mut self.0, "flows").unwrap().policy();
+        let policy = PolicyStore::of(&self.0, "flows").unwrap().policy();
         self.commit(policy.unwrap(), endpoints);
     }
 

@@ -1,4 +1,5 @@
 //! Guards that the same programs judge for: each by its own policy alone, whatever place it has.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use omerta_dataplane::{Guard, GuardConfig};
 use omerta_kernel_tests::{

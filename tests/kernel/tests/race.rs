@@ -161,7 +161,7 @@ fn no_frame_is_judged_by_two_policies_at_once_and_one_that_change_too_fast_is_dr
     let mut programs = Programs::load("race", Mode::Filtered).unwrap();
     let slots = [0, 1].map(|index| {
         let (policy, list) = version(index, 8);
-        let mut store = PolicyStore::of(&mut programs, "race").unwrap();
+        let mut store = PolicyStore::of(&programs, "race").unwrap();
         store.commit(policy, &list).unwrap();
         store.in_force()
     });
@@ -180,7 +180,7 @@ fn no_frame_is_judged_by_two_allowlists_at_once() {
     for length in [8, 200] {
         let mut programs = Programs::load("race", Mode::Filtered).unwrap();
         let versions = [version(0, length), version(1, length)];
-        let mut store = PolicyStore::of(&mut programs, "race").unwrap();
+        let mut store = PolicyStore::of(&programs, "race").unwrap();
         store.commit(versions[1].0, &versions[1].1).unwrap();
         race(&mut programs, &[None], |store, number| {
             let (policy, list) = &versions[number % 2];

@@ -56,7 +56,7 @@ impl Kernel {
         if self.guard == Special::NoPolicy {
             return;
         }
-        let mut store = PolicyStore::of(&mut self.programs, "corpus").unwrap();
+        let mut store = PolicyStore::of(&self.programs, "corpus").unwrap();
         let policy = guest_policy(self.mode, self.guard);
         store.commit(policy, &allowlist()).unwrap();
         match self.guard {

@@ -21,10 +21,10 @@ fn programs(mode: Mode, change: impl FnOnce(&mut Policy)) -> Programs {
         now_ns: NOW,
         ..FixedInputs::NONE
     };
-    let mut programs = Programs::load_with("limits", mode, inputs).unwrap();
+    let programs = Programs::load_with("limits", mode, inputs).unwrap();
     let mut policy = config(mode).policy("guest").unwrap();
     change(&mut policy);
-    let mut store = PolicyStore::of(&mut programs, "limits").unwrap();
+    let mut store = PolicyStore::of(&programs, "limits").unwrap();
     store.commit(policy, &allowlist()).unwrap();
     programs
 }
@@ -42,7 +42,7 @@ fn passes(programs: &mut Programs, direction: Direction, frame: &[u8]) -> bool {
 fn a_lease_ends_and_is_renewed_by_one_word() {
     let mut programs = programs(Mode::Filtered, |_| {});
     for (until, allowed) in [(0, true), (NOW, false), (NOW + 1, true), (1, false)] {
-        PolicyStore::of(&mut programs, "limits")
+        PolicyStore::of(&programs, "limits")
             .unwrap()
             .set_lease_until_ns(until);
         let passed = passes(&mut programs, Direction::Egress, &to_consumer(b"x"));
