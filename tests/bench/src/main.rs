@@ -15,6 +15,7 @@ mod plot;
 mod policy;
 mod readme;
 mod report;
+mod response;
 mod rounds;
 mod scale;
 mod table;
@@ -54,9 +55,9 @@ struct Arguments {
     readme: Option<PathBuf>,
 }
 
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 12] = [
     "verdict", "floor", "table", "tap", "policy", "capture", "scale", "iperf", "tunnel", "fleet",
-    "launch",
+    "launch", "response",
 ];
 
 fn main() -> ExitCode {
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
 }
 
 /// The result files that the README shows.
-const SHOWN: [&str; 20] = [
+const SHOWN: [&str; 23] = [
     "verdict",
     "floor",
     "table",
@@ -91,6 +92,9 @@ const SHOWN: [&str; 20] = [
     "launch-many",
     "launch-memory",
     "launch-idle",
+    "response",
+    "response-end",
+    "response-flood",
 ];
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -139,6 +143,7 @@ fn measure(name: &str, rounds: Rounds, host: &mut Option<Host>) -> Result<Vec<Be
         "capture" => capture::measure(rounds)?,
         "scale" => scale::measure(rounds, many(host)?)?,
         "launch" => launch::measure(rounds)?,
+        "response" => response::measure(rounds)?,
         "tunnel" => tunnel::measure(&rounds)?,
         "iperf" => vec![iperf::measure(rounds)?],
         "fleet" => vec![fleet::measure(rounds, many(host)?)?],

@@ -38,6 +38,9 @@ pub struct Row {
     pub min: f64,
     /// The greatest.
     pub max: f64,
+    /// What ninety-nine of a hundred do not exceed, where there are so many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub p99: Option<f64>,
     /// Median over the rounds of the ratio to the case `against` in the same round.
     pub ratio: f64,
     /// The case that the ratio is against.
@@ -69,6 +72,7 @@ impl Bench {
                     median: median(&sorted),
                     min: *sorted.first()?,
                     max: *sorted.last()?,
+                    p99: p99(&sorted),
                     ratio: median(&self::sorted(&ratios)),
                     against: case.against,
                 })
@@ -96,6 +100,9 @@ impl Bench {
                 "  {:<24} {:>10.1} {:>10.1} {:>10.1} {:>8.3}  {}",
                 row.case, row.median, row.min, row.max, row.ratio, row.against
             );
+            if let Some(p99) = row.p99 {
+                println!("  {:<24} {p99:>10.1}", "  p99");
+            }
         }
         for missing in &self.missing {
             println!("  not measured: {missing}");
@@ -117,6 +124,12 @@ fn sorted(figures: &[f64]) -> Vec<f64> {
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted
+}
+
+/// The 99th percentile of sorted figures, by nearest rank; of fewer than a hundred it would be the greatest.
+fn p99(sorted: &[f64]) -> Option<f64> {
+    let rank = (sorted.len() * 99).div_ceil(100);
+    (sorted.len() >= 100).then(|| sorted.get(rank - 1).copied())?
 }
 
 /// The median of sorted figures; the mean of the middle two where their number is even.
@@ -156,6 +169,14 @@ mod tests {
         assert!((bench.rows[1].ratio - 1.1).abs() < 1e-9);
         assert_eq!(bench.rows[1].median, 150.0);
         assert_eq!((bench.rows[1].min, bench.rows[1].max), (110.0, 220.0));
+    }
+
+    #[test]
+    fn ninety_nine_of_a_hundred_do_not_exceed_the_p99() {
+        let figures: Vec<f64> = (1..=200).map(f64::from).collect();
+        assert_eq!(p99(&figures), Some(198.0));
+        assert_eq!(p99(&figures[..100]), Some(99.0));
+        assert_eq!(p99(&figures[..99]), None);
     }
 
     #[test]

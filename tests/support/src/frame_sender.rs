@@ -46,6 +46,42 @@ impl FrameSender {
             .map_err(failed("send on", &self.interface))?;
         Ok(())
     }
+
+    /// Sends one frame so many times, by as few system calls as that takes.
+    ///
+    /// # Errors
+    /// As [`FrameSender::send`].
+    pub fn send_times(&self, frame: &[u8], times: usize) -> Result<(), StageError> {
+        let bytes = libc::iovec {
+            // Only read from.
+            iov_base: frame.as_ptr().cast_mut().cast(),
+            iov_len: frame.len(),
+        };
+        // SAFETY: mmsghdr is plain data, for which all zeroes is a valid value.
+        let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
+        message.msg_hdr.msg_iov = (&raw const bytes).cast_mut();
+        message.msg_hdr.msg_iovlen = 1;
+        // The kernel takes no more by one call.
+        let mut messages = vec![message; times.min(1024)];
+        let mut left = times;
+        while left > 0 {
+            let count = left.min(messages.len());
+            // SAFETY: there are `count` messages, each of which points to `bytes`, and both outlive the call.
+            let sent = unsafe {
+                libc::sendmmsg(
+                    self.socket.as_raw_fd(),
+                    messages.as_mut_ptr(),
+                    count as libc::c_uint,
+                    0,
+                )
+            };
+            match usize::try_from(sent) {
+                Ok(sent) => left -= sent.min(left),
+                Err(_) => return Err(failed("send on", &self.interface)(nix::Error::last())),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Binds a packet socket to one interface, for frames of one EtherType.

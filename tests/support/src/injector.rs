@@ -39,6 +39,7 @@ struct LinkAttributes {
 #[derive(Debug)]
 pub struct Injector {
     sender: FrameSender,
+    veth: Veth,
     _link: OwnedFd,
 }
 
@@ -49,6 +50,14 @@ impl Injector {
     /// # Errors
     /// Where there is no such interface, on kernels before 6.6, or without root.
     pub fn into(interface: &str) -> Result<Self, StageError> {
+        Self::by("inject", interface)
+    }
+
+    /// The same, by a pair whose names begin with `pair`: several may be in one namespace.
+    ///
+    /// # Errors
+    /// As [`Injector::into`], and where there is such a pair.
+    pub fn by(pair: &str, interface: &str) -> Result<Self, StageError> {
         let failed = |error: io::Error| {
             let errno = error
                 .raw_os_error()
@@ -56,7 +65,7 @@ impl Injector {
             failed("redirect to", interface)(errno)
         };
         let target = index_of(interface)?;
-        let veth = Veth::pair("inject0", "inject1")?;
+        let veth = Veth::pair(&format!("{pair}0"), &format!("{pair}1"))?;
         // The stack sends nothing of its own by it.
         for end in [&veth.near, &veth.far] {
             ip(&format!("link set {end} addrgenmode none"))?;
@@ -79,14 +88,15 @@ impl Injector {
         let program = unsafe { open(BPF_PROG_LOAD, &program) }.map_err(failed)?;
         let link = LinkAttributes {
             program: program.as_raw_fd() as u32,
-            ifindex: index_of("inject0")?,
+            ifindex: index_of(&veth.near)?,
             hook: BPF_TCX_EGRESS,
             ..LinkAttributes::default()
         };
         // SAFETY: the request is of this command and points nowhere.
         let link = unsafe { open(BPF_LINK_CREATE, &link) }.map_err(failed)?;
         Ok(Self {
-            sender: FrameSender::open("inject0")?,
+            sender: FrameSender::open(&veth.near)?,
+            veth,
             _link: link,
         })
     }
@@ -97,6 +107,22 @@ impl Injector {
     /// Where the way there is gone.
     pub fn inject(&self, frame: &[u8]) -> Result<(), StageError> {
         self.sender.send(frame)
+    }
+
+    /// The same frame so many times, by as few system calls as that takes.
+    ///
+    /// # Errors
+    /// As [`Injector::inject`].
+    pub fn inject_times(&self, frame: &[u8], times: usize) -> Result<(), StageError> {
+        self.sender.send_times(frame, times)
+    }
+
+    /// Removes its veths, for whoever makes many in one namespace, which must be the current one.
+    ///
+    /// # Errors
+    /// Where they are gone.
+    pub fn remove(self) -> Result<(), StageError> {
+        self.veth.remove()
     }
 }
 

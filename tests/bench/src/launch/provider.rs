@@ -127,8 +127,16 @@ impl Provider {
 
     /// Runs a guest; returns when `omerta vm run` does.
     pub fn run(&self, image: &str, memory_mib: u32) -> Result<Guest<'_>> {
+        self.run_with(image, memory_mib, &[])
+    }
+
+    /// The same, with more arguments.
+    pub fn run_with(&self, image: &str, memory_mib: u32, more: &[&str]) -> Result<Guest<'_>> {
         let name = self.next_name();
-        let status = self.run_command(&name, image, memory_mib).status();
+        let status = self
+            .run_command(&name, image, memory_mib)
+            .args(more)
+            .status();
         let guest = Guest {
             log: self.directory.join("run").join(&name).join("console.log"),
             provider: self,
