@@ -20,6 +20,7 @@ mod disk;
 mod error;
 mod guard_alarm;
 mod guest_name;
+mod host_look;
 mod image;
 mod jail;
 mod lifecycle;
@@ -44,6 +45,7 @@ pub use control_port::{ControlPort, Report};
 pub use disk::{DiskError, LayerSpec, Scrubbed};
 pub use error::LaunchError;
 pub use guest_name::{GuestName, GuestNameError};
+pub use host_look::{HostLook, Whereabouts};
 pub use image::{Image, ImageError, Stored, StoredDisk};
 pub use jail::{
     Jail, JailError, Part, PartError, Step, UidRange, UidRangeError, lacking_parts, qemu_program,

@@ -85,6 +85,11 @@ pub enum Occurrence {
     /// The guest's guard drops what it sends, and its own firewall, which its image says is heard on the console, says
     /// nothing. It may be gone, got around or silenced; nothing is done for it.
     ConsoleSilent {},
+    /// The host has something towards the guest's address that is not the guest's own. Nothing is done to the guest.
+    Outside {
+        /// A route, a neighbour entry or a socket.
+        found: String,
+    },
     /// The guest's consumer has moved. The guest may reach it where it is now, and no longer where it was.
     ConsumerMoved {
         /// Where it was: `ADDRESS:PORT`.

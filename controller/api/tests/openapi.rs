@@ -123,6 +123,7 @@ fn occurrences() -> Vec<Occurrence> {
             line: text(),
         },
         Occurrence::ConsoleSilent {},
+        Occurrence::Outside { found: text() },
         Occurrence::TunnelSilent {
             seconds: 1,
             never: true,
@@ -179,6 +180,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Agent { .. }
             | Occurrence::Console { .. }
             | Occurrence::ConsoleSilent {}
+            | Occurrence::Outside { .. }
             | Occurrence::ConsumerMoved { .. }
             | Occurrence::ConsumerStays { .. }
             | Occurrence::TunnelSilent { .. }

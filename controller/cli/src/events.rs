@@ -108,6 +108,11 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
             }
             (Style::Bad, "console", text)
         }
+        Occurrence::Outside { found } => (
+            Style::Bad,
+            "outside",
+            format!("this host has {found}, which is not the guest's own"),
+        ),
         Occurrence::ConsoleSilent {} => (
             Style::Bad,
             "console_silent",

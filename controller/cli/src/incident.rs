@@ -233,6 +233,7 @@ const fn weight(witness: Witness) -> &'static str {
     match witness {
         Witness::Kernel => "kernel (proof)",
         Witness::Agent => "agent (the guest's word, but for its silence)",
+        Witness::Outside => "outside (the host's own tables)",
         Witness::Console => "console (the guest's word, and anyone's in it)",
     }
 }

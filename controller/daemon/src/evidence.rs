@@ -154,6 +154,22 @@ impl Evidence {
                     before: Vec::new(),
                 })))
             }
+            Record::Outside(found) => {
+                let case = self.case(whose, false);
+                Some(What::Incident(Box::new(Incident {
+                    case,
+                    guest: whose.name.to_owned(),
+                    interface: whose.interface.to_owned(),
+                    consumer: whose.consumer.to_owned(),
+                    witnesses: vec![Witness::Outside],
+                    attempt: "outside".to_owned(),
+                    inferred_from: format!("this host has {found}"),
+                    action: OnViolation::Alert.word().to_owned(),
+                    epoch: epoch(),
+                    frame: None,
+                    before: Vec::new(),
+                })))
+            }
             Record::ConsoleSilent => {
                 let case = self.case(whose, false);
                 Some(What::Incident(Box::new(Incident {

@@ -492,6 +492,30 @@ impl Fleet {
             .collect()
     }
 
+    /// The guests whose guards judge what they send.
+    pub(crate) fn judged(&self) -> Vec<(GuestId, Arc<Spec>)> {
+        use GuestState::{Condemned, Held, Running, Stopping, Suspended};
+        let roster = self.lock();
+        let is_judged = |state| matches!(state, Running | Held | Suspended | Stopping | Condemned);
+        roster
+            .engine
+            .guests()
+            .filter(|guest| is_judged(guest.state()))
+            .filter_map(|guest| {
+                let facts = roster.facts.get(&guest.id())?;
+                Some((guest.id(), Arc::clone(&facts.spec)))
+            })
+            .collect()
+    }
+
+    /// Hands to a guest's task what was found of the guest outside of it.
+    pub(crate) fn found(&self, id: GuestId, event: GuestEvent) {
+        if let Some(facts) = self.lock().facts.get(&id) {
+            // A task that no longer listens is ending its guest.
+            let _ = facts.commands.send(Command::Found(event));
+        }
+    }
+
     fn admit(
         self: &Arc<Self>,
         order: &Order,

@@ -51,6 +51,8 @@ pub(crate) enum Command {
     Control(oneshot::Sender<Control>),
     /// That it starts again.
     Reset(oneshot::Sender<Result<(), String>>),
+    /// Nothing: this was found by who looks after all guests.
+    Found(GuestEvent),
 }
 
 /// What exists of the guest.
@@ -302,6 +304,7 @@ impl GuestTask {
                 Some(GuestEvent::StopRequested { deadline_seconds })
             }
             Command::End(cause) => Some(GuestEvent::EndRequested(cause)),
+            Command::Found(event) => Some(event),
             Command::Hold(done) => {
                 self.asked.push(done);
                 Some(GuestEvent::HoldRequested)

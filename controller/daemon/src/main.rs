@@ -26,6 +26,7 @@ mod metrics;
 mod names;
 mod order;
 mod order_words;
+mod outside;
 mod peers;
 mod pool;
 mod pool_claim;
@@ -208,6 +209,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
     tokio::spawn(async move {
         probing.acceleration().find(images).await;
     });
+    tokio::spawn(outside::watch(Arc::clone(&fleet)));
     if let Some(events) = fleet.journal().numbers() {
         tokio::spawn(memory::give_back(events));
     }

@@ -30,6 +30,7 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             line: report.line,
         },
         Record::ConsoleSilent => Occurrence::ConsoleSilent {},
+        Record::Outside(found) => Occurrence::Outside { found },
         Record::Rogue {
             frame,
             action,

@@ -89,6 +89,8 @@ pub enum Record {
     Console(ConsoleReport),
     /// Nothing is heard on its console where its image says that something is. Nothing is done to it for that either.
     ConsoleSilent,
+    /// The host has this towards it, which is not its own. It is not the guest's doing, and nothing is done to it.
+    Outside(String),
     /// It sent a rogue frame.
     Rogue {
         /// The frame.

@@ -85,6 +85,8 @@ pub enum GuestEvent {
     ConsoleHeard(ConsoleReport),
     /// Its guard drops what it sends, and its own firewall, which its image says is heard on its console, says nothing.
     ConsoleSilent,
+    /// The host has something towards it that is not its own: a route, a neighbour entry or a socket.
+    FoundOutside(String),
     /// Nothing has come from its consumer for so long.
     TunnelSilent {
         /// How long.

@@ -32,6 +32,11 @@ impl Guest {
                     self.publish(now, Record::ConsoleSilent, out);
                 }
             }
+            GuestEvent::FoundOutside(what) => {
+                if !self.is_ended() {
+                    self.publish(now, Record::Outside(what), out);
+                }
+            }
             GuestEvent::TunnelSilent {
                 seconds,
                 never,

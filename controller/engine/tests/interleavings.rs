@@ -46,6 +46,7 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         1 => Just(GuestEvent::AgentReported(AgentReport::Sound)),
         1 => Just(GuestEvent::ConsoleHeard(ConsoleReport { attempts: 1, unread: 1, line: "x".into() })),
         1 => Just(GuestEvent::ConsoleSilent),
+        1 => Just(GuestEvent::FoundOutside("a route".into())),
         1 => Just(GuestEvent::AgentReported(AgentReport::Missed)),
         6 => frames().prop_map(GuestEvent::RogueFrameSeen),
         2 => at().prop_map(|at| GuestEvent::Paused { at }),

@@ -133,6 +133,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::Agent(_) => "agent",
                 Record::Console(_) => "console",
                 Record::ConsoleSilent => "console_silent",
+                Record::Outside(_) => "outside",
                 Record::TunnelSilent { .. } => "silent",
                 Record::TunnelBack => "back",
                 Record::ConsumerMoved { .. } => "consumer moved",
@@ -207,6 +208,12 @@ fn table_of_transitions_under_terminate() {
         ),
         (Suspended, GuestEvent::ConsoleSilent, Suspended, &[]),
         (Ending, GuestEvent::ConsoleSilent, Ending, &[]),
+        (
+            Running,
+            GuestEvent::FoundOutside("a route".into()),
+            Running,
+            &["outside"],
+        ),
         // Who powers down takes its agent along.
         (Stopping, agent(AgentReport::Missed), Stopping, &["agent"]),
         (Suspended, agent(AgentReport::Missed), Suspended, &[]),

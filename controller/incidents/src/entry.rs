@@ -57,6 +57,8 @@ pub enum Witness {
     Agent,
     /// Its console, where its own firewall says so: the guest's word, which anyone in it can forge.
     Console,
+    /// The host's own tables: routes, neighbours, sockets.
+    Outside,
 }
 
 impl Witness {
@@ -66,6 +68,7 @@ impl Witness {
             Self::Kernel => "kernel",
             Self::Agent => "agent",
             Self::Console => "console",
+            Self::Outside => "outside",
         }
     }
 }

@@ -15,7 +15,7 @@ use omerta_test_support::write_bare_guest;
 
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds, Samples};
-use bare::Bare;
+pub use bare::Bare;
 pub use provider::Provider;
 
 /// Writes one line to the serial port and halts.

@@ -3,8 +3,11 @@
 //!
 //! Each figure is of a guest of its own, whose processor spins: alone, while another guest floods its guard with bad
 //! frames as fast as one thread sends them (`response-flood` says how fast that was), and beside a hundred guests
-//! that do nothing.
+//! that do nothing. `qmp-stop` is the floor: how long such a QEMU by itself takes from `stop` on its monitor until it says that
+//! it is paused.
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use omerta_dataplane::Guard;
 use omerta_test_support::{Injector, write_bare_guest};
 
-use crate::launch::{Provider, SPEAKS};
+use crate::launch::{Bare, Provider, SPEAKS};
 use crate::report::Bench;
 use crate::rounds::{Rounds, Samples};
 use crate::verdict::forged_frame;
@@ -46,7 +49,13 @@ pub fn measure(rounds: Rounds) -> Result<Vec<Bench>> {
 
     // One that does not count.
     response(&provider)?;
-    let alone = respond()?;
+    let bare = Bare::like(&provider, "spins", 64)?;
+    // In turn with the guests, so that a machine that becomes busy slows both.
+    let (mut stopped, mut alone) = (Vec::new(), Vec::new());
+    for _ in 0..count {
+        stopped.push(stop(&bare)?);
+        alone.push(response(&provider)?);
+    }
     let (flooded, rate) = beside_a_flood(&provider, respond)?;
     provider.many_at_once(BESIDE, "tiny")?;
     let hundred = respond()?;
@@ -62,9 +71,14 @@ pub fn measure(rounds: Rounds) -> Result<Vec<Bench>> {
     let removed: fn(&Response) -> f64 = |response| response.tap_removed;
     let counted = Rounds::new("response", count, &[]);
     let pausing = [
-        of("paused", "paused", &alone, paused),
-        of("paused-flood", "paused", &flooded, paused),
-        of("paused-100", "paused", &hundred, paused),
+        Samples {
+            name: "qmp-stop",
+            against: "qmp-stop",
+            figures: stopped,
+        },
+        of("paused", "qmp-stop", &alone, paused),
+        of("paused-flood", "qmp-stop", &flooded, paused),
+        of("paused-100", "qmp-stop", &hundred, paused),
     ];
     let ending = [
         of("ended", "ended", &alone, ended),
@@ -107,6 +121,32 @@ fn response(provider: &Provider) -> Result<Response> {
         ended: milliseconds("frame_to_ended_us")?,
         tap_removed: milliseconds("frame_to_tap_removed_us")?,
     })
+}
+
+/// Milliseconds that a QEMU by itself takes to stop its guest.
+fn stop(bare: &Bare<'_>) -> Result<f64> {
+    let guest = bare.start()?;
+    let socket = loop_until(|| Ok(UnixStream::connect(guest.qmp()).ok()))?;
+    let mut lines = BufReader::new(socket.try_clone()?).lines();
+    let mut ask = |command: &str| -> Result<String> {
+        writeln!(&socket, r#"{{"execute":"{command}"}}"#)?;
+        loop {
+            let line = lines.next().context("QEMU has ended")??;
+            // Its greeting and its events come between.
+            if line.contains(r#""return""#) {
+                return Ok(line);
+            }
+        }
+    };
+    ask("qmp_capabilities")?;
+    let began = Instant::now();
+    ask("stop")?;
+    let state = ask("query-status")?;
+    let took = began.elapsed().as_secs_f64() * 1000.0;
+    if !state.contains("paused") {
+        bail!("QEMU has not stopped its guest: {state}");
+    }
+    Ok(took)
 }
 
 /// What `work` gives while another guest's guard drops frames without pause, and how many a second those were.

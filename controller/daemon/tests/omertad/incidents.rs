@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use omerta_dataplane::Guard;
 use omerta_incidents::{Deed, Incident, Outcome, What, Witness, read};
-use omerta_test_support::{IDLE, Injector};
+use omerta_test_support::{IDLE, Injector, ip};
 use serde_json::{Value, json};
 
 use crate::daemon::{Daemon, namespace};
@@ -207,4 +207,48 @@ fn a_guest_whose_firewall_is_promised_to_be_heard_and_is_not_is_told_of_once_and
     assert_eq!(incidents[1].witnesses, [Witness::Console]);
     assert!(outcomes.is_empty(), "{outcomes:?}");
     assert_eq!(daemon.get("/v1/guests/alpha").json()["state"], "running");
+}
+
+#[test]
+fn what_the_host_has_towards_a_guest_that_is_not_its_own_is_told_and_recorded_once_each() {
+    let daemon = start(IDLE);
+    let address = run(&daemon, "alpha")["address"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let told = || {
+        let events = daemon.get("/v1/events?guest=alpha").body;
+        let is_outside = |line: &&str| line.contains(r#""kind":"outside""#);
+        events
+            .lines()
+            .filter(is_outside)
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let socket = daemon.namespace.enter(|| {
+        ip("link add other type veth peer name far").unwrap();
+        ip("link set other up").unwrap();
+        ip(&format!("route add {address}/32 dev other metric 9")).unwrap();
+        ip(&format!(
+            "neigh add {address} lladdr 52:54:00:00:00:99 dev other"
+        ))
+        .unwrap();
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect((address.as_str(), 9)).unwrap();
+        socket
+    });
+    within_a_minute("all three are told", || told().len() == 3);
+    let all = told().concat();
+    for part in ["a route to", "a neighbour entry of", "a udp socket to"] {
+        assert!(all.contains(part), "{part}: {all}");
+    }
+    let state = daemon.path().join("state");
+    let (incidents, outcomes) = recorded(&state, |incidents, _| incidents.len() == 3);
+    for incident in &incidents {
+        assert_eq!(incident.witnesses, [Witness::Outside]);
+        assert_eq!(incident.action, "alert");
+    }
+    assert!(outcomes.is_empty(), "{outcomes:?}");
+    assert_eq!(daemon.get("/v1/guests/alpha").json()["state"], "running");
+    drop(socket);
 }

@@ -101,7 +101,8 @@ impl<'a> Bare<'a> {
             .stdout(Stdio::null())
             .spawn()
             .context("cannot start QEMU")?;
-        Ok(BareGuest { child, log })
+        let qmp = self.directory.path().join("qmp");
+        Ok(BareGuest { child, log, qmp })
     }
 }
 
@@ -109,12 +110,18 @@ impl<'a> Bare<'a> {
 pub struct BareGuest {
     child: Child,
     log: PathBuf,
+    qmp: PathBuf,
 }
 
 impl BareGuest {
     /// Where its console is written.
     pub fn log(&self) -> &Path {
         &self.log
+    }
+
+    /// The socket of its monitor, once it listens.
+    pub fn qmp(&self) -> &Path {
+        &self.qmp
     }
 }
 
