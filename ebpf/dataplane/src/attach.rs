@@ -90,8 +90,11 @@ impl Guard {
         }
         let mut left = LeftFilters::default();
         // Whatever name the interface had when it was guarded.
-        for pins in Pins::all()?.into_iter().chain(Pins::aside()?) {
-            let (_, pins) = pins;
+        let candidates = match is_filtered(interface, ifindex)? {
+            true => Pins::all()?.into_iter().chain(Pins::aside()?).collect(),
+            false => Vec::new(),
+        };
+        for (_, pins) in candidates {
             let found = look(&pins)?;
             if !found.is_on(interface, ifindex) {
                 continue;
@@ -334,6 +337,30 @@ struct LeftFilters {
     made_qdisc: bool,
     /// Whether a filter of theirs has given way to a new one, which alone judges since.
     replaced: bool,
+}
+
+/// Whether any program of TC is on the interface. Looking at each guard of a namespace takes milliseconds
+/// where there are many; most interfaces that one is looked for on have none.
+pub fn is_filtered(interface: &str, ifindex: u32) -> Result<bool, GuardError> {
+    let any = || -> std::io::Result<bool> {
+        for direction in Direction::ALL {
+            if link::has_any(ifindex, direction)?
+                || !clsact::filters(ifindex, direction)?.is_empty()
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    match any() {
+        // It is gone, with all that was on it.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(false),
+        any => any.map_err(|source| GuardError::System {
+            action: "ask for the programs",
+            interface: interface.to_owned(),
+            source,
+        }),
+    }
 }
 
 /// The ids of the programs on the hook of `direction`, first to run first.

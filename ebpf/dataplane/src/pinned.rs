@@ -1,5 +1,6 @@
 //! What is pinned for this network namespace, and where it is in force.
 
+use crate::attach::is_filtered;
 use crate::bpffs::namespace_directory;
 use crate::lock::Lock;
 use crate::pins::{self, Pins};
@@ -206,7 +207,12 @@ pub fn find(interface: &str, ifindex: u32) -> Result<Option<(Pins, Look)>, Guard
         return Ok(Some((own, own_found)));
     }
     let mut left_over = None;
+    // Of an interface that is gone, only what is left over is found.
+    let may_be_renamed = ifindex != 0 && is_filtered(interface, ifindex)?;
     for (name, pins) in Pins::all()? {
+        if !may_be_renamed && name != interface {
+            continue;
+        }
         let found = look(&pins)?;
         if found.is_on(interface, ifindex) {
             return Ok(Some((pins, found)));

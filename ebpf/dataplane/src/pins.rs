@@ -430,17 +430,21 @@ pub fn remove_of_gone_namespaces() -> Result<usize, GuardError> {
 }
 
 fn directories_in(directory: &Path) -> Result<Vec<(String, Pins)>, GuardError> {
-    if !directory.is_dir() {
-        return Ok(Vec::new());
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed("read", directory)(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(failed("read", directory))?;
+        // bpffs tells it with the name.
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let directory = entry.path();
+            found.push((name, Pins { directory }));
+        }
     }
-    let mut found: Vec<_> = read(directory)?
-        .into_iter()
-        .filter(|path| path.is_dir())
-        .filter_map(|directory| {
-            let name = directory.file_name()?.to_string_lossy().into_owned();
-            Some((name, Pins { directory }))
-        })
-        .collect();
     found.sort_by(|(a, _), (b, _)| a.cmp(b));
     Ok(found)
 }
