@@ -6,7 +6,8 @@
 #   make demo     setup, build, image, then the demonstration
 #   make test     setup, image, then every test; all of it built once, for testing
 #   make fuzz     every fuzz target for SECONDS=N (60)
-#   make soak     parity, policy flips and kills under traffic, until Ctrl-C or SECONDS=N
+#   make soak     a guest that means no harm, for two hours or SECONDS=N; then parity, policy flips and kills under
+#                 traffic, until Ctrl-C or as long again
 #   make prove    proof, by a solver, of what the compiled kernel programs allow (tests/prove)
 #   make lint     formatting, clippy, dependencies, scripts, deploy files
 #   make clean    remove target/
@@ -47,7 +48,8 @@ test: setup
 fuzz:
 	@tests/fuzz/run.sh $(or $(SECONDS),60)
 
-soak:
+soak: image
+	@OMERTA_HONEST_SECONDS=$(or $(SECONDS),7200) cargo test --workspace --locked --test omertad -- --nocapture honest_traffic
 	@cargo build --release --locked -p omerta-soak
 	@target/release/omerta-soak $(if $(SECONDS),--seconds $(SECONDS))
 prove:

@@ -8,6 +8,7 @@ mod connections;
 mod daemon;
 mod faults;
 mod guests;
+mod honest;
 mod images;
 mod incidents;
 mod metrics;

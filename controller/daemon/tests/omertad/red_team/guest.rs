@@ -18,6 +18,8 @@ pub enum Image {
     RedTeam,
     /// With a network that is set up wrongly.
     BrokenVpn,
+    /// With a workload at its console that means no harm.
+    Honest,
 }
 
 impl Image {
@@ -25,11 +27,12 @@ impl Image {
         match self {
             Self::RedTeam => "red-team",
             Self::BrokenVpn => "broken-vpn",
+            Self::Honest => "honest",
         }
     }
 }
 
-/// An omertad with both images that gives agents so long to answer; `None`, said aloud, where no image is built.
+/// An omertad with all images that gives agents so long to answer; `None`, said aloud, where no image is built.
 pub fn start(deadline_seconds: u32) -> Option<Daemon> {
     let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/image");
     let built = std::env::var_os("OMERTA_IMAGE_DIR").map_or_else(built, PathBuf::from);
@@ -47,11 +50,19 @@ pub fn start(deadline_seconds: u32) -> Option<Daemon> {
     let arguments = ["--metrics", "off", "--config", config.to_str().unwrap()];
     let daemon = Daemon::start_in(namespace(), directory, &arguments);
     let images = daemon.path().join("state/images");
-    let inittab = b"::sysinit:/bin/true\nttyS0::respawn:/bin/red-team\n";
-    let brings = Archive::default()
-        .file("bin/red-team", 0o755, include_bytes!("red-team.sh"))
-        .file("etc/inittab", 0o644, inittab);
-    write(&built, &images.join(Image::RedTeam.name()), brings);
+    let inittab = b"::sysinit:/bin/true\n::respawn:/bin/acpid -f -l /dev/null\nttyS0::respawn:/bin/workload\n";
+    let workloads: [(_, &[u8]); 2] = [
+        (Image::RedTeam, include_bytes!("red-team.sh")),
+        (Image::Honest, include_bytes!("honest.sh")),
+    ];
+    for (image, script) in workloads {
+        let brings = Archive::default().file("bin/workload", 0o755, script).file(
+            "etc/inittab",
+            0o644,
+            inittab,
+        );
+        write(&built, &images.join(image.name()), brings);
+    }
     let network = include_bytes!("broken-vpn.sh");
     let brings = Archive::default().file("usr/lib/omerta/network", 0o755, network);
     write(&built, &images.join(Image::BrokenVpn.name()), brings);
@@ -88,7 +99,7 @@ impl Console {
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line).trim().to_owned();
-                if let Some((_, word)) = line.split_once("red-team: ")
+                if let Some((_, word)) = line.split_once("workload: ")
                     && sender.send(word.to_owned()).is_err()
                 {
                     return;
@@ -109,6 +120,11 @@ impl Console {
             self.hear("ready");
         }
         writeln!(self.to_guest, "{attack}").unwrap();
+    }
+
+    /// The guest boots again.
+    pub const fn begins_anew(&mut self) {
+        self.is_ready = false;
     }
 
     /// The same, and waits until it is done, or the guest is ended for it.

@@ -2,7 +2,7 @@
 //! is noticed by those that the table names, which is the one in SECURITY.md.
 
 mod attacks;
-mod guest;
+pub mod guest;
 
 use std::time::{Duration, Instant};
 

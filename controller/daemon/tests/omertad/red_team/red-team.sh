@@ -93,8 +93,8 @@ do_attack() {
     esac
 }
 
-echo "red-team: ready"
+echo "workload: ready"
 while read -r attack; do
     do_attack "$attack"
-    echo "red-team: done $attack"
+    echo "workload: done $attack"
 done
