@@ -68,7 +68,7 @@ dependencies() {
 
 shell_scripts() {
     local ours guests
-    local inside=(vm-launcher/image/rootfs vm-launcher/image/debian)
+    local inside=(vm-launcher/image/rootfs vm-launcher/image/debian controller/daemon/tests/omertad/red_team)
     mapfile -t ours < <(scripts "${inside[@]/#/:!}")
     mapfile -t guests < <(scripts "${inside[@]}")
     shellcheck --external-sources --severity=warning "${ours[@]}" || return 1
