@@ -1,9 +1,11 @@
 //! A guard: the programs, maps and links or filters that enforce one interface's policy.
 
+use std::io;
 use std::time::Duration;
 
 use omerta_verdict::{Direction, Endpoint, Mac, Mode};
 
+use crate::bpffs::failed;
 use crate::counters::{CounterReader, Counters};
 use crate::diagnostics::DiagnosticStream;
 use crate::events::EventStream;
@@ -13,7 +15,7 @@ use crate::pins::Pins;
 use crate::standing::look;
 use crate::status::{DirectionLimits, GuardStatus};
 use crate::store::PolicyStore;
-use crate::{GuardError, Owner, Standing, interface, lease, upgrade};
+use crate::{GuardError, Owner, Standing, interface, lease, links, notes, upgrade};
 
 const NOT_PINNED: &str = "a link or program is not pinned";
 
@@ -324,6 +326,28 @@ impl Guard {
     /// The guard's events. Two streams of one guard would each see a part: keep one.
     pub fn events(&self) -> Result<EventStream, GuardError> {
         EventStream::open(&self.interface, &self.pins)
+    }
+
+    /// Puts the interface into `group`, for as long as it is guarded: whoever removes the guard takes it out
+    /// first.
+    pub fn enter_group(&self, group: u32) -> Result<(), GuardError> {
+        let _lock = self.pins.lock()?;
+        self.authorise()?;
+        self.judging()?;
+        if self.pins.group()? != Some(group) {
+            let path = self.pins.path(notes::GROUP);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("remove", &path)(error));
+                }
+                _ => self.pins.set_note(notes::GROUP, &group.to_string())?,
+            }
+        }
+        links::set_group(self.ifindex, group).map_err(|source| GuardError::System {
+            action: "set the group of",
+            interface: self.interface.clone(),
+            source,
+        })
     }
 
     /// What the programs that judge this guard say of their own failures, of it and of all other guards

@@ -53,6 +53,21 @@ fn interface(object: &Object) -> Option<Interface> {
     })
 }
 
+/// Whether the interface of that index is in `group`; none is in a group that is gone.
+pub(crate) fn in_group(index: u32, group: u32) -> io::Result<bool> {
+    let subject = Subject {
+        ifindex: index,
+        ..Subject::default()
+    };
+    if index == 0 {
+        return Ok(false);
+    }
+    let found = get(libc::RTM_GETLINK, subject, &[])?;
+    let found = found.iter().filter_map(interface);
+    let mut found = found.filter(|one| one.index == index);
+    Ok(found.any(|one| one.group == group))
+}
+
 /// Whether an XDP program, native, generic or offloaded, is on the interface of that index: it sees what
 /// comes before any program of TC does, and may send it on past them.
 pub fn has_xdp(index: u32) -> io::Result<bool> {

@@ -30,6 +30,8 @@ pub const IDENTITY: &str = "identity";
 pub const LAYOUT: &str = "layout";
 /// The build of the programs.
 pub const PROGRAMS: &str = "programs";
+/// The group that the interface is in for as long as it is guarded, by which a fence lets it through.
+pub const GROUP: &str = "group";
 /// Where the guard is found by programs that judge for many: a [`Seat`].
 pub const PLACE: &str = "place";
 /// The indices of the veths whose peers are handed frames, where something is redirected.
@@ -129,6 +131,17 @@ impl Pins {
                 .parse()
                 .map(Some)
                 .map_err(|why| self.unreadable(name, why)),
+        }
+    }
+
+    /// The group that the interface is in for as long as it is guarded.
+    pub fn group(&self) -> Result<Option<u32>, GuardError> {
+        match self.note(GROUP)? {
+            None => Ok(None),
+            Some(text) => text
+                .parse()
+                .map(Some)
+                .map_err(|_| self.unreadable(GROUP, "this is no group's number")),
         }
     }
 

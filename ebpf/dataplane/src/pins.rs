@@ -17,6 +17,7 @@ use crate::GuardError;
 use crate::bpffs::{failed, namespace_directory, root, shown};
 use crate::clsact;
 use crate::link::{self, LinkInfo};
+use crate::links;
 use crate::living;
 use crate::lock::Lock;
 use crate::notes;
@@ -25,8 +26,9 @@ use crate::shared::{self, is_programs};
 use crate::standing::{Standing, look};
 
 /// The pins of a guard besides its maps'.
-const OTHER_PINS: [&str; 14] = [
+const OTHER_PINS: [&str; 15] = [
     notes::CLSACT,
+    notes::GROUP,
     notes::IDENTITY,
     notes::LAYOUT,
     "link_egress",
@@ -301,6 +303,7 @@ impl Pins {
     /// Removes what stands aside; filters and links first, so that no program runs without its
     /// maps' pins, then its place among the programs that judge for many, and the notes of that last.
     pub fn remove_aside(&self) -> Result<(), GuardError> {
+        self.leave_group()?;
         self.remove_filters()?;
         let mut paths = self.entries()?;
         let rank = |path: &PathBuf| match path.file_name().unwrap_or_default().as_encoded_bytes() {
@@ -323,6 +326,29 @@ impl Pins {
         }
         remove(others)?;
         fs::remove_dir(&self.directory).map_err(failed("remove", &self.directory))
+    }
+
+    /// Takes the interface out of the group that it is in as a guarded one, before it is guarded no more.
+    fn leave_group(&self) -> Result<(), GuardError> {
+        let Some(group) = self.group()? else {
+            return Ok(());
+        };
+        let index = match self.filters()? {
+            Some(filters) => filters.ifindex,
+            None => self.link(Direction::Egress)?.map_or(0, |link| link.ifindex),
+        };
+        let left = links::in_group(index, group).and_then(|is_in| match is_in {
+            true => links::set_group(index, 0),
+            false => Ok(()),
+        });
+        match left {
+            Err(error) if error.raw_os_error() != Some(libc::ENODEV) => Err(GuardError::System {
+                action: "take out of its group",
+                interface: self.made_for(),
+                source: error,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Removes the guard's filters, and the qdisc that it made for them unless others use it.

@@ -11,8 +11,10 @@ use std::io::{self, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::{self, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CloneFlags, unshare};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -71,8 +73,10 @@ pub struct Fence {
     config: FenceConfig,
     /// Its name is one watch's alone in a network namespace: two would undo each other's rules.
     _turn: UnixDatagram,
-    /// As `nft` lists the rules that were made.
-    made: Option<String>,
+    /// As `nft` lists the rules where nobody has changed them.
+    wanted: Option<String>,
+    /// Whether they were made.
+    made: bool,
     /// When it was looked at last.
     looked: Option<Instant>,
     /// Whether there was an occasion to look again since.
@@ -96,7 +100,8 @@ impl Fence {
         Ok(Self {
             config,
             _turn: turn,
-            made: None,
+            wanted: None,
+            made: false,
             looked: None,
             is_due: true,
             told: None,
@@ -140,20 +145,37 @@ impl Fence {
     }
 
     fn stand(&mut self) -> Result<Option<&'static str>, FenceError> {
-        if let Some(made) = &self.made
-            && listed().is_ok_and(|listed| listed == *made)
-        {
+        let wanted = match &self.wanted {
+            Some(wanted) => wanted,
+            None => self.wanted.insert(listed_apart(&self.config)?),
+        };
+        if self.made && listed().is_ok_and(|listed| listed == *wanted) {
             return Ok(None);
         }
-        let again = self.made.take().is_some();
         nft("make", &["-f", "-"], &rules(&self.config))?;
-        self.made = Some(listed()?);
-        Ok(Some(if again {
-            "somebody had changed or removed it: it stands again"
-        } else {
-            "it stands"
+        // Somebody may change them at once.
+        self.is_due = true;
+        Ok(Some(match std::mem::replace(&mut self.made, true) {
+            true => "it was not as it had been made: it stands again",
+            false => "it stands",
         }))
     }
+}
+
+/// How `nft` lists the fence, as it tells in a network namespace of nobody else's.
+fn listed_apart(config: &FenceConfig) -> Result<String, FenceError> {
+    let rules = rules(config);
+    let apart = move || {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| FenceError::Take(errno.into()))?;
+        nft("make", &["-f", "-"], &rules)?;
+        listed()
+    };
+    // A thread's namespace is its own.
+    let thread = thread::Builder::new().name("fence".into());
+    let thread = thread.spawn(apart).map_err(FenceError::Take)?;
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(FenceError::Take(io::Error::other("a thread broke off"))))
 }
 
 /// All of it, in one transaction of the kernel's: what stood before it goes when it comes.

@@ -175,15 +175,14 @@ impl Tap {
         through: bool,
     ) -> Result<(), GuardError> {
         let Some(group) = group else { return Ok(()) };
-        let to = match (through, found.group == group) {
-            (true, false) => group,
-            (false, true) => 0,
-            _ => return Ok(()),
-        };
-        match links::set_group(found.index, to) {
-            // It has gone, and the next look finds what came.
-            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(()),
-            done => self.system("set the group of", done),
+        match (through, found.group == group) {
+            (true, false) => Guard::open(self.name())?.enter_group(group),
+            (false, true) => match links::set_group(found.index, 0) {
+                // It has gone, and the next look finds what came.
+                Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(()),
+                done => self.system("set the group of", done),
+            },
+            _ => Ok(()),
         }
     }
 

@@ -265,6 +265,31 @@ fn a_fenced_port_of_a_bridge_is_cut_off_both_ways() {
     assert_eq!(crossed(&fenced), [0, 0], "LEAKED");
 }
 
+/// Who removes a guard, and not what makes guards, decides that the tap is one that nobody guards.
+#[test]
+fn a_tap_whose_guard_is_removed_while_no_watch_lives_is_fenced() {
+    let Some(mut watched) = set(&fenced()) else {
+        return;
+    };
+    let host = watched.within(service);
+    let tap = made(&watched);
+    watched.soon("guarded", || {
+        watched.standing() == Some(Standing::InForce) && group_of_tap(&watched) != 0
+    });
+    watched.watch.kill().unwrap();
+    watched.watch.wait().unwrap();
+    watched.stage.omerta("guard detach omt0").done();
+    assert_eq!(group_of_tap(&watched), 0);
+    let passed = exchange(&watched, &tap, &host, A_WHILE);
+    assert_eq!(passed, (0, 0), "LEAKED");
+}
+
+fn group_of_tap(watched: &Watched) -> u32 {
+    let all = watched.within(|| omerta_dataplane::links::all().unwrap());
+    let tap = all.into_iter().find(|one| one.name == "omt0");
+    tap.map_or(0, |tap| tap.group)
+}
+
 #[test]
 fn a_fence_that_somebody_removes_or_changes_stands_again() {
     let Some(watched) = set(&fenced()) else {
