@@ -59,7 +59,7 @@ pub use machine_type::{MachineType, MachineTypeError};
 pub use omerta_agent::heartbeat::{Finding as AgentFinding, Timing as AgentTiming};
 pub use omerta_agent::message::{Changes as AgentChanges, Key as AgentKey};
 pub use omerta_tunnel::{PublicKey as WgPublicKey, PublicKeyError as WgPublicKeyError};
-pub use process::{ExitStatus, ProcessError};
+pub use process::{ExitStatus, ProcessError, begin_to_spawn};
 pub use qmp::{Found, QmpError};
 pub use run_dir::RunDirError;
 pub use spec::{Accel, Consumer, Spec, SpecError, Tunnel};

@@ -444,8 +444,22 @@ struct Job {
 /// This blocks for the milliseconds of a fork; being synchronous, it cannot be cancelled between
 /// the fork and our knowing the child.
 fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
-    static SPAWNER: OnceLock<Option<mpsc::Sender<Job>>> = OnceLock::new();
     let gone = || io::Error::other("the thread that starts QEMU has gone");
+    let (reply, child) = mpsc::channel();
+    let spawner = spawner().ok_or_else(gone)?;
+    spawner.send(Job { command, reply }).map_err(|_| gone())?;
+    child.recv().map_err(|_| gone())?
+}
+
+/// Begins the thread that all QEMUs are children of, where it has not begun. It is for ever in the namespaces of the thread that
+/// first calls this, or starts a guest.
+pub fn begin_to_spawn() {
+    // Where it cannot be had, the first guest tells.
+    let _ = spawner();
+}
+
+fn spawner() -> Option<&'static mpsc::Sender<Job>> {
+    static SPAWNER: OnceLock<Option<mpsc::Sender<Job>>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
         let (jobs, received) = mpsc::channel::<Job>();
         let run = move || {
@@ -462,10 +476,7 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
             .ok()
             .map(|_| jobs)
     });
-    let (reply, child) = mpsc::channel();
-    let spawner = spawner.as_ref().ok_or_else(gone)?;
-    spawner.send(Job { command, reply }).map_err(|_| gone())?;
-    child.recv().map_err(|_| gone())?
+    spawner.as_ref()
 }
 
 /// The last thing QEMU printed, bounded and printable, or where to look.

@@ -105,7 +105,14 @@ fn network_config(spec: &Spec) -> NetworkConfig {
         on_link: true,
     };
     let consumer = Route {
-        to: format!("{}/32", spec.consumer.endpoint.ip()),
+        to: format!(
+            "{}/32",
+            if spec.reach.is_empty() {
+                *spec.consumer.endpoint.ip()
+            } else {
+                spec.tunnel.peer
+            }
+        ),
         via: Some(spec.gateway),
         scope: None,
         on_link: true,

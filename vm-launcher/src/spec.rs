@@ -95,6 +95,8 @@ pub struct Spec {
     pub consumer: Consumer,
     /// The tunnel to it.
     pub tunnel: Tunnel,
+    /// What the guest reaches in a tunnel that the host keeps for it; empty where the guest keeps its own.
+    pub reach: Vec<Endpoint>,
     /// How the guard filters.
     pub mode: Mode,
     /// How much it lets pass.
@@ -151,6 +153,11 @@ pub enum SpecError {
     /// The consumer's port is zero.
     #[error("the consumer's port is 0: give the port its WireGuard listens on")]
     ConsumerPort,
+    /// The tunnel does not lead there.
+    #[error(
+        "{0} is not at the consumer's address in the tunnel, the only one that a tunnel of the host's leads to"
+    )]
+    Reach(Endpoint),
     /// The tunnel's prefix is too long.
     #[error("the tunnel's prefix is {0}: give 0 to 32")]
     TunnelPrefix(u8),
@@ -229,6 +236,12 @@ impl Spec {
         if self.consumer.endpoint.port() == 0 {
             return Err(SpecError::ConsumerPort);
         }
+        let unreachable = |endpoint: &&Endpoint| {
+            endpoint.address != Address::from(std::net::IpAddr::V4(self.tunnel.peer))
+        };
+        if let Some(other) = self.reach.iter().find(unreachable) {
+            return Err(SpecError::Reach(*other));
+        }
         if self.tunnel.prefix > 32 {
             return Err(SpecError::TunnelPrefix(self.tunnel.prefix));
         }
@@ -249,6 +262,15 @@ impl Spec {
         Ok(())
     }
 
+    /// Everything that the guest may reach at its tap: its consumer's WireGuard, or what a tunnel of the host's leads to.
+    pub fn allowlist(&self) -> Vec<Endpoint> {
+        if self.reach.is_empty() {
+            vec![self.consumer.allowed_endpoint()]
+        } else {
+            self.reach.clone()
+        }
+    }
+
     /// What the guest is told of itself: one `KEY=VALUE` a line. Every value comes from a type
     /// whose text holds neither space, quote nor newline.
     pub fn guest_config(&self) -> String {
@@ -261,6 +283,18 @@ impl Spec {
             ..
         } = self;
         let console = if self.console_shell { "shell" } else { "log" };
+        if !self.reach.is_empty() {
+            // It has no part in the tunnel.
+            return format!(
+                "hostname={name}\n\
+                 tunnel=host\n\
+                 address={address}\n\
+                 gateway={gateway}\n\
+                 tunnel_peer={tunnel_peer}\n\
+                 console={console}\n",
+                tunnel_peer = tunnel.peer,
+            );
+        }
         format!(
             "hostname={name}\n\
              address={address}\n\
@@ -354,6 +388,7 @@ pub(crate) mod tests {
                 prefix: 24,
                 peer: "10.66.0.1".parse().unwrap(),
             },
+            reach: Vec::new(),
             mode: Mode::Filtered,
             limits: DirectionLimits::default(),
             console_shell: false,
@@ -499,6 +534,24 @@ pub(crate) mod tests {
              consumer_address=192.0.2.10\nconsumer_port=51820\n\
              tunnel_address=10.66.0.2/24\ntunnel_peer=10.66.0.1\nconsole=log\n"
         );
+    }
+
+    #[test]
+    fn a_guest_of_a_tunnel_that_the_host_keeps_is_told_no_endpoint_and_reaches_none() {
+        let mut spec = spec();
+        assert_eq!(spec.allowlist(), [spec.consumer.allowed_endpoint()]);
+        spec.address = "10.66.0.2".parse().unwrap();
+        spec.reach = vec!["tcp:10.66.0.1:80".parse().unwrap()];
+        spec.validate().unwrap();
+        assert_eq!(spec.allowlist(), spec.reach);
+        assert_eq!(
+            spec.guest_config(),
+            "hostname=web-1\ntunnel=host\naddress=10.66.0.2\ngateway=10.77.0.1\n\
+             tunnel_peer=10.66.0.1\nconsole=log\n"
+        );
+        let outside: Endpoint = "tcp:192.0.2.10:80".parse().unwrap();
+        spec.reach.push(outside);
+        assert_eq!(spec.validate(), Err(SpecError::Reach(outside)));
     }
 
     #[test]

@@ -49,6 +49,14 @@ pub struct RunRequest {
     /// The consumer's address inside the tunnel; 10.66.0.1 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tunnel_peer: Option<Ipv4Addr>,
+    /// Who keeps the provider's end of the tunnel: `guest`, inside the guest, or `host`, for images without WireGuard;
+    /// `guest` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<String>,
+    /// What the guest reaches at the consumer's address in a tunnel of the host's: `tcp:PORT`, `udp:PORT` or `icmp`, 1 to 32
+    /// of them, each of which the guard judges by; none in a tunnel of the guest's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reach: Vec<String>,
     /// Virtual CPUs; 1 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u8>,
@@ -131,7 +139,8 @@ pub struct Guest {
     pub gateway: Ipv4Addr,
     /// The guest's MAC.
     pub mac: String,
-    /// The WireGuard public key that the guest reported; null until then.
+    /// The WireGuard public key that the guest reported; null until then. That of the host's end, from before the guest begins,
+    /// where the tunnel is the host's.
     pub public_key: Option<String>,
     /// Whether the guest reported a WireGuard handshake with its consumer.
     pub handshake: bool,
@@ -140,6 +149,12 @@ pub struct Guest {
     pub agent: Option<String>,
     /// The consumer: `PUBLIC_KEY@ADDRESS:PORT`.
     pub consumer: String,
+    /// Who keeps the provider's end of the tunnel: `guest` or `host`.
+    #[serde(default)]
+    pub tunnel: String,
+    /// What the guest reaches in a tunnel of the host's: endpoints.
+    #[serde(default)]
+    pub reach: Vec<String>,
     /// The name by which omertad follows the consumer, `NAME:PORT`; null where its address was given.
     #[serde(default)]
     pub consumer_name: Option<String>,

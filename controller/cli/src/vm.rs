@@ -278,6 +278,10 @@ fn details(guest: &Guest) -> Table {
     table.pair("address", Cell::new(guest.address));
     table.pair("gateway", Cell::new(guest.gateway));
     table.pair("consumer", Cell::new(&guest.consumer));
+    if !guest.reach.is_empty() {
+        table.pair("tunnel", Cell::new(&guest.tunnel));
+        table.pair("reach", Cell::new(guest.reach.join(" ")));
+    }
     if let Some(name) = &guest.consumer_name {
         table.pair("followed by", Cell::new(name));
     }

@@ -10,7 +10,7 @@ use omerta_engine::{
     Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic,
     OnViolation, Record,
 };
-use omerta_tunnel::Roaming;
+use omerta_tunnel::{Namespace, Roaming};
 use omerta_vm_launcher::{Scrubbed, Spec};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -18,8 +18,9 @@ use tokio::task::JoinSet;
 use crate::acceleration::{Acceleration, Platform};
 use crate::clock;
 use crate::config::Settings;
-use crate::failure::{not_found, refused};
+use crate::failure::{not_found, refused, usage};
 use crate::guest_task::{Adopted, Command, GuestTask};
+use crate::host_tunnel;
 use crate::incidents::Incidents;
 use crate::journal::{Journal, Reader};
 use crate::lookups::{self, Lookups};
@@ -57,6 +58,8 @@ pub(crate) struct Measure {
     pub(crate) id: GuestId,
     pub(crate) name: String,
     pub(crate) interface: String,
+    /// Where that is, if not where omertad is.
+    pub(crate) namespace: Option<Arc<Namespace>>,
     pub(crate) state: GuestState,
     pub(crate) rogue_frames: Vec<(omerta_verdict::Reason, u64)>,
     pub(crate) counters: Option<Counters>,
@@ -161,6 +164,11 @@ impl Fleet {
         let settings = Arc::clone(&self.settings);
         let check = move || Order::check(request, &settings);
         let order = self.lookups.look(&image, check).await??.of_consumer(name);
+        if order.has_host_tunnel() && order.consumer_name.is_some() {
+            return Err(usage(
+                "a host's tunnel follows its consumer by the consumer's key: give the consumer's address, and no name".into(),
+            ));
+        }
         let platform = self.acceleration.of(order.image()).await;
         let (id, mut state) = self.admit(&order, platform, ttl)?;
         let settled = |state: &GuestState| {
@@ -323,7 +331,28 @@ impl Fleet {
     fn spawn(&self, task: GuestTask, actions: Vec<Action>) {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(task.run(actions));
+        if task.spec.reach.is_empty() {
+            tasks.spawn(task.run(actions));
+            return;
+        }
+        let (id, name) = (task.id, task.spec.name.clone());
+        match host_tunnel::run(task, actions) {
+            Ok(end) => drop(tasks.spawn(end)),
+            Err(error) => {
+                tracing::error!(guest = %name, %error, "no thread for a guest");
+                let message = format!("guest `{name}`: no thread for it: {error}");
+                self.note_launch_error(
+                    id,
+                    ApiError {
+                        error: ErrorKind::Failed,
+                        message: message.clone(),
+                    },
+                );
+                // Nothing has been made.
+                let leftovers = Vec::new();
+                self.tell(id, GuestEvent::LaunchFailed { message, leftovers });
+            }
+        }
     }
 
     /// Takes in a guest of an omertad before this one, which lives on.
@@ -437,6 +466,14 @@ impl Fleet {
         }
     }
 
+    /// Notes a tunnel that is kept for it, and where.
+    pub(crate) fn note_tunnel(&self, id: GuestId, key: String, namespace: Arc<Namespace>) {
+        if let Some(facts) = self.lock().facts.get_mut(&id) {
+            facts.tunnel_key = Some(key);
+            facts.namespace = Some(namespace);
+        }
+    }
+
     /// Notes its guard's counters.
     pub(crate) fn note_counters(&self, id: GuestId, counters: Counters) {
         if let Some(facts) = self.lock().facts.get_mut(&id) {
@@ -482,6 +519,7 @@ impl Fleet {
                     id: guest.id(),
                     name: guest.name().to_owned(),
                     interface: facts.spec.tap.clone(),
+                    namespace: facts.namespace.clone(),
                     state: guest.state(),
                     rogue_frames: guest.rogue_frames().collect(),
                     counters: facts.counters.clone(),

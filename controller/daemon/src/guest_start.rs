@@ -11,9 +11,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
 use crate::clock;
-use crate::failure::{failed, report};
+use crate::failure::{failed, refused, report};
 use crate::guest_task::{GuestTask, Stage};
 use crate::order::kind_of;
+use crate::pool::Slot;
 use crate::store::{Change, Step, StoreError};
 use crate::watch::Watch;
 
@@ -25,6 +26,7 @@ impl GuestTask {
         let Some(grant) = self.grant.take() else {
             return self.not_kept(&StoreError::NoRow, Vec::new()).await;
         };
+        let slot = Slot(grant.slot);
         // Before anything is made; nothing may be left of whom there is no row.
         if let Err(error) = self
             .fleet
@@ -33,6 +35,10 @@ impl GuestTask {
             .await
         {
             return self.did_not_launch(failed(&error), Vec::new());
+        }
+        if let Err(error) = self.begin_tunnel(slot) {
+            self.forget_if_gone(&[]).await;
+            return self.did_not_launch(error, Vec::new());
         }
         let prepared = match self.step(Prepared::new(Spec::clone(&self.spec))).await {
             Ok(Ok(prepared)) => prepared,
@@ -124,13 +130,17 @@ impl GuestTask {
     }
 
     pub(crate) async fn resume(&mut self) -> Vec<GuestEvent> {
+        if let Err(instead) = self.await_handshake().await {
+            return self.did_not_shake_hands(instead).await;
+        }
         match std::mem::replace(&mut self.stage, Stage::Absent) {
             Stage::Guarded(guarded) => {
                 // A guest whose guard cannot be watched does not run.
                 let watch = match Watch::open(
                     self.spec.name.as_str(),
                     guarded.guard(),
-                    self.fleet.uplink(),
+                    // What is for its address there is for no tap that is there.
+                    self.fleet.uplink().filter(|_| self.host_tunnel.is_none()),
                 ) {
                     Ok(watch) => watch,
                     Err(error) => {
@@ -159,12 +169,37 @@ impl GuestTask {
                         self.fleet.note_pid(self.id, running.pid());
                         self.stage = Stage::Running(Box::new(running), watch);
                         self.begin_health(false);
-                        vec![GuestEvent::Resumed]
+                        let mut events = vec![GuestEvent::Resumed];
+                        events.extend(self.tunnel_events());
+                        events
                     }
                     Err(error) => self.launch_failed(error).await,
                 }
             }
             other => self.keep(other),
+        }
+    }
+
+    /// Ends a guest whose consumer has not come, or that someone wants to end meanwhile: it has run nothing.
+    async fn did_not_shake_hands(
+        &mut self,
+        instead: Result<GuestEvent, ApiError>,
+    ) -> Vec<GuestEvent> {
+        let leftovers = match std::mem::replace(&mut self.stage, Stage::Absent) {
+            Stage::Guarded(guarded) => guarded.end().await.leftovers,
+            other => return self.keep(other),
+        };
+        self.host_tunnel = None;
+        self.forget_if_gone(&leftovers).await;
+        match instead {
+            Err(error) => self.did_not_launch(error, leftovers),
+            Ok(event) => {
+                let error = refused("it was to end before its consumer had shaken hands".into());
+                // Why comes first: it ends for that.
+                let mut events = vec![event];
+                events.extend(self.did_not_launch(error, leftovers));
+                events
+            }
         }
     }
 

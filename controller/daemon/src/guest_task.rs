@@ -25,6 +25,7 @@ use crate::console_silence::ConsoleSilence;
 use crate::evidence::{Evidence, Whose};
 use crate::failure::report;
 use crate::fleet::Fleet;
+use crate::host_tunnel::{Roamer, Tunnel, next_place};
 use crate::order_words::consumer_text;
 use crate::pool::Slot;
 use crate::store::{Change, Grant, Stands};
@@ -90,6 +91,9 @@ pub(crate) struct GuestTask {
     first_event: Option<GuestEvent>,
     /// What it is caught with.
     pub(crate) evidence: Evidence,
+    /// Its tunnel, where omertad keeps it.
+    pub(crate) host_tunnel: Option<Tunnel>,
+    roamer: Option<Roamer>,
 }
 
 /// A guest that was taken over, and what was known of it.
@@ -130,6 +134,8 @@ impl GuestTask {
             tunnel_health: None,
             first_event: None,
             evidence: Evidence::default(),
+            host_tunnel: None,
+            roamer: None,
         }
     }
 
@@ -161,7 +167,9 @@ impl GuestTask {
             return;
         };
         let settings = self.fleet.settings().tunnel;
-        self.tunnel_health = TunnelHealth::begin(settings, running.guard(), known).unwrap_or_else(|error| {
+        self.roamer = self.host_tunnel.clone().map(Roamer::of);
+        let tunnel = self.host_tunnel.clone();
+        self.tunnel_health = TunnelHealth::begin(settings, running.guard(), tunnel, known).unwrap_or_else(|error| {
             tracing::error!(guest = %self.spec.name, error = report(&error), "whether its consumer is there cannot be seen");
             None
         });
@@ -334,6 +342,14 @@ impl GuestTask {
         }
     }
 
+    /// What the engine should know of the next command.
+    pub(crate) async fn next_command(&mut self) -> Option<GuestEvent> {
+        match self.commands.recv().await {
+            Some(command) => self.take_up(command).await,
+            None => Some(GuestEvent::EndRequested(Cause::Shutdown)),
+        }
+    }
+
     async fn power_down(&mut self, deadline_seconds: u32) {
         self.stop_deadline =
             Some(Instant::now() + Duration::from_secs(u64::from(deadline_seconds)));
@@ -366,6 +382,10 @@ impl GuestTask {
                 }];
             }
         };
+        // After its guest: until then what it sends is judged, and goes nowhere else.
+        self.roamer = None;
+        self.tunnel_health = None;
+        self.host_tunnel = None;
         self.forget_if_gone(&ended.leftovers).await;
         let reaped = ended
             .ended_at_ns
@@ -432,6 +452,12 @@ impl GuestTask {
                     {
                         running.control().tell(&consumer);
                     }
+                    // It has no part in a tunnel that omertad keeps.
+                    if self.host_tunnel.is_some()
+                        && matches!(event, LauncherEvent::PublicKeyReported(_) | LauncherEvent::HandshakeReported)
+                    {
+                        continue;
+                    }
                     match translate(event, self.powered_down) {
                         Some(event) => return event,
                         None => continue,
@@ -440,6 +466,10 @@ impl GuestTask {
                 Some(command) = self.commands.recv() => command,
                 event = next_of(&mut self.tunnel_health) => return event,
                 event = self.console_silence.found() => return event,
+                place = next_place(&mut self.roamer) => {
+                    self.fleet.consumer_is_at(self.id, place);
+                    continue;
+                }
                 () = sleep_until(deadline) => {
                     self.stop_deadline = None;
                     return GuestEvent::StopDeadlinePassed;

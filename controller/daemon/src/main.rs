@@ -14,6 +14,7 @@ mod fleet;
 mod guest_start;
 mod guest_task;
 mod host_memory;
+mod host_tunnel;
 mod images;
 mod incidents;
 mod instance;

@@ -85,7 +85,9 @@ fn read(
 ) -> Result<Counters, GuardError> {
     let reader = match readers.entry(measure.id) {
         Entry::Occupied(entry) => entry.into_mut(),
-        Entry::Vacant(entry) => entry.insert(Guard::open(&measure.interface)?.counter_reader()?),
+        Entry::Vacant(entry) => entry.insert(at(measure, || {
+            Guard::open(&measure.interface)?.counter_reader()
+        })?),
     };
     reader.read()
 }
@@ -98,8 +100,22 @@ fn is_judged(measure: &Measure) -> bool {
 
 /// The counters of a guest's guard, where it has one.
 pub(crate) fn read_guard(measure: &Measure) -> Option<Counters> {
-    let read = || Guard::open(&measure.interface)?.counters();
+    let read = || at(measure, || Guard::open(&measure.interface)?.counters());
     is_judged(measure).then(read)?.ok()
+}
+
+/// Does `work` where the guest's tap is.
+fn at<T: Send>(
+    measure: &Measure,
+    work: impl FnOnce() -> Result<T, GuardError> + Send,
+) -> Result<T, GuardError> {
+    let Some(namespace) = &measure.namespace else {
+        return work();
+    };
+    let gone = |_| GuardError::NoInterface {
+        interface: measure.interface.clone(),
+    };
+    namespace.within(work).map_err(gone)?
 }
 
 /// Renders metrics of these guests. The families are made anew each time, so that no series
@@ -304,6 +320,7 @@ mod tests {
             id: GuestId(0),
             name: "alpha".into(),
             interface: "omalpha".into(),
+            namespace: None,
             state: GuestState::Running,
             rogue_frames: vec![(Reason::Endpoint, 3)],
             counters,

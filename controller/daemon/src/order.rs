@@ -12,7 +12,7 @@ use omerta_api::{ApiError, ErrorKind, RunRequest};
 use omerta_dataplane::{DirectionLimits, OwnerParseError};
 use omerta_engine::OnViolation;
 use omerta_images::qcow2::Layer;
-use omerta_verdict::Mode;
+use omerta_verdict::{Endpoint, Mode};
 use omerta_vm_launcher::{
     AgentTiming, Consumer, GuestName, Image, Jail, LayerSpec, PathError, Spec, SshPublicKey, Tunnel,
 };
@@ -23,8 +23,9 @@ use crate::failure::{failed, usage};
 use crate::host_memory::HostMemory;
 use crate::names::PeerName;
 use crate::order_words::{
-    checked_labels, checked_ssh_key, checked_timeout, consumer_text, direction_limits,
-    guest_limits, parse_consumer, parse_name, parse_tunnel,
+    HOST, checked_labels, checked_ssh_key, checked_timeout, consumer_text, direction_limits,
+    guest_limits, is_host_tunnel, parse_consumer, parse_name, parse_reach, parse_tunnel,
+    reach_text,
 };
 use crate::pool::Addresses;
 use crate::room::Share;
@@ -51,6 +52,8 @@ pub(crate) struct Order {
     disk_mib: Option<u32>,
     consumer: Consumer,
     tunnel: Tunnel,
+    /// What it reaches in a tunnel that omertad keeps; empty for a tunnel of its own.
+    reach: Vec<Endpoint>,
     mode: Mode,
     limits: DirectionLimits,
     cpus: u8,
@@ -74,6 +77,12 @@ impl Order {
         let consumer = parse_consumer(&request.consumer)?;
         refuse_forbidden(*consumer.endpoint.ip(), settings)?;
         let asked = request.agent;
+        if asked == Some(true) && is_host_tunnel(&request) {
+            return Err(usage(
+                "agent is true and the tunnel is the host's: the agent answers for a tunnel of the guest's, so leave it out".into(),
+            ));
+        }
+        let host_tunnel = is_host_tunnel(&request);
         let checked = Self::of(request, settings)?;
         let image = settings.images.open(&checked.image_name)?;
         if asked == Some(true) && !image.has_agent {
@@ -82,7 +91,7 @@ impl Order {
                 checked.image_name
             )));
         }
-        let agent = asked.unwrap_or(settings.agent.is_asked) && image.has_agent;
+        let agent = asked.unwrap_or(settings.agent.is_asked) && image.has_agent && !host_tunnel;
         let layer = checked_layer(&image, checked.disk_mib, &settings.disk_dir)?;
         let disk_mib = layer
             .as_ref()
@@ -121,6 +130,8 @@ impl Order {
             consumer: consumer_text(&self.consumer),
             tunnel_address: Some(format!("{}/{}", self.tunnel.address, self.tunnel.prefix)),
             tunnel_peer: Some(self.tunnel.peer),
+            tunnel: self.has_host_tunnel().then(|| HOST.to_owned()),
+            reach: self.reach.iter().map(reach_text).collect(),
             cpus: Some(self.cpus),
             memory_mib: Some(self.memory_mib),
             mode: Some(self.mode.word().to_owned()),
@@ -139,6 +150,7 @@ impl Order {
         let name = parse_name(&request.name)?;
         let consumer = parse_consumer(&request.consumer)?;
         let tunnel = parse_tunnel(request.tunnel_address.as_deref(), request.tunnel_peer)?;
+        let reach = parse_reach(request.tunnel.as_deref(), &request.reach, tunnel.peer)?;
         let mode = match request.mode {
             Some(word) => word.parse().map_err(|_| {
                 let word = word.escape_default();
@@ -163,6 +175,7 @@ impl Order {
             image: Image::of_a_running_guest(),
             consumer,
             tunnel,
+            reach,
             mode,
             limits: direction_limits(request.limits.unwrap_or(settings.limits)),
             cpus: request.cpus.unwrap_or(DEFAULT_CPUS),
@@ -177,6 +190,11 @@ impl Order {
             jail: settings.jail.clone(),
             guard_lease: settings.lease,
         })
+    }
+
+    /// Whether omertad keeps its tunnel.
+    pub(crate) const fn has_host_tunnel(&self) -> bool {
+        !self.reach.is_empty()
     }
 
     /// What it is to boot.
@@ -235,11 +253,17 @@ impl Order {
             cpus: self.cpus,
             memory_mib: self.memory_mib,
             mac: addresses.mac,
-            address: addresses.guest,
+            // In a namespace of its own it has the address that its consumer knows it by.
+            address: if self.has_host_tunnel() {
+                self.tunnel.address
+            } else {
+                addresses.guest
+            },
             gateway: addresses.gateway,
             tap,
             consumer: self.consumer,
             tunnel: self.tunnel,
+            reach: self.reach.clone(),
             mode: self.mode,
             limits: self.limits,
             console_shell: self.console_shell,
@@ -253,7 +277,7 @@ impl Order {
                     .map_err(|error: OwnerParseError| failed(&error))?,
             ),
             guard_lease: self.guard_lease,
-            outlives_launcher: true,
+            outlives_launcher: !self.has_host_tunnel(),
             agent: self.agent.then_some(AgentTiming {
                 // Under a policy that lets a guest run on, its agent does too.
                 enforce: self.agent_timing.enforce
@@ -341,6 +365,8 @@ pub(crate) mod tests {
             consumer: format!("{KEY}@192.0.2.10:51820"),
             tunnel_address: None,
             tunnel_peer: None,
+            tunnel: None,
+            reach: Vec::new(),
             cpus: None,
             memory_mib: None,
             disk_mib: None,

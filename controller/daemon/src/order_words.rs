@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::num::NonZero;
 
-use omerta_api::{ApiError, GuestLimits};
+use omerta_api::{ApiError, GuestLimits, RunRequest};
 use omerta_dataplane::{DirectionLimits, Limits};
-use omerta_vm_launcher::{Consumer, GuestName, SshPublicKey, Tunnel, WgPublicKey};
+use omerta_verdict::{Endpoint, Protocol};
+use omerta_vm_launcher::{Consumer, GuestName, Spec, SshPublicKey, Tunnel, WgPublicKey};
 
 use crate::failure::usage;
 
@@ -128,6 +129,75 @@ pub(crate) fn parse_tunnel(
         prefix,
         peer: peer.unwrap_or(DEFAULT_PEER),
     })
+}
+
+/// A tunnel that omertad keeps, by the word on the wire; that of the guest's own is `guest`.
+pub(crate) const HOST: &str = "host";
+const MAX_REACH: usize = 32;
+
+pub(crate) fn is_host_tunnel(request: &RunRequest) -> bool {
+    request.tunnel.as_deref() == Some(HOST)
+}
+
+/// Which end of the tunnel keeps a guest's keys.
+pub(crate) const fn tunnel_word(spec: &Spec) -> &'static str {
+    if spec.reach.is_empty() { "guest" } else { HOST }
+}
+
+/// What a guest reaches in a tunnel that omertad keeps, at the consumer's address there; nothing by name for a tunnel of its own.
+pub(crate) fn parse_reach(
+    tunnel: Option<&str>,
+    reach: &[String],
+    peer: Ipv4Addr,
+) -> Result<Vec<Endpoint>, ApiError> {
+    match tunnel {
+        None | Some("guest") if reach.is_empty() => return Ok(Vec::new()),
+        None | Some("guest") => {
+            return Err(usage(
+                "reach is given and the tunnel is the guest's, which reaches what its consumer lets it: leave it out".into(),
+            ));
+        }
+        Some(HOST) => {}
+        Some(other) => {
+            let other = other.escape_default();
+            return Err(usage(format!(
+                "tunnel `{other}` is not one: write guest or host"
+            )));
+        }
+    }
+    if !(1..=MAX_REACH).contains(&reach.len()) {
+        return Err(usage(format!(
+            "{} things to reach in the host's tunnel: give 1 to {MAX_REACH}, as in tcp:80",
+            reach.len()
+        )));
+    }
+    let mut endpoints: Vec<Endpoint> = Vec::with_capacity(reach.len());
+    for text in reach {
+        let at_peer = match text.split_once(':') {
+            Some((protocol, port)) => format!("{protocol}:{peer}:{port}"),
+            None => format!("{text}:{peer}"),
+        };
+        let endpoint = at_peer.parse().map_err(|_| {
+            let text = text.escape_default();
+            usage(format!(
+                "reach `{text}` is nothing to reach: write tcp:PORT, udp:PORT or icmp"
+            ))
+        })?;
+        if endpoints.contains(&endpoint) {
+            return Err(usage(format!("reach {text} is given twice: give it once")));
+        }
+        endpoints.push(endpoint);
+    }
+    Ok(endpoints)
+}
+
+/// The same as it is asked for.
+pub(crate) fn reach_text(endpoint: &Endpoint) -> String {
+    match endpoint.protocol {
+        Protocol::Icmp => "icmp".to_owned(),
+        Protocol::Tcp => format!("tcp:{}", endpoint.port),
+        Protocol::Udp => format!("udp:{}", endpoint.port),
+    }
 }
 
 /// The consumer as it is written on the wire.

@@ -149,6 +149,11 @@ impl Fleet {
     ) -> Result<Option<Turn>, ApiError> {
         let mut roster = self.lock();
         let facts = roster.facts.get_mut(&id).ok_or_else(|| unknown(name))?;
+        if !facts.spec.reach.is_empty() {
+            return Err(refused(format!(
+                "the tunnel of guest `{name}` is the host's, and follows the consumer that has its key: let the consumer send from where it is"
+            )));
+        }
         let from = facts.spec.consumer;
         if facts.consumer_moves {
             return Err(refused(format!(
@@ -182,6 +187,38 @@ impl Fleet {
             from,
             known,
         }))
+    }
+
+    /// Takes in where the consumer of a tunnel that omertad keeps is, by the device's word: whoever is there has its key. The
+    /// device has followed already; what is told and kept is no more often than moves by other means may be.
+    pub(crate) fn consumer_is_at(&self, id: GuestId, place: SocketAddr) {
+        let SocketAddr::V4(endpoint) = place else {
+            return;
+        };
+        let (from, known) = {
+            let roster = self.lock();
+            let Some(facts) = roster.facts.get(&id) else {
+                return;
+            };
+            let from = facts.spec.consumer;
+            if from.endpoint == endpoint || facts.roaming.may_move(now()).is_err() {
+                return;
+            }
+            let former = facts.roaming.former().iter().copied();
+            let known: Vec<_> = [place, from.endpoint.into()]
+                .into_iter()
+                .chain(former)
+                .collect();
+            (from, known)
+        };
+        let kept = known.into_iter().take(Roaming::KEPT).collect();
+        drop(self.store().begin(Change::Endpoints(id, kept)));
+        self.note_move(id, Consumer { endpoint, ..from });
+        let record = Record::ConsumerMoved {
+            from: from.endpoint.into(),
+            to: place,
+        };
+        self.publish(id, clock::now(), record);
     }
 
     fn note_move(&self, id: GuestId, consumer: Consumer) {
@@ -259,7 +296,10 @@ impl Fleet {
                 .iter()
                 .map(SocketAddr::to_string)
                 .collect(),
-            guest_public_key: guest.public_key().map(str::to_owned),
+            guest_public_key: guest
+                .public_key()
+                .map(str::to_owned)
+                .or_else(|| facts.tunnel_key.clone()),
             handshake: guest.handshake(),
             sent_bytes: bytes.map(|(sent, _)| sent),
             received_bytes: bytes.map(|(_, received)| received),

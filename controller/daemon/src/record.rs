@@ -14,7 +14,7 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
             interface: spec.tap.clone(),
         },
         Record::Guarded => Occurrence::Guarded {
-            allow: vec![spec.consumer.allowed_endpoint().to_string()],
+            allow: spec.allowlist().iter().map(ToString::to_string).collect(),
         },
         Record::Started => Occurrence::Started { pid },
         Record::Adopted => Occurrence::Adopted { pid },

@@ -22,6 +22,7 @@ use crate::config::Settings;
 use crate::failure::report;
 use crate::fleet::Fleet;
 use crate::guest_task::Adopted;
+use crate::host_tunnel::directory_of;
 use crate::names::PeerName;
 use crate::order::Order;
 use crate::peers::endpoint_in_force;
@@ -113,6 +114,11 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
         order,
         mut spec,
     } = known;
+    if !spec.reach.is_empty() {
+        return Err(Lost::because(
+            "its tunnel was the omertad's that died, and ended with it",
+        ));
+    }
     if let Some(endpoint) = endpoint_in_force(&spec, &kept.seen.endpoints) {
         spec.consumer.endpoint = endpoint;
     }
@@ -241,7 +247,16 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
     };
     let removing = move || {
         let owner = OWNER.parse().ok();
-        unwind(&tap, Path::new(&run_dir), owner.as_ref(), &traces)
+        let mut unwound = unwind(&tap, Path::new(&run_dir), owner.as_ref(), &traces);
+        // Its driver has ended with the omertad that had it.
+        let socket = directory_of(Path::new(&run_dir));
+        if let Err(error) = std::fs::remove_dir_all(&socket)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            let leftover = format!("directory {}: {error}", socket.display());
+            unwound.leftovers.push(leftover);
+        }
+        unwound
     };
     let unwound = spawn_blocking(removing).await;
     let Unwound {

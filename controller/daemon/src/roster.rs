@@ -8,7 +8,7 @@ use omerta_dataplane::Counters;
 use omerta_engine::{
     Action, AgentReport, Engine, Event as EngineEvent, Found, GuestId, GuestState,
 };
-use omerta_tunnel::Roaming;
+use omerta_tunnel::{Namespace, Roaming};
 use omerta_vm_launcher::Spec;
 use tokio::sync::{mpsc, watch};
 
@@ -19,7 +19,7 @@ use crate::failure::{failed, not_found, refused};
 use crate::guest_task::Command;
 use crate::names::{Follower, PeerName};
 use crate::order::Order;
-use crate::order_words::{consumer_text, guest_limits};
+use crate::order_words::{consumer_text, guest_limits, tunnel_word};
 use crate::pool::{Addresses, Slot, Slots};
 use crate::quiet::Quiet;
 use crate::record::ended;
@@ -43,6 +43,9 @@ pub(crate) struct Facts {
     pub(crate) roaming: Roaming,
     /// Its consumer's name, and who follows it, where it is known by one.
     pub(crate) follower: Option<Follower>,
+    /// The key of a tunnel that omertad keeps for it, and the namespace that it lives in.
+    pub(crate) tunnel_key: Option<String>,
+    pub(crate) namespace: Option<Arc<Namespace>>,
     /// Its consumer is being moved.
     pub(crate) consumer_moves: bool,
     pub(crate) image_name: String,
@@ -222,6 +225,8 @@ impl Roster {
         let facts = Facts {
             roaming: Roaming::at(spec.consumer.endpoint.into()),
             follower: None,
+            tunnel_key: None,
+            namespace: None,
             consumer_moves: false,
             spec,
             image_name: order.image_name.clone(),
@@ -251,6 +256,7 @@ impl Roster {
         {
             facts.pid = None;
             facts.follower = None;
+            facts.namespace = None;
             // What could not be removed may still have the address.
             if ending.leftovers.is_empty() {
                 self.slots.give_back(slot);
@@ -291,13 +297,18 @@ impl Roster {
             address: spec.address,
             gateway: spec.gateway,
             mac: spec.mac.to_string(),
-            public_key: guest.public_key().map(str::to_owned),
+            public_key: guest
+                .public_key()
+                .map(str::to_owned)
+                .or_else(|| facts.tunnel_key.clone()),
             handshake: guest.handshake(),
             agent: spec.agent.map(|_| {
                 let report = guest.agent().map_or("awaited", AgentReport::word);
                 report.to_owned()
             }),
             consumer: consumer_text(&spec.consumer),
+            tunnel: tunnel_word(spec).to_owned(),
+            reach: spec.reach.iter().map(ToString::to_string).collect(),
             consumer_name: facts
                 .follower
                 .as_ref()

@@ -11,6 +11,7 @@ use omerta_tunnel::{Health, Silence, Turn};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use crate::clock;
+use crate::host_tunnel::Tunnel;
 
 /// How often is looked. Health counts a gap of ten seconds as ten, and a longer one as ten as well.
 const LOOK: Duration = Duration::from_secs(5);
@@ -26,8 +27,25 @@ pub(crate) struct TunnelSettings {
 pub(crate) struct TunnelHealth {
     settings: TunnelSettings,
     health: Health,
-    counters: CounterReader,
+    source: Source,
     ticks: Interval,
+}
+
+/// By what is seen whether anything comes.
+enum Source {
+    Guard(CounterReader),
+    /// A tunnel that omertad keeps: keepalives come no further than that.
+    Tunnel(Tunnel),
+}
+
+impl Source {
+    fn received(&self) -> Option<u64> {
+        match self {
+            // Counters that cannot be read are those of a guard that is gone, which its watch tells.
+            Self::Guard(counters) => Some(counters.read().ok()?.ingress.allowed.bytes),
+            Self::Tunnel(tunnel) => Some(tunnel.consumer()?.received_bytes),
+        }
+    }
 }
 
 impl std::fmt::Debug for TunnelHealth {
@@ -41,20 +59,24 @@ impl TunnelHealth {
     pub(crate) fn begin(
         settings: TunnelSettings,
         guard: &Guard,
+        tunnel: Option<Tunnel>,
         known: bool,
     ) -> Result<Option<Self>, GuardError> {
         if settings.silence == Silence::NONE {
             return Ok(None);
         }
-        let counters = guard.counter_reader()?;
-        let received = counters.read()?.ingress.allowed.bytes;
+        let source = match tunnel {
+            Some(tunnel) => Source::Tunnel(tunnel),
+            None => Source::Guard(guard.counter_reader()?),
+        };
+        let received = source.received().unwrap_or(0);
         let health = Health::new(settings.silence, now(), received);
         let mut ticks = interval_at(Instant::now() + LOOK, LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Some(Self {
             settings,
             health: if known { health.known() } else { health },
-            counters,
+            source,
             ticks,
         }))
     }
@@ -68,12 +90,14 @@ impl TunnelHealth {
     pub(crate) async fn next(&mut self) -> GuestEvent {
         loop {
             self.ticks.tick().await;
-            // Counters that cannot be read are those of a guard that is gone, which its watch tells.
-            let Ok(counters) = self.counters.read() else {
-                continue;
+            // A tunnel of omertad's that does not answer brings nothing, which shows as silence.
+            let received = match (self.source.received(), &self.source) {
+                (Some(received), _) => received,
+                (None, Source::Tunnel(_)) => self.health.received(),
+                (None, Source::Guard(_)) => continue,
             };
             let action = self.settings.on_silence;
-            match self.health.look(now(), counters.ingress.allowed.bytes) {
+            match self.health.look(now(), received) {
                 None => {}
                 // Nothing that it has done can have reached anybody.
                 Some(Turn::NeverCame(since)) => return silent(since, true, OnSilence::End),

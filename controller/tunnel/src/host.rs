@@ -20,8 +20,8 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::netlink::Netlink;
 use crate::{
-    Device, DeviceError, Kernel, Namespace, Peer, PeerStatus, Peers, PublicKey, Secret, Setup,
-    Status, Userspace,
+    Change, Device, DeviceError, Kernel, Namespace, Peer, PeerStatus, Peers, PublicKey, Secret,
+    Setup, Status, Userspace,
 };
 
 /// What every path of today carries, less WireGuard's headers over IPv6.
@@ -74,7 +74,7 @@ enum Driver {
 pub struct HostTunnel {
     driver: Driver,
     public_key: PublicKey,
-    peer: PublicKey,
+    peer: Peer,
 }
 
 impl HostTunnel {
@@ -98,7 +98,7 @@ impl HostTunnel {
         let mut tunnel = Self {
             driver,
             public_key: private_key.public_key(),
-            peer: plan.peer.public_key,
+            peer: plan.peer.clone(),
         };
         let namespace = Namespace::for_this_thread().map_err(failed("make a namespace"))?;
         shut_down_ipv6_and_forward().map_err(failed("set up the namespace"))?;
@@ -142,11 +142,26 @@ impl HostTunnel {
             Driver::Kernel(device) => (device.status()?, device.interface()),
             Driver::Userspace(device) => (device.status()?, device.interface()),
         };
-        let found = Status::peer(&status, &self.peer).cloned();
+        let found = Status::peer(&status, &self.peer.public_key).cloned();
         found.ok_or_else(|| DeviceError::Answer {
             interface: interface.to_owned(),
             what: "its peer is not there",
         })
+    }
+
+    /// Has the peer shake hands from the beginning, at once. What was under way with it is forgotten.
+    ///
+    /// # Errors
+    /// See [`DeviceError`].
+    pub fn try_anew(&mut self) -> Result<(), DeviceError> {
+        let changes = [
+            Change::Remove(self.peer.public_key),
+            Change::Add(self.peer.clone()),
+        ];
+        match &mut self.driver {
+            Driver::Kernel(device) => device.apply(&changes),
+            Driver::Userspace(device) => device.apply(&changes),
+        }
     }
 
     /// When the consumer has last shaken hands.

@@ -179,7 +179,12 @@ fn require_policy(spec: &Spec, status: &GuardStatus) -> Result<(), GuardError> {
         && status.gateway_mac == spec.gateway_mac().to_string()
         && status.addresses == [spec.address.to_string()]
         && status.gateways == [spec.gateway.to_string()]
-        && status.allow == [spec.consumer.allowed_endpoint().to_string()]
+        && status.allow
+            == spec
+                .allowlist()
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
         && status.mode == spec.mode.word()
         && status.limits == spec.limits;
     if same {

@@ -24,7 +24,7 @@ impl Attaching {
             gateways: vec![spec.gateway.into()],
             gateway_mac: Some(spec.gateway_mac()),
             mode: spec.mode,
-            allow: vec![spec.consumer.allowed_endpoint()],
+            allow: spec.allowlist(),
             egress: spec.limits.egress,
             ingress: spec.limits.ingress,
             lease: spec.guard_lease,

@@ -163,6 +163,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "ADDR")]
     tunnel_peer: Option<Ipv4Addr>,
 
+    /// Who keeps the provider's end of the tunnel: guest, or host for an image without WireGuard [default: guest]
+    #[arg(long, value_name = "WHO", value_parser = ["guest", "host"])]
+    tunnel: Option<String>,
+
+    /// What the guest reaches at the consumer's address in a tunnel of the host's: tcp:PORT, udp:PORT or icmp (repeatable)
+    #[arg(long, value_name = "WHAT")]
+    reach: Vec<String>,
+
     /// Virtual CPUs [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     cpus: Option<u8>,
@@ -256,6 +264,8 @@ impl RunArgs {
             "consumer": self.consumer.as_ref().map(Consumer::to_string),
             "tunnel_address": self.tunnel_address.map(|address| address.to_string()),
             "tunnel_peer": self.tunnel_peer,
+            "tunnel": self.tunnel,
+            "reach": (!self.reach.is_empty()).then_some(&self.reach),
             "cpus": self.cpus,
             "memory_mib": self.memory,
             "disk_mib": self.disk,

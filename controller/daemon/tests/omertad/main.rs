@@ -9,6 +9,7 @@ mod daemon;
 mod faults;
 mod guests;
 mod honest;
+mod host_tunnel;
 mod images;
 mod incidents;
 mod metrics;
