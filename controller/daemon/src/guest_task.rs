@@ -442,6 +442,13 @@ impl GuestTask {
                     {
                         self.console_silence.heard();
                     }
+                    // Its firewall blocks what its tunnel still sends where the consumer was, until it sends where the consumer is.
+                    if let LauncherEvent::ConsoleHeard(heard) = &event
+                        && heard.unread == 0
+                        && blocked_udp(&heard.line).is_some_and(|to| self.fleet.consumer_was_at(self.id, to))
+                    {
+                        continue;
+                    }
                     if let LauncherEvent::AgentArrived { key, .. } = &event {
                         // The next omertad asks the same agent.
                         drop(self.fleet.store().begin(Change::Agent(self.id, *key.bytes())));
@@ -484,6 +491,14 @@ impl GuestTask {
             }
         }
     }
+}
+
+/// Where the datagram was for of which a firewall's line tells, by the guest's word.
+fn blocked_udp(line: &str) -> Option<SocketAddr> {
+    let value = |key: &str| line.split(' ').find_map(|word| word.strip_prefix(key));
+    let port = value("DPT=")?.parse().ok()?;
+    let address = value("DST=")?.parse().ok()?;
+    (value("PROTO=")? == "UDP").then(|| SocketAddr::new(address, port))
 }
 
 fn rogue(frame: &omerta_dataplane::FrameEvent) -> RogueFrame {
@@ -560,4 +575,24 @@ fn agent_report(finding: AgentFinding) -> Option<AgentReport> {
         AgentFinding::Replaced => AgentReport::Replaced,
         AgentFinding::Garbled => AgentReport::Garbled,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_firewalls_line_tells_where_a_datagram_was_for_and_another_line_nothing() {
+        let line = "IN= OUT=eth0 SRC=10.77.0.2 DST=192.0.2.10 LEN=124 PROTO=UDP SPT=38608 DPT=51820 LEN=104 ";
+        assert_eq!(blocked_udp(line), Some("192.0.2.10:51820".parse().unwrap()));
+        for line in [
+            "",
+            "DST=192.0.2.10 DPT=51820",
+            "DST=192.0.2.10 PROTO=TCP DPT=51820",
+            "DST=192.0.2.10 PROTO=UDP DPT=518200",
+            "DST=x PROTO=UDP DPT=1",
+        ] {
+            assert_eq!(blocked_udp(line), None, "{line}");
+        }
+    }
 }
