@@ -389,7 +389,7 @@ class Run:
                     self.result == NEXT,
                     self.result == z3.If(index == ANSWERED, z3.BitVecVal(REDIRECT, 32), SHOT),
                 )
-                yield Claim(f"{what} are the result's", _when(self.reached, entry), right)
+                yield Claim(f"{what} are the result's", _when(self.ended, entry), right)
 
     # What must be possible, so that no claim is true of nothing
 
