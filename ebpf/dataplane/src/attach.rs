@@ -355,6 +355,9 @@ pub fn is_filtered(interface: &str, ifindex: u32) -> Result<bool, GuardError> {
     match any() {
         // It is gone, with all that was on it.
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(false),
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            Err(GuardError::NotPermitted)
+        }
         any => any.map_err(|source| GuardError::System {
             action: "ask for the programs",
             interface: interface.to_owned(),
