@@ -56,6 +56,8 @@ fn wrong(name: &str) -> Option<&'static str> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if stem.is_empty() {
         Some("it would keep the host itself from everything: say how the names begin")
+    } else if is_open && stem.len() == MAX_NAME {
+        Some("no name of an interface is longer: leave the `*` out")
     } else if stem.len() > MAX_NAME || !stem.chars().all(fits) {
         Some(
             "write the name of an interface (letters, digits, `.`, `-`, `_`), or its beginning and `*`",
@@ -80,6 +82,7 @@ mod tests {
     #[test]
     fn what_would_fence_the_host_or_say_something_to_nft_is_refused() {
         assert_eq!(checked(&["tap*", "vm-0.1", "lol*"], 1), None);
+        assert_eq!(checked(&["abcdefghijklmn*", "abcdefghijklmno"], 1), None);
         assert_eq!(checked(&[], 1), Some("interfaces"));
         for name in [
             "",
@@ -94,6 +97,8 @@ mod tests {
             "a\nb",
             "täp",
             "abcdefghijklmnop",
+            // nft takes no more than 15 characters, the `*` among them.
+            "abcdefghijklmno*",
         ] {
             assert_eq!(checked(&["tap*", name], 1), Some("interfaces"), "{name}");
         }
