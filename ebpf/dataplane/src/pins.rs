@@ -26,7 +26,7 @@ use crate::shared::{self, is_programs};
 use crate::standing::{Standing, look};
 
 /// The pins of a guard besides its maps'.
-const OTHER_PINS: [&str; 15] = [
+const OTHER_PINS: [&str; 16] = [
     notes::CLSACT,
     notes::GROUP,
     notes::IDENTITY,
@@ -34,6 +34,8 @@ const OTHER_PINS: [&str; 15] = [
     "link_egress",
     "link_ingress",
     "link_redirect",
+    // Of earlier builds, whose guards had programs of their own.
+    "mark",
     notes::NAMESPACE,
     notes::OWNER,
     notes::PEERS,

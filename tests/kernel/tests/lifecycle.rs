@@ -7,7 +7,9 @@
     reason = "helpers of tests"
 )]
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::time::Duration;
 
@@ -65,6 +67,30 @@ fn a_guard_outlives_its_handle_and_ends_with_detach() {
             Err(GuardError::NotGuarded { .. })
         ));
         assert!(Guard::list().unwrap().is_empty());
+    });
+}
+
+/// Such had programs of their own, a note of their mark, and no place among others.
+#[test]
+fn a_guard_of_an_earlier_build_is_refused_to_be_changed_and_can_be_removed() {
+    with_tap(|namespace, _tap| {
+        let guard = Guard::attach("guest", &config(Mode::Filtered)).unwrap();
+        let inode = namespace.inode().unwrap();
+        let pins = format!("/sys/fs/bpf/omerta/{inode}/guest");
+        symlink("12345", format!("{pins}/mark")).unwrap();
+        for (note, text) in [("layout", "1-2"), ("programs", "0123456789abcdef")] {
+            fs::remove_file(format!("{pins}/{note}")).unwrap();
+            symlink(text, format!("{pins}/{note}")).unwrap();
+        }
+        let refused = guard.allow(&endpoints(1)).unwrap_err();
+        assert!(
+            matches!(refused, GuardError::OtherPolicyLayout { .. }),
+            "{refused}"
+        );
+        assert!(guard.upgrade().is_err());
+        guard.verify().unwrap();
+        Guard::open("guest").unwrap().detach().unwrap();
+        assert!(goes(format!("/sys/fs/bpf/omerta/{inode}")));
     });
 }
 

@@ -34,6 +34,7 @@ const FILES: &[(&str, &[u8])] = files![
     "rootfs/etc/acpi/PWRF/00000080",
     "rootfs/etc/group",
     "rootfs/etc/inittab",
+    "rootfs/etc/omerta/firewall-host.nft",
     "rootfs/etc/omerta/firewall.nft",
     "rootfs/etc/passwd",
     "rootfs/etc/profile",
