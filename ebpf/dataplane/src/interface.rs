@@ -5,7 +5,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
 use nix::errno::Errno;
-use nix::ifaddrs::getifaddrs;
 use nix::net::if_::{if_indextoname, if_nametoindex};
 use omerta_verdict::Mac;
 
@@ -30,20 +29,16 @@ pub fn index(interface: &str) -> Result<u32, GuardError> {
 /// too, and put other headers before their packets.
 pub fn mac(interface: &str) -> Result<Mac, GuardError> {
     // Not /sys/class/net: its mount may belong to another network namespace.
-    let addresses = getifaddrs().map_err(|errno| GuardError::System {
-        action: "list the interfaces",
+    let request = asked(interface, libc::SIOCGIFHWADDR).map_err(|source| GuardError::System {
+        action: "ask for the address of",
         interface: interface.to_owned(),
-        source: errno.into(),
+        source,
     })?;
-    addresses
-        .filter(|entry| entry.interface_name == interface)
-        .find_map(|entry| {
-            let link = *entry.address?.as_link_addr()?;
-            (link.hatype() == libc::ARPHRD_ETHER)
-                .then(|| link.addr().map(Mac))
-                .flatten()
-        })
-        .filter(|mac| mac.is_unicast())
+    // SAFETY: the kernel has written this member, and every bit pattern of it is valid.
+    let address = unsafe { request.ifr_ifru.ifru_hwaddr };
+    let [a, b, c, d, e, f, ..] = address.sa_data.map(|byte| byte.to_ne_bytes()[0]);
+    Some(Mac([a, b, c, d, e, f]))
+        .filter(|mac| address.sa_family == libc::ARPHRD_ETHER && mac.is_unicast())
         .ok_or_else(|| GuardError::Config {
             problem: format!(
                 "{interface} has no Ethernet address: only Ethernet interfaces can be guarded"
@@ -53,6 +48,13 @@ pub fn mac(interface: &str) -> Result<Mac, GuardError> {
 
 /// The longest IP packet that `interface` carries, in bytes.
 pub fn mtu(interface: &str) -> io::Result<u32> {
+    let request = asked(interface, libc::SIOCGIFMTU)?;
+    // SAFETY: the kernel has written this member, and every bit pattern of it is valid.
+    Ok(u32::try_from(unsafe { request.ifr_ifru.ifru_mtu }).unwrap_or(0))
+}
+
+/// What the kernel tells of `interface` for one of the requests that read (netdevice(7)).
+fn asked(interface: &str, what: libc::Ioctl) -> io::Result<libc::ifreq> {
     let socket = UnixDatagram::unbound()?;
     // SAFETY: ifreq is plain data, for which all zeroes is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -61,13 +63,12 @@ pub fn mtu(interface: &str) -> io::Result<u32> {
     for (to, from) in request.ifr_name[..room].iter_mut().zip(interface.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    // SAFETY: SIOCGIFMTU reads and writes the request, which outlives the call.
-    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) };
-    if done < 0 {
-        return Err(io::Error::last_os_error());
+    // SAFETY: the kernel reads and writes the request, which outlives the call.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw mut request) };
+    match done {
+        0.. => Ok(request),
+        _ => Err(io::Error::last_os_error()),
     }
-    // SAFETY: the kernel has written this member, and every bit pattern of it is valid.
-    Ok(u32::try_from(unsafe { request.ifr_ifru.ifru_mtu }).unwrap_or(0))
 }
 
 /// The name of the interface that has `index`, or `None` where this network namespace has none.
