@@ -477,7 +477,8 @@ fn directories_in(directory: &Path) -> Result<Vec<(String, Pins)>, GuardError> {
     Ok(found)
 }
 
-fn read(directory: &Path) -> Result<Vec<PathBuf>, GuardError> {
+/// What is in a directory, which may be gone.
+pub fn read(directory: &Path) -> Result<Vec<PathBuf>, GuardError> {
     let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
         // It went between two calls.

@@ -29,6 +29,7 @@ use crate::layout::Digest;
 use crate::lock::remove_empty;
 use crate::map::{self, BPF_MAP_TYPE_PROG_ARRAY, Shape};
 use crate::object::{self, Loaded, program_name};
+use crate::pins::read;
 use crate::store::map_error;
 use crate::upgrade::build_note;
 use crate::{DiagnosticStream, Guard, GuardError, Owner, link};
@@ -72,6 +73,12 @@ impl Table {
         Self::FlowPlaces,
         Self::Rules,
     ];
+
+    /// What `make` makes of each, in their order.
+    fn each<T, E>(make: impl Fn(Self) -> Result<T, E>) -> Result<[T; 7], E> {
+        let [a, b, c, d, e, f, g] = Self::ALL.map(make);
+        Ok([a?, b?, c?, d?, e?, f?, g?])
+    }
 
     /// As the programs call it.
     pub const fn name(self) -> &'static str {
@@ -158,16 +165,6 @@ impl Shared {
             Some(Map::ArrayOfMaps(map)) => map.fd().as_fd().try_clone_to_owned(),
             _ => Err(io::Error::other("a table is missing")),
         };
-        let [a, b, c, d, e, f, g] = Table::ALL;
-        let tables = [
-            table(a)?,
-            table(b)?,
-            table(c)?,
-            table(d)?,
-            table(e)?,
-            table(f)?,
-            table(g)?,
-        ];
         let judges = map::create(&Shape {
             name: JUDGES,
             map_type: BPF_MAP_TYPE_PROG_ARRAY,
@@ -176,7 +173,10 @@ impl Shared {
             entries: Direction::ALL.len() as u32,
             flags: 0,
         })?;
-        Ok(Self { tables, judges })
+        Ok(Self {
+            tables: Table::each(table)?,
+            judges,
+        })
     }
 
     pub fn table(&self, table: Table) -> BorrowedFd<'_> {
@@ -229,18 +229,8 @@ impl Shared {
             let path = directory.join(name);
             link::open(&path).map_err(failed("open", &path))
         };
-        let table = |table: Table| open(table.name());
-        let [a, b, c, d, e, f, g] = Table::ALL;
         Ok(Self {
-            tables: [
-                table(a)?,
-                table(b)?,
-                table(c)?,
-                table(d)?,
-                table(e)?,
-                table(f)?,
-                table(g)?,
-            ],
+            tables: Table::each(|table| open(table.name()))?,
             judges: open(JUDGES)?,
         })
     }
@@ -439,7 +429,7 @@ fn remove_unused(directory: &Path) -> Result<(), GuardError> {
         Ok(()) | Err(TryLockError::WouldBlock) => return Ok(()),
         Err(TryLockError::Error(source)) => return Err(failed("lock", directory)(source)),
     }
-    for path in entries(directory)? {
+    for path in read(directory)? {
         let name = path.file_name().unwrap_or_default();
         if name.as_encoded_bytes().starts_with(CLAIM.as_bytes()) {
             return Ok(());
@@ -459,7 +449,7 @@ fn unfinished(directory: &Path) -> Result<PathBuf, GuardError> {
 }
 
 fn remove(directory: &Path) -> Result<(), GuardError> {
-    for path in entries(directory)? {
+    for path in read(directory)? {
         fs::remove_file(&path).map_err(failed("remove", &path))?;
     }
     fs::remove_dir(directory).map_err(failed("remove", directory))
@@ -481,18 +471,6 @@ pub fn sweep(namespace: &Path) -> Result<(), GuardError> {
         }
     }
     Ok(())
-}
-
-/// What is in a directory, which may be gone.
-fn entries(directory: &Path) -> Result<Vec<PathBuf>, GuardError> {
-    let entries = match fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed("read", directory)(error)),
-    };
-    entries
-        .map(|entry| Ok(entry.map_err(failed("read", directory))?.path()))
-        .collect()
 }
 
 impl Guard {
@@ -523,7 +501,7 @@ impl Guard {
 
 /// The directories of programs of a network namespace.
 fn directories(namespace: &Path) -> Result<Vec<PathBuf>, GuardError> {
-    let mut found = entries(namespace)?;
+    let mut found = read(namespace)?;
     found.retain(|path| is_programs(&path.file_name().unwrap_or_default().to_string_lossy()));
     Ok(found)
 }
