@@ -136,57 +136,19 @@ impl Evidence {
             }
             // The guest decides what stands there: one entry, and never what is done to the guest is about it.
             Record::Console(report) if !std::mem::replace(&mut self.console, true) => {
-                let case = self.case(whose, false);
-                Some(What::Incident(Box::new(Incident {
-                    case,
-                    guest: whose.name.to_owned(),
-                    interface: whose.interface.to_owned(),
-                    consumer: whose.consumer.to_owned(),
-                    witnesses: vec![Witness::Console],
-                    attempt: "console".to_owned(),
-                    inferred_from: format!(
-                        "its console: {} blocked, {} bytes unread: {}",
-                        report.attempts, report.unread, report.line
-                    ),
-                    action: OnViolation::Alert.word().to_owned(),
-                    epoch: epoch(),
-                    frame: None,
-                    before: Vec::new(),
-                })))
+                let said = format!(
+                    "its console: {} blocked, {} bytes unread: {}",
+                    report.attempts, report.unread, report.line
+                );
+                Some(self.told(whose, Witness::Console, "console", said, epoch()))
             }
             Record::Outside(found) => {
-                let case = self.case(whose, false);
-                Some(What::Incident(Box::new(Incident {
-                    case,
-                    guest: whose.name.to_owned(),
-                    interface: whose.interface.to_owned(),
-                    consumer: whose.consumer.to_owned(),
-                    witnesses: vec![Witness::Outside],
-                    attempt: "outside".to_owned(),
-                    inferred_from: format!("this host has {found}"),
-                    action: OnViolation::Alert.word().to_owned(),
-                    epoch: epoch(),
-                    frame: None,
-                    before: Vec::new(),
-                })))
+                let said = format!("this host has {found}");
+                Some(self.told(whose, Witness::Outside, "outside", said, epoch()))
             }
             Record::ConsoleSilent => {
-                let case = self.case(whose, false);
-                Some(What::Incident(Box::new(Incident {
-                    case,
-                    guest: whose.name.to_owned(),
-                    interface: whose.interface.to_owned(),
-                    consumer: whose.consumer.to_owned(),
-                    witnesses: vec![Witness::Console],
-                    attempt: "silence".to_owned(),
-                    inferred_from: "its guard drops what it sends, and its own firewall says nothing of that on its \
-                                    console"
-                        .to_owned(),
-                    action: OnViolation::Alert.word().to_owned(),
-                    epoch: epoch(),
-                    frame: None,
-                    before: Vec::new(),
-                })))
+                let said = "its guard drops what it sends, and its own firewall says nothing of that on its console";
+                Some(self.told(whose, Witness::Console, "silence", said.to_owned(), epoch()))
             }
             Record::Paused(caught) => self.outcome(whose, Deed::Paused, Some(caught), None),
             Record::PauseFailed { message } => {
@@ -202,6 +164,30 @@ impl Evidence {
             }
             _ => None,
         }
+    }
+
+    /// An incident without a frame, of which nothing is done but that it is told.
+    fn told(
+        &mut self,
+        whose: Whose<'_>,
+        witness: Witness,
+        attempt: &str,
+        inferred_from: String,
+        epoch: Option<u64>,
+    ) -> What {
+        What::Incident(Box::new(Incident {
+            case: self.case(whose, false),
+            guest: whose.name.to_owned(),
+            interface: whose.interface.to_owned(),
+            consumer: whose.consumer.to_owned(),
+            witnesses: vec![witness],
+            attempt: attempt.to_owned(),
+            inferred_from,
+            action: OnViolation::Alert.word().to_owned(),
+            epoch,
+            frame: None,
+            before: Vec::new(),
+        }))
     }
 
     /// The name of a new incident, which what is done from now on is about where it acts.

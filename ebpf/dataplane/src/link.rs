@@ -171,13 +171,14 @@ pub fn info_of(link: &OwnedFd) -> io::Result<LinkInfo> {
 ///
 /// # Safety
 /// `repr(C)`, integers only, without padding: the kernel may write any bytes to it.
-unsafe trait ObjectInfo: Default {}
+pub unsafe trait ObjectInfo: Default {}
 // SAFETY: as asked for.
 unsafe impl ObjectInfo for LinkInfo {}
 // SAFETY: as asked for.
 unsafe impl ObjectInfo for ProgramInfo {}
 
-fn object_info<T: ObjectInfo>(object: &OwnedFd) -> io::Result<T> {
+/// Asks for it.
+pub fn object_info<T: ObjectInfo>(object: &impl AsRawFd) -> io::Result<T> {
     let mut info = T::default();
     let mut request = InfoRequest {
         fd: object.as_raw_fd() as u32,

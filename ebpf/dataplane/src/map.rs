@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::bpf::{bpf, bpf_open};
+use crate::link::{ObjectInfo, object_info};
 
 // include/uapi/linux/bpf.h.
 const BPF_MAP_CREATE: libc::c_int = 0;
@@ -14,7 +15,6 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_MAP_GET_FD_BY_ID: libc::c_int = 14;
-const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 pub const BPF_MAP_TYPE_HASH: u32 = 1;
 pub const BPF_MAP_TYPE_ARRAY: u32 = 2;
 pub const BPF_MAP_TYPE_PROG_ARRAY: u32 = 3;
@@ -63,12 +63,18 @@ struct ElementRequest {
     flags: u64,
 }
 
+/// The head of `struct bpf_map_info`.
+#[derive(Default)]
 #[repr(C)]
-struct InfoRequest {
-    fd: u32,
-    length: u32,
-    info: u64,
+struct MapInfo {
+    kind: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
 }
+// SAFETY: as asked for.
+unsafe impl ObjectInfo for MapInfo {}
 
 #[repr(C)]
 struct IdRequest {
@@ -153,26 +159,12 @@ pub fn map_in(table: BorrowedFd<'_>, number: u32) -> io::Result<Option<OwnedFd>>
 
 /// The id of a map.
 pub fn id(map: BorrowedFd<'_>) -> io::Result<u32> {
-    Ok(info(map)?[1])
+    Ok(object_info::<MapInfo>(&map)?.id)
 }
 
 /// How many entries a map has room for.
 pub fn entries(map: BorrowedFd<'_>) -> io::Result<u32> {
-    Ok(info(map)?[4])
-}
-
-/// The head of `struct bpf_map_info`: type, id, sizes of keys and values, most entries.
-fn info(map: BorrowedFd<'_>) -> io::Result<[u32; 5]> {
-    let mut info = [0_u32; 5];
-    let mut request = InfoRequest {
-        fd: map.as_raw_fd() as u32,
-        length: size_of_val(&info) as u32,
-        info: (&raw mut info) as u64,
-    };
-    // SAFETY: the kernel reads `request` and writes at most `length` bytes to `info`; both outlive
-    // the call.
-    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut request) }?;
-    Ok(info)
+    Ok(object_info::<MapInfo>(&map)?.max_entries)
 }
 
 /// Puts a map in element `number` of a table.
