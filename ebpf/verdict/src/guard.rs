@@ -97,7 +97,7 @@ impl Flow {
 }
 
 /// Places of [`SentFlow`] that a guard has; a power of two.
-pub const SENT_FLOWS: usize = 256;
+pub const SENT_FLOWS: usize = 128;
 
 /// A flow that the guest sent on, remembered outside of conntrack mode for the errors that quote it.
 /// Each has one place, which it takes from the flow that was there. All zero is none.
