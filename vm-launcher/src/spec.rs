@@ -117,6 +117,8 @@ pub struct Spec {
     /// How long after its launcher was last there the guard lets anything pass; `None` is for ever. Renewed
     /// each time that the guard is looked at and is what was proven.
     pub guard_lease: Option<Duration>,
+    /// Whether what its guard allows passes the host's stack by, where the kernel can (`Guard::redirect`).
+    pub redirect: bool,
     /// Whether it lives on when its launcher dies, for another to adopt or to end. Its QEMU dies with the
     /// launcher otherwise.
     pub outlives_launcher: bool,
@@ -398,6 +400,7 @@ pub(crate) mod tests {
             jail: Jail::default(),
             guard_owner: None,
             guard_lease: None,
+            redirect: false,
             outlives_launcher: false,
             agent: None,
         }

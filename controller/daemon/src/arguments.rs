@@ -68,6 +68,7 @@ impl Arguments {
             guest_pool: self.guest_pool.or(config.guest_pool),
             uplinks: config.uplinks,
             uplink_hook: config.uplink_hook,
+            redirect: config.redirect,
             on_violation: self.on_violation.or(config.on_violation),
             accel: self.accel.or(config.accel),
             machine: self.machine.or(config.machine),

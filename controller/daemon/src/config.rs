@@ -38,6 +38,7 @@ pub(crate) struct Config {
     pub(crate) guest_pool: Option<String>,
     pub(crate) uplinks: Option<Vec<String>>,
     pub(crate) uplink_hook: Option<String>,
+    pub(crate) redirect: Option<bool>,
     pub(crate) on_violation: Option<String>,
     pub(crate) accel: Option<String>,
     pub(crate) machine: Option<String>,
@@ -187,6 +188,8 @@ pub(crate) struct Settings {
     pub(crate) uplinks: Vec<String>,
     /// Where in them.
     pub(crate) uplink_hook: UplinkHook,
+    /// Whether what guards allow passes the host's stack by.
+    pub(crate) redirect: bool,
     /// What rogue traffic does to a guest that does not say.
     pub(crate) on_violation: OnViolation,
     /// How guests execute; probed when absent.
@@ -379,6 +382,7 @@ impl Config {
             guest_pool,
             uplinks: self.uplinks.unwrap_or_default(),
             uplink_hook,
+            redirect: self.redirect.unwrap_or(false),
             on_violation,
             accel,
             machine,

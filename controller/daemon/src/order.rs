@@ -66,6 +66,7 @@ pub(crate) struct Order {
     memory: Option<HostMemory>,
     jail: Jail,
     guard_lease: Option<Duration>,
+    redirect: bool,
 }
 
 impl Order {
@@ -189,6 +190,7 @@ impl Order {
             memory: HostMemory::now(),
             jail: settings.jail.clone(),
             guard_lease: settings.lease,
+            redirect: settings.redirect,
         })
     }
 
@@ -277,6 +279,8 @@ impl Order {
                     .map_err(|error: OwnerParseError| failed(&error))?,
             ),
             guard_lease: self.guard_lease,
+            // The host's end of a tunnel has no next hop.
+            redirect: self.redirect && !self.has_host_tunnel(),
             outlives_launcher: !self.has_host_tunnel(),
             agent: self.agent.then_some(AgentTiming {
                 // Under a policy that lets a guest run on, its agent does too.

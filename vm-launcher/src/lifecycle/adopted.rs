@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use crate::disk::{DiskError, Disks};
 use crate::guard_alarm::GuardAlarm;
 use crate::jail::Cell;
+use crate::lifecycle::attaching::redirect_as_asked;
 use crate::lifecycle::guarded::Guarding;
 use crate::lifecycle::machine::Machine;
 use crate::lifecycle::paused::Ports;
@@ -135,6 +136,7 @@ async fn take_over(machine: &mut Machine, traces: &Traces) -> Result<Parts, Laun
         .into());
     }
     upgrade(&spec, guard);
+    redirect_as_asked(guard, spec.redirect);
     let watch = Arc::new(GuardWatch::begin(guard)?);
     machine.guard_watch = Some(Arc::clone(&watch));
     // After the watch began: who changes the policy from here on is noticed.

@@ -30,7 +30,7 @@ impl Attaching {
             lease: spec.guard_lease,
             owner: spec.guard_owner.clone(),
         };
-        let interface = spec.tap.clone();
+        let (interface, redirect) = (spec.tap.clone(), spec.redirect);
         let attach = move || {
             // The tap is new, so what is pinned under its name is a dead launcher's and guards nothing.
             if Guard::remove_stale(&interface, config.owner.as_ref())? {
@@ -39,7 +39,9 @@ impl Attaching {
                     "removed the pins of a guard whose tap is gone"
                 );
             }
-            Guard::attach(&interface, &config)
+            let guard = Guard::attach(&interface, &config)?;
+            redirect_as_asked(&guard, redirect);
+            Ok(guard)
         };
         // A thread begins in its parent's network namespace.
         let thread = thread::Builder::new().name("attach".to_owned());
@@ -58,6 +60,32 @@ impl Attaching {
             let source = io::Error::other("it broke off: see the log");
             Err(failed(&self.interface, source))
         })
+    }
+}
+
+/// Has what `guard` allows pass the host's stack by, or go through it. Where that cannot be done the way is as
+/// it was, and the guest as guarded.
+pub(super) fn redirect_as_asked(guard: &Guard, redirect: bool) {
+    let followed = guard.status().and_then(|status| {
+        let in_force = status.redirect.is_some_and(|redirect| redirect.in_force);
+        match (redirect, status.redirect.is_some()) {
+            (true, _) if !in_force => guard.redirect(&[]),
+            (false, true) => guard.stop_redirecting(),
+            _ => Ok(()),
+        }
+    });
+    if let Err(error) = followed {
+        let error = error.to_string();
+        let wanted = if redirect {
+            "redirected"
+        } else {
+            "left to the stack"
+        };
+        tracing::warn!(
+            tap = guard.interface(),
+            error,
+            "what the guest sends cannot be {wanted}"
+        );
     }
 }
 

@@ -161,6 +161,7 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
         jail: Jail::default(),
         guard_owner: None,
         guard_lease: None,
+        redirect: false,
         outlives_launcher: false,
         agent: None,
     }

@@ -17,6 +17,7 @@ mod names;
 mod peers;
 mod recovery;
 mod red_team;
+mod redirect;
 mod start;
 mod steering;
 mod stuck;
