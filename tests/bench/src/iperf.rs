@@ -18,8 +18,7 @@ use serde_json::Value;
 use crate::report::Bench;
 use crate::rounds::{Case, Rounds};
 
-/// iperf3's own.
-/// Where its server listens.
+/// Where iperf3's server listens.
 pub const PORT: u16 = 5201;
 const UPLINK: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// Payload of a datagram, so that none is a fragment.
@@ -29,7 +28,15 @@ const DATAGRAM: &str = "1400";
 enum Filter {
     None,
     Guard,
+    /// A guard, and what it allows passes the stack by.
+    GuardRedirect,
     Nft,
+}
+
+impl Filter {
+    const fn guards(self) -> bool {
+        matches!(self, Self::Guard | Self::GuardRedirect)
+    }
 }
 
 /// A guest, its host and its consumer.
@@ -56,13 +63,16 @@ impl Line {
         Veth::across((&host, "uplink"), (&consumer, "eth0"))?;
         guest.ip(&format!("link set eth0 address {GUEST_MAC} up"))?;
         host.ip(&format!("link set tap address {GATEWAY_MAC}"))?;
-        if filter == Filter::Guard {
+        if filter.guards() {
             let mut config = config(Mode::Filtered);
             config.allow = vec![
                 format!("tcp:{CONSUMER}:{PORT}").parse()?,
                 format!("udp:{CONSUMER}:{PORT}").parse()?,
             ];
-            host.enter(|| Guard::attach("tap", &config))??;
+            let guard = host.enter(|| Guard::attach("tap", &config))??;
+            if filter == Filter::GuardRedirect {
+                host.enter(|| guard.redirect(&[]))??;
+            }
         }
         for (namespace, steps) in [
             (
@@ -203,7 +213,7 @@ impl Drop for Line {
     fn drop(&mut self) {
         let _ = self.server.kill();
         let _ = self.server.wait();
-        if self.filter == Filter::Guard {
+        if self.filter.guards() {
             // Pins outlive the namespace; a drop cannot report.
             let _ = self
                 .host
@@ -213,29 +223,31 @@ impl Drop for Line {
 }
 
 /// (row, against, by UDP, place in the lines)
-const CASES: [(&str, &str, bool, usize); 6] = [
+const CASES: [(&str, &str, bool, usize); 8] = [
     ("tcp-none", "tcp-none", false, 0),
     ("tcp-guard", "tcp-none", false, 1),
-    ("tcp-nft", "tcp-none", false, 2),
+    ("tcp-redirect", "tcp-none", false, 2),
+    ("tcp-nft", "tcp-none", false, 3),
     ("udp-none", "udp-none", true, 0),
     ("udp-guard", "udp-none", true, 1),
-    ("udp-nft", "udp-none", true, 2),
+    ("udp-redirect", "udp-none", true, 2),
+    ("udp-nft", "udp-none", true, 3),
 ];
 
 pub fn measure(rounds: Rounds) -> Result<Bench> {
-    let mut missing =
-        vec!["tcp-redirect, udp-redirect: the redirect path is not built yet".to_owned()];
+    let mut missing = Vec::new();
     if std::process::Command::new("iperf3")
         .arg("--version")
         .output()
         .is_err()
     {
-        missing.push("all others: there is no iperf3 (make bench installs it)".to_owned());
+        missing.push("all: there is no iperf3 (make bench installs it)".to_owned());
         return Ok(Bench::of("iperf", "Mbit/s", &rounds, &[], missing));
     }
     let lines = [
         Line::new(Filter::None)?,
         Line::new(Filter::Guard)?,
+        Line::new(Filter::GuardRedirect)?,
         Line::new(Filter::Nft)?,
     ];
     let cases = CASES.map(|(name, against, udp, place)| {
@@ -243,5 +255,12 @@ pub fn measure(rounds: Rounds) -> Result<Bench> {
         Case::new(name, against, move || line.run(udp))
     });
     let samples = rounds.run(cases.into())?;
+    let status = lines[2].host.enter(|| Guard::open("tap")?.status())??;
+    if status
+        .redirect
+        .is_none_or(|redirect| redirect.to_neighbours == 0)
+    {
+        bail!("nothing was redirected");
+    }
     Ok(Bench::of("iperf", "Mbit/s", &rounds, &samples, missing))
 }
