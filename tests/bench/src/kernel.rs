@@ -1,4 +1,4 @@
-//! The floor that guards are measured against: kernel programs of two instructions, and running
+//! The floor that guards are measured against: kernel programs of a few instructions, and running
 //! any program on a frame in a loop (`bpf(2)`: aya loads ELF objects only).
 
 use std::ffi::CStr;
@@ -13,6 +13,11 @@ const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 const BPF_LINK_CREATE: libc::c_int = 28;
 /// `BPF_ALU64 | BPF_MOV | BPF_K`, register 0.
 const MOVE_TO_R0: u64 = 0xb7;
+/// The same, register 1 and 2.
+const MOVE_TO_R1: u64 = 0x1b7;
+const MOVE_TO_R2: u64 = 0x2b7;
+/// `BPF_JMP | BPF_CALL`.
+const CALL: u64 = 0x85;
 /// `BPF_JMP | BPF_EXIT`.
 const EXIT: u64 = 0x95;
 
@@ -104,16 +109,39 @@ fn descriptor(number: libc::c_long) -> Result<OwnedFd> {
 
 /// A program that only returns `value`.
 pub fn constant(kind: Kind, value: i32) -> Result<OwnedFd> {
-    let instructions = [MOVE_TO_R0 | (value as u32 as u64) << 32, EXIT];
+    load(kind, &[MOVE_TO_R0 | (value as u32 as u64) << 32, EXIT])
+}
+
+/// How a program sends a frame on, past the stack (`enum bpf_func_id`).
+#[derive(Clone, Copy)]
+pub enum SendOn {
+    /// `bpf_redirect`: out of the interface.
+    Out = 23,
+    /// `bpf_redirect_peer`: into the namespace of the interface's peer.
+    IntoPeer = 155,
+}
+
+/// A classifier that looks at nothing and sends every frame on by the interface of index `to`.
+pub fn redirect(to: u32, how: SendOn) -> Result<OwnedFd> {
+    let instructions = [
+        MOVE_TO_R1 | u64::from(to) << 32,
+        MOVE_TO_R2,
+        CALL | (how as u64) << 32,
+        EXIT,
+    ];
+    load(Kind::Classifier, &instructions)
+}
+
+fn load(kind: Kind, instructions: &[u64]) -> Result<OwnedFd> {
     let license: &CStr = c"GPL";
     let mut attributes = LoadAttributes {
         kind: kind as u32,
-        instruction_count: 2,
+        instruction_count: u32::try_from(instructions.len())?,
         instructions: instructions.as_ptr() as u64,
         license: license.as_ptr() as u64,
         ..LoadAttributes::default()
     };
-    descriptor(bpf(BPF_PROG_LOAD, &mut attributes).context("load a program of two instructions")?)
+    descriptor(bpf(BPF_PROG_LOAD, &mut attributes).context("load a program of a few instructions")?)
 }
 
 /// Where a program is attached (`enum bpf_attach_type`).

@@ -13,7 +13,7 @@ use omerta_kernel_tests::{CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC
 use omerta_test_support::{Namespace, Tap, index_of};
 use omerta_verdict::Mode;
 
-use crate::kernel::{self, Hook, Kind};
+use crate::kernel::{self, Hook, Kind, SendOn};
 
 /// What stands between the tap and the uplink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub enum Filter {
     XdpFloor,
     /// A TCX program that drops everything: the least that a drop can cost where the guard stands.
     TcxFloor,
+    /// A TCX program that sends everything past the stack unseen: the least that redirecting can cost.
+    RedirectFloor,
     /// nftables at the tap's netdev hook.
     NftNetdev,
     /// nftables in the forward chain.
@@ -234,6 +236,15 @@ fn attach(filter: Filter, way: Way) -> Result<Option<OwnedFd>> {
             )?));
         }
         Filter::TcxFloor => return Ok(Some(drop_all("guest")?)),
+        Filter::RedirectFloor => {
+            let how = match way {
+                Way::Uplink => SendOn::Out,
+                Way::Local => SendOn::IntoPeer,
+            };
+            let program = kernel::redirect(index_of("uplink")?, how)?;
+            let link = kernel::attach(&program, index_of("guest")?, Hook::TcxIngress)?;
+            return Ok(Some(link));
+        }
         _ => {}
     }
     Ok(None)
@@ -262,7 +273,8 @@ fn rules(filter: Filter) -> Vec<(&'static str, Vec<String>)> {
         | Filter::Guard
         | Filter::GuardRedirect
         | Filter::XdpFloor
-        | Filter::TcxFloor => Vec::new(),
+        | Filter::TcxFloor
+        | Filter::RedirectFloor => Vec::new(),
         Filter::NftNetdev => nft("netdev", "ingress device guest", ""),
         Filter::NftForward => nft("ip", "forward", ""),
         Filter::NftForwardConntrack => nft("ip", "forward", "ct state established,related accept"),

@@ -48,10 +48,15 @@ fn large() -> (OffloadHeader, Vec<u8>) {
 /// (row, against, filter)
 type Plan = (&'static str, &'static str, Filter);
 
-const ALLOWED: [Plan; 6] = [
+const ALLOWED: [Plan; 7] = [
     ("allow64-none", "allow64-none", Filter::None),
     ("allow64-guard", "allow64-none", Filter::Guard),
     ("allow64-redirect", "allow64-none", Filter::GuardRedirect),
+    (
+        "allow64-redirect-floor",
+        "allow64-none",
+        Filter::RedirectFloor,
+    ),
     ("allow64-nft-forward", "allow64-none", Filter::NftForward),
     (
         "allow64-nft-forward-ct",
@@ -64,10 +69,15 @@ const ALLOWED: [Plan; 6] = [
         Filter::IptablesIpset,
     ),
 ];
-const LOCAL: [Plan; 3] = [
+const LOCAL: [Plan; 4] = [
     ("local64-none", "local64-none", Filter::None),
     ("local64-guard", "local64-none", Filter::Guard),
     ("local64-redirect", "local64-none", Filter::GuardRedirect),
+    (
+        "local64-redirect-floor",
+        "local64-none",
+        Filter::RedirectFloor,
+    ),
 ];
 const DROPPED: [Plan; 5] = [
     ("drop64-xdp-floor", "drop64-xdp-floor", Filter::XdpFloor),
@@ -114,12 +124,17 @@ const LARGE_ROWS: [Plan; 4] = [
     ),
 ];
 
-const LOCAL_LARGE: [Plan; 2] = [
+const LOCAL_LARGE: [Plan; 3] = [
     ("gso-local-none", "gso-local-none", Filter::None),
     (
         "gso-local-redirect",
         "gso-local-none",
         Filter::GuardRedirect,
+    ),
+    (
+        "gso-local-redirect-floor",
+        "gso-local-none",
+        Filter::RedirectFloor,
     ),
 ];
 
