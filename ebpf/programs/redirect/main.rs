@@ -65,6 +65,26 @@ pub struct Row {
 #[map]
 static REDIRECTED: PerCpuArray<Row> = PerCpuArray::with_max_entries(1, 0);
 
+/// The way that this CPU found last, which holds for frames like the one it was asked for, until the
+/// kernel's next tick: so a change of routes, rules or neighbours is followed within 1 to 10 ms, and a stream
+/// asks once a tick, not for every frame.
+#[repr(C)]
+pub struct Found {
+    /// All that the lookup goes by but the length: [`Found::question`].
+    question: [u64; 3],
+    /// `jiffies`; 0 is never.
+    tick: u64,
+    /// The longest packet that may go.
+    largest: u32,
+    ifindex: u32,
+    next_hop: u32,
+    destination: [u8; 6],
+    source: [u8; 6],
+}
+
+#[map]
+static FOUND: PerCpuArray<Found> = PerCpuArray::with_max_entries(1, 0);
+
 /// What became of a frame. As in ebpf/dataplane/src/redirect.rs.
 #[derive(Clone, Copy)]
 enum Way {
@@ -238,39 +258,41 @@ fn send(context: &TcContext, row: *mut Row) -> Option<(Way, i32)> {
         return None;
     }
 
-    // SAFETY: integers only; all zero is valid.
-    let mut route: FibLookup = unsafe { core::mem::zeroed() };
-    route.family = AF_INET;
-    route.l4_protocol = protocol;
-    route.sport = u16::from_ne_bytes([ports[0], ports[1]]);
-    route.dport = u16::from_ne_bytes([ports[2], ports[3]]);
-    // Longer than the route's MTU fails: the stack then tells the guest.
-    route.__bindgen_anon_1.tot_len = largest as u16;
-    route.ifindex = ifindex;
-    route.__bindgen_anon_2.tos = tos;
-    route.__bindgen_anon_3.ipv4_src =
-        u32::from_ne_bytes([header[12], header[13], header[14], header[15]]);
-    route.__bindgen_anon_4.ipv4_dst =
-        u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
-    // SAFETY: the context is valid for the whole run, and the helper writes within `route`.
-    let found =
-        unsafe { bpf_fib_lookup(skb.cast(), &raw mut route, size_of::<FibLookup>() as i32, 0) };
-    // Not forwarded, to the host itself, no neighbour yet, too long: all of it for the stack, and so is
-    // what would leave as it came, of which the stack tells the guest.
-    if found != 0 || route.family != AF_INET || route.ifindex == ifindex {
-        return None;
+    let found = FOUND.get_ptr_mut(0)?;
+    let addresses = bytes::<8>(start, end, ETHERNET + 12)?;
+    let question = [
+        u64::from_ne_bytes(addresses),
+        u32::from_ne_bytes(ports) as u64,
+        (protocol as u64) << 8 | tos as u64,
+    ];
+    // SAFETY: the helper has no preconditions (on 64 bits it is no call).
+    let tick = unsafe { bpf_jiffies64() };
+    if !is_known(found, &question, tick, largest) {
+        look_up(skb, found, ifindex, &header, ports, largest)?;
+        // SAFETY: as in [`take`].
+        unsafe {
+            (*found).question = question;
+            (*found).tick = tick;
+        }
     }
-    // SAFETY: every variant of the union is of integers.
-    let next_hop = unsafe { route.__bindgen_anon_4.ipv4_dst };
+    // SAFETY: as in [`take`].
+    let (to, next_hop, destination, source) = unsafe {
+        (
+            (*found).ifindex,
+            (*found).next_hop,
+            (*found).destination,
+            (*found).source,
+        )
+    };
     let checksum = [header[10], header[11]];
-    if is_fresh(row, route.ifindex, next_hop) {
-        forward(skb, ttl, checksum, Some((&route.dmac, &route.smac)))?;
+    if is_fresh(row, tick, to, next_hop) {
+        forward(skb, ttl, checksum, Some((&destination, &source)))?;
         // SAFETY: the helpers have no preconditions.
         return Some(unsafe {
-            if is_peer(route.ifindex) {
-                (Way::Peer, bpf_redirect_peer(route.ifindex, 0) as i32)
+            if is_peer(to) {
+                (Way::Peer, bpf_redirect_peer(to, 0) as i32)
             } else {
-                (Way::Neighbour, bpf_redirect(route.ifindex, 0) as i32)
+                (Way::Neighbour, bpf_redirect(to, 0) as i32)
             }
         });
     }
@@ -282,7 +304,7 @@ fn send(context: &TcContext, row: *mut Row) -> Option<(Way, i32)> {
     // SAFETY: the helper reads `neighbour`.
     let action = unsafe {
         bpf_redirect_neigh(
-            route.ifindex,
+            to,
             &raw mut neighbour,
             size_of::<bpf_redir_neigh>() as i32,
             0,
@@ -291,12 +313,79 @@ fn send(context: &TcContext, row: *mut Row) -> Option<(Way, i32)> {
     Some((Way::Neighbour, action as i32))
 }
 
+/// Whether `found` is the answer to `question`, found in this `tick`, for a packet as long as `largest`.
+#[inline(always)]
+fn is_known(found: *const Found, question: &[u64; 3], tick: u64, largest: u32) -> bool {
+    // SAFETY: as in [`take`].
+    unsafe {
+        (*found).tick == tick
+            && (*found).question[0] == question[0]
+            && (*found).question[1] == question[1]
+            && (*found).question[2] == question[2]
+            && largest <= (*found).largest
+    }
+}
+
+/// Asks the kernel for the way of a packet, of which the longest piece is `largest` bytes; `None` where the
+/// stack has something to say to it.
+#[inline(always)]
+fn look_up(
+    skb: *mut __sk_buff,
+    found: *mut Found,
+    ifindex: u32,
+    header: &[u8; IPV4],
+    ports: [u8; 4],
+    largest: u32,
+) -> Option<()> {
+    // Nothing is known while it is written, and where nothing is found.
+    // SAFETY: as in [`take`].
+    unsafe { (*found).tick = 0 };
+    // SAFETY: integers only; all zero is valid.
+    let mut route: FibLookup = unsafe { core::mem::zeroed() };
+    route.family = AF_INET;
+    route.l4_protocol = header[9];
+    let (source, destination) = (
+        u16::from_ne_bytes([ports[0], ports[1]]),
+        u16::from_ne_bytes([ports[2], ports[3]]),
+    );
+    // SAFETY: both are fields of `route`. Volatile, or the two become one store that is not aligned, which
+    // verifiers refuse.
+    unsafe {
+        (&raw mut route.sport).write_volatile(source);
+        (&raw mut route.dport).write_volatile(destination);
+    }
+    // Longer than the route's MTU fails: the stack then tells the guest.
+    route.__bindgen_anon_1.tot_len = largest as u16;
+    route.ifindex = ifindex;
+    route.__bindgen_anon_2.tos = header[1];
+    route.__bindgen_anon_3.ipv4_src =
+        u32::from_ne_bytes([header[12], header[13], header[14], header[15]]);
+    route.__bindgen_anon_4.ipv4_dst =
+        u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
+    // SAFETY: the context is valid for the whole run, and the helper writes within `route`.
+    let answer =
+        unsafe { bpf_fib_lookup(skb.cast(), &raw mut route, size_of::<FibLookup>() as i32, 0) };
+    // Not forwarded, to the host itself, no neighbour yet, too long: all of it for the stack, and so is
+    // what would leave as it came, of which the stack tells the guest.
+    if answer != 0 || route.family != AF_INET || route.ifindex == ifindex {
+        return None;
+    }
+    // SAFETY: as in [`take`]; every variant of the union is of integers.
+    unsafe {
+        (*found).largest = largest;
+        (*found).ifindex = route.ifindex;
+        (*found).next_hop = route.__bindgen_anon_4.ipv4_dst;
+        (*found).destination = route.dmac;
+        (*found).source = route.smac;
+    }
+    Some(())
+}
+
 /// Whether a frame to this neighbour has gone by way of the neighbour table of late. It does now where
 /// not.
 #[inline(always)]
-fn is_fresh(row: *mut Row, ifindex: u32, next_hop: u32) -> bool {
-    // SAFETY: the helper has no preconditions (on 64 bits it is no call).
-    let period = unsafe { bpf_jiffies64() } >> REFRESH_TICKS;
+fn is_fresh(row: *mut Row, tick: u64, ifindex: u32, next_hop: u32) -> bool {
+    let period = tick >> REFRESH_TICKS;
     let word = period << 32 | (next_hop ^ ifindex) as u64;
     // SAFETY: as in [`take`].
     unsafe {

@@ -1,6 +1,8 @@
 //! What passes the host's stack by is what the guard has allowed, and it arrives as if the stack had
 //! forwarded it.
 
+use std::time::Duration;
+
 use aya::programs::links::PinnedLink;
 use omerta_dataplane::{Guard, Hook, RedirectStatus};
 use omerta_kernel_tests::*;
@@ -8,6 +10,9 @@ use omerta_test_support::Capture;
 use omerta_verdict::{Direction, Mode, Reason};
 
 use crate::stage::{SETTLE, Stage, WORLD_MAC, soon, udp_payload};
+
+/// More than one tick of any kernel's.
+const TICKS: Duration = Duration::from_millis(50);
 
 /// Redirecting needs TCX.
 fn redirecting(peers: &[&str]) -> Option<Stage> {
@@ -148,6 +153,44 @@ fn what_the_stack_answers_is_left_to_the_stack() {
         .unwrap();
     send(&stage, &packet(64, b"not forwarded"));
     left(5);
+}
+
+/// A way is looked up once a tick of the kernel's for frames that are alike.
+#[test]
+fn a_way_that_was_found_is_kept_for_no_other_frame_and_not_for_long() {
+    let Some(stage) = redirecting(&[]) else {
+        return;
+    };
+    stage.provider.ip("link set uplink mtu 1000").unwrap();
+    // As fast as they can be sent, so mostly within a tick: too long for the way that was found, and
+    // at the end of its life.
+    const ROUNDS: u64 = 200;
+    for _ in 0..ROUNDS {
+        send(&stage, &packet(64, b"short"));
+        send(&stage, &packet(64, &[0; 1200]));
+        send(&stage, &packet(64, &[0; 900]));
+        send(&stage, &packet(1, b"last hop"));
+    }
+    let counted = status(&stage);
+    assert_eq!((counted.to_neighbours, counted.unproven), (2 * ROUNDS, 0));
+    assert_eq!(counted.to_stack, 2 * ROUNDS);
+
+    // A route that goes, and one to elsewhere that comes, are followed.
+    stage.provider.ip("route del default").unwrap();
+    std::thread::sleep(TICKS);
+    send(&stage, &packet(64, b"no route"));
+    assert_eq!(status(&stage).to_stack, counted.to_stack + 1);
+    stage
+        .provider
+        .ip("route add default via 203.0.113.9")
+        .unwrap();
+    send(&stage, &packet(64, b"again"));
+    assert_eq!(status(&stage).to_neighbours, counted.to_neighbours + 1);
+    let blackhole = format!("route add blackhole {CONSUMER}/32");
+    stage.provider.ip(&blackhole).unwrap();
+    std::thread::sleep(TICKS);
+    send(&stage, &packet(64, b"to nowhere"));
+    assert_eq!(status(&stage).to_neighbours, counted.to_neighbours + 1);
 }
 
 #[test]
