@@ -29,7 +29,7 @@ use crate::order::Order;
 use crate::pool::Slot;
 use crate::quiet::{Quiet, QuietFor};
 use crate::record::occurrence;
-use crate::room::Room;
+use crate::room::{Room, Share};
 use crate::roster::{Roster, unknown};
 use crate::store::{Change, Stands, Store};
 
@@ -385,16 +385,9 @@ impl Fleet {
     }
 
     /// Takes in what became of a guest of an omertad before this one, which has ended.
-    pub(crate) fn bury(
-        &self,
-        found: Found,
-        order: &Order,
-        spec: Spec,
-        held: Option<Slot>,
-        scrubbed: Option<Scrubbed>,
-    ) {
+    pub(crate) fn bury(&self, found: Found, order: &Order, spec: Spec, scrubbed: Option<Scrubbed>) {
         let id = found.id;
-        let (actions, _) = self.lock().take_in(found, order, Arc::new(spec), held);
+        let (actions, _) = self.lock().take_in(found, order, Arc::new(spec), None);
         if let Some(Scrubbed { bytes }) = scrubbed {
             self.publish(id, clock::now(), Record::Scrubbed { bytes });
         }
@@ -405,9 +398,10 @@ impl Fleet {
         }
     }
 
-    /// Gives a place to nobody: a guest has it that is not known otherwise.
-    pub(crate) fn withhold(&self, slot: Slot) {
-        self.lock().withhold(slot);
+    /// Gives to nobody what a guest holds that is not known otherwise: its place, and what its request says.
+    pub(crate) fn withhold(&self, name: &str, slot: Option<Slot>, request: Option<&str>) {
+        let share = request.and_then(Share::of_request);
+        self.lock().withhold(name, slot, share);
     }
 
     /// The taps of guests that live.

@@ -196,7 +196,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
     let fleet = Fleet::new(settings.clone(), journal, store, incidents, first).dropping_at(uplink);
     let fleet = Arc::new(fleet);
     // From here on nothing fails: what is taken over ends only when it is told to.
-    recovery::recover(&fleet, contents.guests).await;
+    recovery::recover(&fleet, contents.guests, contents.broken).await;
     sweep::sweep(&settings.run_dir, &fleet.taps());
     omerta_vm_launcher::sweep_jails(&settings.jail);
     fleet.warn_if_short();

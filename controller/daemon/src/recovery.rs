@@ -2,7 +2,7 @@
 //!
 //! A row says how far its guest had come. Only one that ran, in this boot, may live on, and only where
 //! everything that was proven before it ran is proven again. All else is removed by its traces; as long
-//! as it is not proven gone its row stays, and with it what it holds.
+//! as it is not proven gone its row stays, and with it what it holds. So does the row that cannot be read.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -27,7 +27,7 @@ use crate::names::PeerName;
 use crate::order::Order;
 use crate::peers::endpoint_in_force;
 use crate::pool::Slot;
-use crate::store::{Change, Grant, Kept, Stands, Step};
+use crate::store::{Broken, Change, Grant, Kept, Remains, Stands, Step};
 use crate::sweep::OWNER;
 use crate::tap_name::tap_name;
 use crate::watch::Watch;
@@ -58,7 +58,7 @@ impl Lost {
 
 /// Takes over or undoes every guest of the store. Those that live on come first: what is undone after
 /// finds them in possession of what is theirs.
-pub(crate) async fn recover(fleet: &Arc<Fleet>, guests: Vec<Kept>) {
+pub(crate) async fn recover(fleet: &Arc<Fleet>, guests: Vec<Kept>, broken: Vec<Broken>) {
     let mut taking = JoinSet::new();
     for kept in guests {
         let fleet = Arc::clone(fleet);
@@ -76,6 +76,10 @@ pub(crate) async fn recover(fleet: &Arc<Fleet>, guests: Vec<Kept>) {
     for (kept, why) in lost {
         let fleet = Arc::clone(fleet);
         undoing.spawn(async move { undo(&fleet, kept, why).await });
+    }
+    for broken in broken {
+        let fleet = Arc::clone(fleet);
+        undoing.spawn(async move { clear(&fleet, broken).await });
     }
     while undoing.join_next().await.is_some() {}
 }
@@ -174,8 +178,13 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
 
 /// Leaves a guest to its guard whose row cannot be understood: unknown is not dead. It keeps what its row holds.
 fn leave_alone(fleet: &Fleet, kept: &Kept, why: &str) {
-    let Grant { name, slot, .. } = &kept.grant;
-    fleet.withhold(Slot(*slot));
+    let Grant {
+        name,
+        slot,
+        request,
+        ..
+    } = &kept.grant;
+    fleet.withhold(name, Some(Slot(*slot)), Some(request));
     let pid = kept.traces.process.map_or(0, |(pid, _)| pid);
     tracing::error!(
         guest = name,
@@ -184,6 +193,51 @@ fn leave_alone(fleet: &Fleet, kept: &Kept, why: &str) {
         "the row of a guest that runs cannot be understood: it runs on behind its guard, and nobody looks after it. \
          Start the omertad again that ran it, or end this process and start omertad again, which removes what is left"
     );
+}
+
+/// Removes what is left of a guest whose row is broken, where what it is to be removed by can be read and it is proven
+/// dead. Otherwise it is left to its guard, and keeps what its row holds.
+async fn clear(fleet: &Arc<Fleet>, broken: Broken) {
+    let Broken {
+        row,
+        name,
+        slot,
+        request,
+        remains,
+        columns,
+    } = broken;
+    let called = name.unwrap_or_else(|| format!("row {row}"));
+    let hold = || fleet.withhold(&called, slot.map(Slot), request.as_deref());
+    let Some(remains) = remains else {
+        hold();
+        tracing::error!(
+            guest = called,
+            row,
+            columns,
+            "the row of a guest is broken: whether it runs cannot be told. It is left behind its guard, and nobody looks after it. \
+             Once its QEMU has ended and omertad is stopped, `DELETE FROM guests WHERE id = {row}` in guests.db frees what it holds"
+        );
+        return;
+    };
+    let booted = remains.boot != fleet.store().boot();
+    if !booted && remains.traces.may_live().await {
+        hold();
+        let pid = remains.traces.process.map_or(0, |(pid, _)| pid);
+        tracing::error!(
+            guest = called,
+            row,
+            columns,
+            pid,
+            "the row of a guest that runs is broken: it runs on behind its guard, and nobody looks after it. \
+             End this process and start omertad again, which removes what is left"
+        );
+        return;
+    }
+    let why = format!("its row is broken ({columns}), and it does not run");
+    let unwound = remove(fleet, remains, booted, &why).await;
+    if !unwound.leftovers.is_empty() {
+        hold();
+    }
 }
 
 /// Brings a guest to stand as its row says, and tells how it stands and what has befallen it.
@@ -236,58 +290,25 @@ async fn settle(
 
 /// Removes all that is left of a guest, and tells what became of it.
 async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
-    let id = kept.grant.id;
-    let name = kept.grant.name.clone();
-    let tap = tap_name(&name);
-    let run_dir = kept.grant.run_dir.clone();
-    // Of another boot, numbers mean others.
-    let traces = match why.cause {
-        Cause::Rebooted => Traces::default(),
-        _ => kept.traces.clone(),
+    let Grant {
+        id, name, run_dir, ..
+    } = kept.grant.clone();
+    let remains = Remains {
+        id,
+        name: name.clone(),
+        run_dir,
+        boot: kept.grant.boot.clone(),
+        traces: kept.traces.clone(),
     };
-    let removing = move || {
-        let owner = OWNER.parse().ok();
-        let mut unwound = unwind(&tap, Path::new(&run_dir), owner.as_ref(), &traces);
-        // Its driver has ended with the omertad that had it.
-        let socket = directory_of(Path::new(&run_dir));
-        if let Err(error) = std::fs::remove_dir_all(&socket)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            let leftover = format!("directory {}: {error}", socket.display());
-            unwound.leftovers.push(leftover);
-        }
-        unwound
-    };
-    let unwound = spawn_blocking(removing).await;
+    let booted = matches!(why.cause, Cause::Rebooted);
     let Unwound {
         leftovers,
         scrubbed,
-    } = unwound.unwrap_or_else(|error| Unwound {
-        leftovers: vec![format!("unknown: removing it broke off: {error}")],
-        scrubbed: None,
-    });
-    if leftovers.is_empty() {
-        if let Err(error) = fleet.store().change(Change::Remove(id)).await {
-            tracing::error!(
-                guest = name,
-                error = report(&error),
-                "its row cannot be removed"
-            );
-        }
-        tracing::info!(
-            guest = name,
-            why = why.message,
-            "removed what was left of a guest"
-        );
-    } else {
-        let left = leftovers.join("; ");
-        tracing::error!(
-            guest = name,
-            left,
-            "something is left of a guest: it holds what it held"
-        );
+    } = remove(fleet, remains, booted, &why.message).await;
+    if !leftovers.is_empty() {
+        let slot = Some(Slot(kept.grant.slot));
+        fleet.withhold(&name, slot, Some(&kept.grant.request));
     }
-    let slot = (!leftovers.is_empty()).then_some(Slot(kept.grant.slot));
     match understand(kept, fleet.settings()) {
         Ok(Known {
             kept,
@@ -310,10 +331,60 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
                 on_violation: order.on_violation,
                 fate: Fate::Ended(ending),
             };
-            fleet.bury(found, &order, spec, slot, scrubbed);
+            fleet.bury(found, &order, spec, scrubbed);
         }
         Err(message) => tracing::error!(guest = name, message, "its row cannot be understood"),
     }
+}
+
+/// Removes all that is left of a guest, and its row where that is all.
+async fn remove(fleet: &Fleet, remains: Remains, booted: bool, why: &str) -> Unwound {
+    let Remains {
+        id,
+        name,
+        run_dir,
+        traces,
+        ..
+    } = remains;
+    // Of another boot, numbers mean others.
+    let traces = if booted { Traces::default() } else { traces };
+    let tap = tap_name(&name);
+    let removing = move || {
+        let owner = OWNER.parse().ok();
+        let mut unwound = unwind(&tap, Path::new(&run_dir), owner.as_ref(), &traces);
+        // Its driver has ended with the omertad that had it.
+        let socket = directory_of(Path::new(&run_dir));
+        if let Err(error) = std::fs::remove_dir_all(&socket)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            let leftover = format!("directory {}: {error}", socket.display());
+            unwound.leftovers.push(leftover);
+        }
+        unwound
+    };
+    let unwound = spawn_blocking(removing).await;
+    let unwound = unwound.unwrap_or_else(|error| Unwound {
+        leftovers: vec![format!("unknown: removing it broke off: {error}")],
+        scrubbed: None,
+    });
+    if unwound.leftovers.is_empty() {
+        if let Err(error) = fleet.store().change(Change::Remove(id)).await {
+            tracing::error!(
+                guest = name,
+                error = report(&error),
+                "its row cannot be removed"
+            );
+        }
+        tracing::info!(guest = name, why, "removed what was left of a guest");
+    } else {
+        let left = unwound.leftovers.join("; ");
+        tracing::error!(
+            guest = name,
+            left,
+            "something is left of a guest: it holds what it held"
+        );
+    }
+    unwound
 }
 
 fn understand(kept: Kept, settings: &Settings) -> Result<Known, String> {

@@ -1,6 +1,7 @@
 //! Whether the process has room for one guest more.
 
 use nix::sys::resource::{Resource, getrlimit};
+use serde::Deserialize;
 
 use crate::config::Settings;
 use crate::host_memory::HostMemory;
@@ -37,6 +38,22 @@ pub(crate) struct Share {
 }
 
 impl Share {
+    /// What a kept request takes, as far as that goes without the rest of it: a later or an earlier omertad may
+    /// have written what this one does not know.
+    pub(crate) fn of_request(text: &str) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Taken {
+            cpus: u8,
+            memory_mib: u32,
+        }
+        let taken: Taken = serde_json::from_str(text).ok()?;
+        Some(Self {
+            guests: 1,
+            vcpus: taken.cpus.into(),
+            memory_mib: taken.memory_mib.into(),
+        })
+    }
+
     /// With QEMU's own memory, in MiB.
     fn whole_mib(self) -> u64 {
         self.memory_mib + QEMU_MIB * self.guests as u64
@@ -157,6 +174,30 @@ mod tests {
             let short = |guests| room.short_for(Share::default(), held(guests), PLENTY);
             assert_eq!(short(guests).as_ref(), Some(&room.short));
             assert!(guests == 0 || short(guests - 1).is_none());
+        }
+    }
+
+    #[test]
+    fn what_a_request_takes_is_known_where_nothing_else_of_it_is() {
+        let share = |vcpus, memory_mib| {
+            Some(Share {
+                guests: 1,
+                vcpus,
+                memory_mib,
+            })
+        };
+        for (text, taken) in [
+            (r#"{"cpus":2,"memory_mib":512}"#, share(2, 512)),
+            (
+                r#"{"name":9,"cpus":2,"memory_mib":512,"hence":[]}"#,
+                share(2, 512),
+            ),
+            (r#"{"cpus":2}"#, None),
+            (r#"{"cpus":2,"memory_mib":-1}"#, None),
+            (r#"{"cpus":256,"memory_mib":1}"#, None),
+            ("{", None),
+        ] {
+            assert_eq!(Share::of_request(text), taken, "{text}");
         }
     }
 

@@ -33,6 +33,10 @@ pub(crate) struct Roster {
     pub(crate) engine: Engine,
     pub(crate) slots: Slots,
     pub(crate) facts: HashMap<GuestId, Facts>,
+    /// What is held by what is left of guests that have ended, and by those that nobody looks after.
+    withheld: Share,
+    /// One of whom is not known what it holds.
+    unknown: Option<String>,
 }
 
 /// What is known of a guest beside its state.
@@ -85,6 +89,8 @@ impl Roster {
                 .judging_by(settings.thresholds.clone(), settings.guest_pool.network()),
             slots: Slots::new(settings.guest_pool),
             facts: HashMap::new(),
+            withheld: Share::default(),
+            unknown: None,
         }
     }
 
@@ -100,6 +106,13 @@ impl Roster {
         let name = order.name.as_str();
         // A name that is taken is refused for that, by the engine.
         if self.is_free(name)
+            && let Some(unknown) = &self.unknown
+        {
+            return Err(refused(format!(
+                "no room for guest `{name}`: what guest `{unknown}` holds, which an omertad before had left, cannot be read, and nothing is given out twice: the log says how to free it"
+            )));
+        }
+        if self.is_free(name)
             && let Some(short) = room.short_for(order.share(), self.held(), order.memory())
         {
             return Err(refused(format!("no room for guest `{name}`: {short}")));
@@ -114,11 +127,11 @@ impl Roster {
             .inspect_err(|_| self.slots.give_back(slot))
     }
 
-    /// What living guests take. What is left of others has a slot still.
+    /// What living guests take, and what is withheld. What is left of others has a slot still.
     fn held(&self) -> Share {
         let mut held = Share {
             guests: self.slots.held(),
-            ..Share::default()
+            ..self.withheld
         };
         for facts in self.facts.values().filter(|facts| facts.slot.is_some()) {
             held.vcpus += u64::from(facts.spec.cpus);
@@ -185,9 +198,19 @@ impl Roster {
         })
     }
 
-    /// Gives a place to nobody from now on.
-    pub(crate) fn withhold(&mut self, slot: Slot) {
-        self.slots.hold(slot);
+    /// Gives to nobody, from now on, what a guest holds that is not among the facts. Where that is not known,
+    /// nothing is given out at all.
+    pub(crate) fn withhold(&mut self, name: &str, slot: Option<Slot>, share: Option<Share>) {
+        if let Some(slot) = slot {
+            self.slots.hold(slot);
+        }
+        match share {
+            Some(share) if slot.is_some() => {
+                self.withheld.vcpus += share.vcpus;
+                self.withheld.memory_mib += share.memory_mib;
+            }
+            _ => self.unknown = Some(name.escape_default().take(64).collect()),
+        }
     }
 
     /// Takes in a guest that was there before this omertad.
@@ -257,9 +280,12 @@ impl Roster {
             facts.pid = None;
             facts.follower = None;
             facts.namespace = None;
-            // What could not be removed may still have the address.
+            // What could not be removed may still have the address, and a process that does not die its memory.
             if ending.leftovers.is_empty() {
                 self.slots.give_back(slot);
+            } else {
+                self.withheld.vcpus += u64::from(facts.spec.cpus);
+                self.withheld.memory_mib += u64::from(facts.spec.memory_mib);
             }
         }
         facts

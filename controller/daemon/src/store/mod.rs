@@ -3,6 +3,7 @@
 //! One thread owns the connection. Whoever changes a row waits until the change is on the disk
 //! (`synchronous = FULL`): what a change announces may be made from then on, not before.
 
+mod read;
 mod row;
 mod schema;
 
@@ -16,6 +17,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
+pub(crate) use read::{Broken, Remains};
 pub(crate) use row::{Change, Grant, Kept, Stands, Step};
 
 /// The database's file in the state directory.
@@ -83,6 +85,8 @@ pub(crate) struct Store {
 #[derive(Debug)]
 pub(crate) struct Contents {
     pub(crate) guests: Vec<Kept>,
+    /// Rows that cannot be read: each is a guest's, and in nobody else's way.
+    pub(crate) broken: Vec<Broken>,
     /// The first id that no guest has had.
     pub(crate) first_free: GuestId,
 }
@@ -91,8 +95,10 @@ impl Store {
     /// Opens the store of a state directory, made where it is not there, and reads it.
     pub(crate) fn open(state_dir: &Path) -> Result<(Self, Contents), StoreError> {
         let connection = connect(state_dir)?;
+        let (guests, broken) = read::all(&connection)?;
         let contents = Contents {
-            guests: row::all(&connection)?,
+            guests,
+            broken,
             first_free: row::first_free(&connection)?,
         };
         let (changes, received) = mpsc::channel::<(Change, Answer)>();
@@ -317,8 +323,9 @@ mod tests {
             old.pragma_update(None, "user_version", version as i64)
                 .unwrap();
             if version > 0 {
-                let row = "INSERT INTO guests (name, request, slot, accel, machine, run_dir, boot, step, uid)
-                    VALUES ('alpha', '{}', 5, 'tcg', 'q35', '/run/omerta/alpha', 'boot', 'running', 7)";
+                let row = "INSERT INTO guests (name, request, slot, accel, machine, run_dir, boot, step, uid, pid, pid_start, tap,
+                    guard_egress, guard_ingress)
+                    VALUES ('alpha', '{}', 5, 'tcg', 'q35', '/run/omerta/alpha', 'boot', 'running', 7, 42, 4242, 3, 1, 2)";
                 old.execute(row, []).unwrap();
             }
             drop(old);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use omerta_engine::GuestId;
 use omerta_vm_launcher::Traces;
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::StoreError;
 
@@ -42,7 +42,7 @@ macro_rules! words {
                 match self { $(Self::$variant => $word),+ }
             }
 
-            fn of(word: &str) -> Option<Self> {
+            pub(super) fn of(word: &str) -> Option<Self> {
                 match word { $($word => Some(Self::$variant),)+ _ => None }
             }
         }
@@ -121,10 +121,6 @@ pub(crate) enum Change {
     /// Nothing is left of it.
     Remove(GuestId),
 }
-
-const COLUMNS: &str = "id, name, request, slot, accel, machine, run_dir, boot, step, uid, pid, \
-     pid_start, cgroups, tap, guard_egress, guard_ingress, stands, resumed_at, ends_at, stop_by, public_key, handshake, agent_key, endpoints, \
-     consumer_name";
 
 /// Makes one change, in one transaction.
 pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), StoreError> {
@@ -220,17 +216,6 @@ pub(super) fn apply(connection: &Connection, change: Change) -> Result<(), Store
     }
 }
 
-/// Every guest, oldest first.
-pub(super) fn all(connection: &Connection) -> Result<Vec<Kept>, StoreError> {
-    let mut statement = connection.prepare(&format!("SELECT {COLUMNS} FROM guests ORDER BY id"))?;
-    let mut rows = statement.query([])?;
-    let mut all = Vec::new();
-    while let Some(row) = rows.next()? {
-        all.push(read(row)?);
-    }
-    Ok(all)
-}
-
 /// The first id that no guest has had.
 pub(super) fn first_free(connection: &Connection) -> Result<GuestId, StoreError> {
     let last: Option<i64> = connection
@@ -245,66 +230,6 @@ pub(super) fn first_free(connection: &Connection) -> Result<GuestId, StoreError>
         .transpose()
         .map_err(|_| StoreError::Nonsense("an id"))?;
     Ok(GuestId(last.unwrap_or(0) + 1))
-}
-
-fn read(row: &Row<'_>) -> Result<Kept, StoreError> {
-    let moment = |column| -> Result<Option<u64>, StoreError> {
-        let found: Option<i64> = row.get(column)?;
-        found
-            .map(u64::try_from)
-            .transpose()
-            .map_err(|_| StoreError::Nonsense("a moment"))
-    };
-    let step: String = row.get("step")?;
-    let stands: String = row.get("stands")?;
-    let process = match (row.get("pid")?, moment("pid_start")?) {
-        (Some(pid), Some(start)) => Some((pid, start)),
-        _ => None,
-    };
-    let guard = match (row.get("guard_egress")?, row.get("guard_ingress")?) {
-        (Some(egress), Some(ingress)) => Some([egress, ingress]),
-        _ => None,
-    };
-    let cgroups: Option<String> = row.get("cgroups")?;
-    let cgroups = cgroups
-        .map(|text| serde_json::from_str(&text))
-        .transpose()
-        .map_err(|_| StoreError::Nonsense("a list of cgroups"))?;
-    Ok(Kept {
-        grant: Grant {
-            id: GuestId(moment("id")?.ok_or(StoreError::Nonsense("an id"))?),
-            name: row.get("name")?,
-            request: row.get("request")?,
-            slot: row.get("slot")?,
-            accel: row.get("accel")?,
-            machine: row.get("machine")?,
-            run_dir: row.get("run_dir")?,
-            boot: row.get("boot")?,
-            consumer_name: row.get("consumer_name")?,
-        },
-        step: Step::of(&step).ok_or(StoreError::Nonsense("a step"))?,
-        traces: Traces {
-            uid: row.get("uid")?,
-            cgroups,
-            process,
-            tap: row.get("tap")?,
-            guard,
-            agent: row.get("agent_key")?,
-        },
-        seen: Seen {
-            stands: Stands::of(&stands).ok_or(StoreError::Nonsense("a state"))?,
-            resumed_at: moment("resumed_at")?,
-            ends_at: moment("ends_at")?,
-            stop_by: moment("stop_by")?,
-            public_key: row.get("public_key")?,
-            handshake: row.get("handshake")?,
-            endpoints: match row.get::<_, Option<String>>("endpoints")? {
-                Some(text) => serde_json::from_str(&text)
-                    .map_err(|_| StoreError::Nonsense("a list of endpoints"))?,
-                None => Vec::new(),
-            },
-        },
-    })
 }
 
 /// Paths as JSON; the kernel lets names of cgroups be anything.

@@ -4,6 +4,7 @@
 
 mod agents;
 mod api;
+mod broken_rows;
 mod connections;
 mod daemon;
 mod faults;
