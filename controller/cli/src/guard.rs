@@ -356,10 +356,11 @@ fn list(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
                 | GuardError::NotInForce { .. }
                 | GuardError::Replaced { .. },
             ) => {}
-            // Of another version; the others are shown all the same.
+            // Of another version, or cut off from its list; the others are shown all the same.
             Err(
                 error @ (GuardError::OtherPolicyLayout { .. }
-                | GuardError::OtherAccountsLayout { .. }),
+                | GuardError::OtherAccountsLayout { .. }
+                | GuardError::ProgramsLost { .. }),
             ) => {
                 broken.get_or_insert(error);
             }

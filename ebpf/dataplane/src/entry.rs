@@ -1,4 +1,4 @@
-//! The programs on a guest's interface: seven instructions each, which name the guard and go on with the
+//! The programs on a guest's interface: ten instructions each, which name the guard and go on with the
 //! program that judges for all guards. Only what is written into them tells whose frames these are, so
 //! it stays so whatever the interface is called and wherever it is moved.
 

@@ -113,6 +113,16 @@ pub enum GuardError {
         /// The interface's name.
         interface: String,
     },
+    /// The directory of the programs that judge for the guard was removed, or its place in it.
+    #[error(
+        "somebody has removed {}, by which the allowlist of {interface} is reached; its guard stays in force as it is: `omerta guard detach {interface}` while the guest is down, and attach anew", path.display()
+    )]
+    ProgramsLost {
+        /// The interface's name.
+        interface: String,
+        /// The directory.
+        path: PathBuf,
+    },
     /// Another process changes the guard and does not end.
     #[error("the guard of {interface} is being changed by another process that does not end: see which (`fuser -v {}`), end it, and try again", path.display())]
     Busy {
@@ -352,6 +362,7 @@ impl GuardError {
             | Self::Replaced { .. }
             | Self::OtherPolicyLayout { .. }
             | Self::OtherAccountsLayout { .. }
+            | Self::ProgramsLost { .. }
             | Self::Foreign { .. }
             | Self::HookTaken { .. }
             | Self::Untrusted { .. }

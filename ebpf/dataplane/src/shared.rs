@@ -23,7 +23,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use omerta_verdict::{Direction, FixedInputs, GUARDS};
 
-use crate::bpffs::{failed, namespace_directory};
+use crate::bpffs::{failed, namespace_directory, shown};
 use crate::counters::Count;
 use crate::layout::Digest;
 use crate::lock::remove_empty;
@@ -375,14 +375,47 @@ impl Seat {
         }
     }
 
-    /// The tables that the place is in.
-    pub fn shared(&self, namespace: &Path) -> Result<Shared, GuardError> {
-        Shared::open(&self.directory(namespace))
+    /// The tables that the place is in. `interface` is for messages only.
+    pub fn shared(&self, interface: &str, namespace: &Path) -> Result<Shared, GuardError> {
+        let shared = Shared::open(&self.directory(namespace));
+        self.require_claim(interface, namespace)?;
+        shared
     }
 
-    /// The pin of one of them.
-    pub fn table_path(&self, namespace: &Path, table: Table) -> PathBuf {
-        self.directory(namespace).join(table.name())
+    /// One of them.
+    pub fn table(
+        &self,
+        interface: &str,
+        namespace: &Path,
+        table: Table,
+    ) -> Result<OwnedFd, GuardError> {
+        let path = self.directory(namespace).join(table.name());
+        let opened = link::open(&path);
+        self.require_claim(interface, namespace)?;
+        opened.map_err(failed("open", &path))
+    }
+
+    /// Fails where the directory is not the one that the guard has its place in: somebody has removed that, and
+    /// another guard may have the same place in one of the same name. Asked after its pins were opened.
+    fn require_claim(&self, interface: &str, namespace: &Path) -> Result<(), GuardError> {
+        let directory = self.directory(namespace);
+        match self.is_claimed(&directory)? {
+            true => Ok(()),
+            false => Err(GuardError::ProgramsLost {
+                interface: interface.to_owned(),
+                path: shown(&directory),
+            }),
+        }
+    }
+
+    /// Whether the place is this very guard's.
+    fn is_claimed(&self, directory: &Path) -> Result<bool, GuardError> {
+        let claim = self.claim(directory);
+        match fs::read_link(&claim) {
+            Ok(token) => Ok(token.as_os_str() == self.token.to_string().as_str()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(failed("read", &claim)(error)),
+        }
     }
 
     /// Where the programs are pinned.
@@ -395,12 +428,7 @@ impl Seat {
     pub fn leave(&self, namespace: &Path) -> Result<(), GuardError> {
         let directory = self.directory(namespace);
         let claim = self.claim(&directory);
-        let is_ours = match fs::read_link(&claim) {
-            Ok(token) => token.as_os_str() == self.token.to_string().as_str(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            Err(error) => return Err(failed("read", &claim)(error)),
-        };
-        if is_ours {
+        if self.is_claimed(&directory)? {
             let shared = Shared::open(&directory)?;
             let all: Vec<_> = Table::ALL
                 .into_iter()

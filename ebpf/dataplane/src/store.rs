@@ -75,8 +75,7 @@ impl PolicyStore {
         let seat = pins.seat()?.ok_or_else(|| GuardError::OtherPolicyLayout {
             interface: interface.to_owned(),
         })?;
-        let path = seat.table_path(pins.namespace(), SharedTable::Rules);
-        let banks = link::open(&path).map_err(failed("open", &path))?;
+        let banks = seat.table(interface, pins.namespace(), SharedTable::Rules)?;
         Self::build(interface, &OwnMaps::open(pins, false)?, banks, seat.place)
     }
 

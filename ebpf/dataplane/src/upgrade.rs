@@ -170,7 +170,7 @@ fn prepare(
     if counting == Counting::Afresh {
         own.pin_next_accounts(pins)?;
     }
-    let before = old.shared(pins.namespace())?;
+    let before = old.shared(interface, pins.namespace())?;
     let moved = || {
         for slot in [0, 1] {
             let bank = map::map_in(before.table(Table::Rules), 2 * old.place + slot)?;
@@ -234,7 +234,7 @@ fn leave_old_place(interface: &str, pins: &Pins) -> Result<(), GuardError> {
         return Ok(());
     }
     // A frame that the old programs began to judge is judged to its end: this waits for it.
-    let shared = next.shared(pins.namespace())?;
+    let shared = next.shared(interface, pins.namespace())?;
     let own = OwnMaps::open(pins, false)?;
     own.get(own::STATE)
         .map_err(io::Error::other)

@@ -1,12 +1,15 @@
 //! Guards that the same programs judge for: each by its own policy alone, whatever place it has.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-use omerta_dataplane::{Guard, GuardConfig};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt;
+
+use omerta_dataplane::{Guard, GuardConfig, GuardError};
 use omerta_kernel_tests::{
     CONSUMER, CONSUMER_PORT, GATEWAY_MAC, GUEST, GUEST_MAC, Ipv4, STRANGER, config, ethernet, udp,
 };
 use omerta_test_support::{FrameSender, Namespace, ip};
-use omerta_verdict::{GUARDS, Mode, Reason};
+use omerta_verdict::{Endpoint, GUARDS, Mode, Reason};
 
 const FIRST: u32 = 101;
 /// It would have the same place, if indices alone gave places.
@@ -34,12 +37,12 @@ fn with_wires(test: impl FnOnce([FrameSender; 2]) + Send) {
 }
 
 /// What the guest of a guard may send, to that address.
-fn datagram(to: std::net::Ipv4Addr) -> Vec<u8> {
+fn datagram(to: Ipv4Addr) -> Vec<u8> {
     let packet = Ipv4::new(GUEST, to, 17).packet(&udp(4000, CONSUMER_PORT, b"omerta"));
     ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet)
 }
 
-fn only(to: std::net::Ipv4Addr) -> GuardConfig {
+fn only(to: Ipv4Addr) -> GuardConfig {
     GuardConfig {
         allow: vec![format!("udp:{to}:{CONSUMER_PORT}").parse().unwrap()],
         ..config(Mode::Filtered)
@@ -124,5 +127,54 @@ fn programs_go_with_the_last_guard_and_come_with_the_next() {
             guard.detach().unwrap();
             assert!(Guard::pinned().unwrap().is_empty());
         }
+    });
+}
+
+/// Another guard has the same place in a directory of the same name, where somebody has removed the first one's.
+#[test]
+fn a_guard_whose_programs_directory_was_removed_neither_reads_nor_writes_another_guards_list() {
+    with_wires(|[first, second]| {
+        let list = |network: u32| -> Vec<Endpoint> {
+            let of = |host| format!("udp:{}:{CONSUMER_PORT}", Ipv4Addr::from(network + host));
+            (1..=300).map(|host| of(host).parse().unwrap()).collect()
+        };
+        let (old, new) = (list(0xc633_6400), list(0xcb00_7100));
+        let cut_off = Guard::attach("first", &only(CONSUMER)).unwrap();
+        cut_off.replace(&old).unwrap();
+        let inode = std::fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+        let namespace = format!("/sys/fs/bpf/omerta/{inode}");
+        for entry in std::fs::read_dir(&namespace).unwrap() {
+            let path = entry.unwrap().path();
+            if path.to_string_lossy().contains(":programs") {
+                std::fs::remove_dir_all(path).unwrap();
+            }
+        }
+        let after = Guard::attach("second", &only(CONSUMER)).unwrap();
+        after.replace(&new).unwrap();
+        for edit in [&old[..299], &old, &old[..298]] {
+            let refused = cut_off.replace(edit);
+            assert!(
+                matches!(refused, Err(GuardError::ProgramsLost { .. })),
+                "{refused:?}"
+            );
+        }
+        assert!(cut_off.status().is_err());
+        let mut shown = after.status().unwrap().allow;
+        shown.sort_unstable();
+        let mut wanted: Vec<_> = new.iter().map(ToString::to_string).collect();
+        wanted.sort_unstable();
+        assert!(shown == wanted);
+        // Both judge by their own.
+        for (wire, guard, to) in [
+            (&first, &cut_off, Ipv4Addr::from(0xc633_6401)),
+            (&second, &after, Ipv4Addr::from(0xcb00_7101)),
+        ] {
+            wire.send(&datagram(to)).unwrap();
+            assert_eq!(judged(guard), [1, 0]);
+        }
+        for guard in [cut_off, after] {
+            guard.detach().unwrap();
+        }
+        assert!(Guard::pinned().unwrap().is_empty());
     });
 }
