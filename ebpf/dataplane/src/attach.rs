@@ -51,7 +51,8 @@ impl Guard {
 
     /// As [`Guard::attach`], in the place of a guard that lost its pins or was cut off: the new one
     /// enforces what `held` does, by its policy, allowlist and lease as they stand. Only the owner is
-    /// `config`'s.
+    /// `config`'s. In `group` is the interface, where it was let through as a guarded one ([`Guard::enter_group`]):
+    /// whoever removes the new guard takes it out, too.
     ///
     /// # Errors
     /// Also where what `held` enforces cannot be read.
@@ -59,15 +60,17 @@ impl Guard {
         held: &HeldGuard,
         interface: &str,
         config: &GuardConfig,
+        group: Option<u32>,
     ) -> Result<Self, GuardError> {
-        Self::attach_with(Hook::of_this_kernel()?, interface, config, Some(held))
+        let held = Some((held, group));
+        Self::attach_with(Hook::of_this_kernel()?, interface, config, held)
     }
 
     fn attach_with(
         hook: Hook,
         interface: &str,
         config: &GuardConfig,
-        held: Option<&HeldGuard>,
+        held: Option<(&HeldGuard, Option<u32>)>,
     ) -> Result<Self, GuardError> {
         let (ifindex, interface) = named(interface)?;
         let interface = &interface;
@@ -76,11 +79,12 @@ impl Guard {
         recover(&lock)?;
         // Read under the lock, so that whoever changed the held guard has done so before.
         let enforced = match held {
-            Some(held) => held.enforced()?,
+            Some((held, group)) => held.enforced(group)?,
             None => Enforced {
                 policy: config.policy(interface)?,
                 allow: config.allow.clone(),
                 lease_until_ns: lease::word(interface, config.lease)?,
+                group: None,
             },
         };
         refuse_unreachable(interface, &enforced.policy, &enforced.allow)?;
@@ -187,6 +191,9 @@ impl Made {
         }
         pins.set_note(notes::LAYOUT, &Layout::of_this_build().to_string())?;
         pins.set_note(notes::PROGRAMS, &build_note())?;
+        if let Some(group) = enforced.group {
+            pins.set_note(notes::GROUP, &group.to_string())?;
+        }
         let token = secret().map_err(failed_to("make a token for"))?;
         let owner = config.owner.as_ref();
         let note = pins.path(notes::PLACE);

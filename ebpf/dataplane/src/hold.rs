@@ -36,6 +36,8 @@ pub(crate) struct Enforced {
     pub allow: Vec<Endpoint>,
     /// As in `STATE`: a lease that has ended stays so.
     pub lease_until_ns: u64,
+    /// The group that the interface may be in already, as one that is guarded.
+    pub group: Option<u32>,
 }
 
 impl fmt::Debug for HeldGuard {
@@ -132,14 +134,15 @@ impl HeldGuard {
         Mode::from_number(policy.mode).ok_or_else(|| self.unreadable())
     }
 
-    /// What it enforces, also where its pins are lost.
-    pub(crate) fn enforced(&self) -> Result<Enforced, GuardError> {
+    /// What it enforces, also where its pins are lost, on an interface in `group`.
+    pub(crate) fn enforced(&self, group: Option<u32>) -> Result<Enforced, GuardError> {
         let store = self.store()?;
         let (_, policy, buckets) = store.settled()?;
         Ok(Enforced {
             policy,
             allow: Table::endpoints(&buckets).collect(),
             lease_until_ns: store.lease_until_ns(),
+            group,
         })
     }
 

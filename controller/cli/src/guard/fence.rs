@@ -200,11 +200,12 @@ fn rules(config: &FenceConfig) -> String {
     text
 }
 
-/// The rules as they are, without what they have counted.
+/// The rules as they are, without what they have counted, in numbers: a group may be given a name at any time
+/// (/etc/iproute2/group).
 fn listed() -> Result<String, FenceError> {
     FAMILIES
         .into_iter()
-        .map(|(family, _)| nft("list", &["-s", "list", "table", family, NAME], ""))
+        .map(|(family, _)| nft("list", &["-n", "-s", "list", "table", family, NAME], ""))
         .collect()
 }
 
@@ -256,13 +257,21 @@ pub fn show(format: Format, out: &mut Output) -> Result<(), GuardCommandError> {
 }
 
 fn read() -> Result<Vec<Rule>, FenceError> {
-    let said = nft("list", &["-j", "list", "ruleset"], "")?;
-    let said: Value = serde_json::from_str(&said).map_err(|error| FenceError::Refused {
+    let objects = objects("ruleset")?.into_iter();
+    Ok(objects.filter_map(|object| rule(&object["rule"])).collect())
+}
+
+/// What nft lists of `what`.
+fn objects(what: &str) -> Result<Vec<Value>, FenceError> {
+    let said = nft("list", &["-n", "-j", "list", what], "")?;
+    let mut said: Value = serde_json::from_str(&said).map_err(|error| FenceError::Refused {
         action: "list",
         why: format!("its answer is no JSON: {error}"),
     })?;
-    let objects = said["nftables"].as_array().into_iter().flatten();
-    Ok(objects.filter_map(|object| rule(&object["rule"])).collect())
+    match said["nftables"].take() {
+        Value::Array(objects) => Ok(objects),
+        _ => Ok(Vec::new()),
+    }
 }
 
 fn rule(rule: &Value) -> Option<Rule> {
@@ -288,11 +297,16 @@ fn rule(rule: &Value) -> Option<Rule> {
 /// Removes the fence: what it kept is open.
 ///
 /// # Errors
-/// Where nft refuses.
+/// Where nft cannot be run, or refuses.
 pub fn remove(out: &mut Output) -> Result<(), GuardCommandError> {
+    let tables = objects("tables")?;
+    let is_there = |family: &str| {
+        let mut tables = tables.iter().map(|object| &object["table"]);
+        tables.any(|table| table["family"] == family && table["name"] == NAME)
+    };
     let there: Vec<_> = FAMILIES
         .into_iter()
-        .filter(|(family, _)| nft("list", &["list", "table", family, NAME], "").is_ok())
+        .filter(|(family, _)| is_there(family))
         .map(|(family, _)| format!("delete table {family} {NAME}\n"))
         .collect();
     if there.is_empty() {

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use omerta_dataplane::links::{self, Changes, Interface};
 use omerta_dataplane::{Guard, GuardConfig, GuardError, HeldGuard, Prepared};
@@ -38,9 +39,7 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
     let changes = Changes::of_interfaces().map_err(GuardCommandError::Watch)?;
     let firewall = fence.as_ref().map(|_| Changes::of_firewall()).transpose();
     let firewall = firewall.map_err(GuardCommandError::Watch)?;
-    // Loaded before they are needed, since that takes a hundred times as long as attaching. Where they cannot
-    // be, the first guard tells why.
-    let _programs = Prepared::new(None);
+    let mut programs = None;
     let mut cut_short = 0_u32;
     loop {
         // Taken first: what changes while all is looked at is an occasion to look again.
@@ -51,13 +50,15 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
                 out.line(format_args!("fence: {how}"))?;
             }
         }
+        // Loaded before they are needed, since that takes a hundred times as long as attaching, and behind the
+        // fence. Where they cannot be, the first guard tells why.
+        programs.get_or_insert_with(|| Prepared::new(None));
         let group = fence.as_ref().map(Fence::group);
         match links::all() {
             Ok(interfaces) => {
                 cut_short = 0;
                 for tap in &mut taps {
-                    let found = interfaces.iter().find(|one| one.name == tap.name());
-                    tap.look(found, group, out)?;
+                    tap.look(named(&interfaces, tap.name()), group, out)?;
                 }
             }
             // They changed while they were listed, which was told as well.
@@ -96,6 +97,15 @@ pub fn run(path: &Path, once: bool, out: &mut Output) -> Result<(), GuardCommand
     }
 }
 
+/// The interface of that name, or that has it besides its own (`ip link property add ... altname`).
+fn named<'a>(interfaces: &'a [Interface], name: &str) -> Option<&'a Interface> {
+    let own = interfaces.iter().find(|one| one.name == name);
+    own.or_else(|| {
+        let index = if_nametoindex(name).ok()?;
+        interfaces.iter().find(|one| one.index == index)
+    })
+}
+
 /// One declared interface.
 struct Tap {
     declared: Attachment,
@@ -103,6 +113,8 @@ struct Tap {
     known: Option<u32>,
     /// The guard that is in force, held open: it judges whatever becomes of its pins.
     held: Option<HeldGuard>,
+    /// Whether that guard notes which group the fence lets it through in.
+    is_noted: bool,
     /// The index of the interface that was set down and is to be set up again.
     set_down: Option<u32>,
     /// What is wrong, as it was told last.
@@ -115,6 +127,7 @@ impl Tap {
             declared,
             known: None,
             held: None,
+            is_noted: false,
             set_down: None,
             told: None,
         }
@@ -143,7 +156,7 @@ impl Tap {
             self.told = None;
             return Ok(());
         };
-        let looked = self.guard(found).and_then(|how| {
+        let looked = self.guard(found, group).and_then(|how| {
             self.let_through(found, group, self.held.is_some())?;
             Ok(how)
         });
@@ -169,14 +182,20 @@ impl Tap {
 
     /// Has the fence let the interface through, or not any more.
     fn let_through(
-        &self,
+        &mut self,
         found: &Interface,
         group: Option<u32>,
         through: bool,
     ) -> Result<(), GuardError> {
         let Some(group) = group else { return Ok(()) };
         match (through, found.group == group) {
-            (true, false) => Guard::open(self.name())?.enter_group(group),
+            // Where the interface is in the group already, as one that had another guard, this one must note it:
+            // whoever removes it takes the interface out by that.
+            (true, is_in) if !(is_in && self.is_noted) => {
+                Guard::open(self.name())?.enter_group(group)?;
+                self.is_noted = true;
+                Ok(())
+            }
             (false, true) => match links::set_group(found.index, 0) {
                 // It has gone, and the next look finds what came.
                 Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(()),
@@ -187,7 +206,11 @@ impl Tap {
     }
 
     /// What was done, if anything.
-    fn guard(&mut self, found: &Interface) -> Result<Option<&'static str>, GuardError> {
+    fn guard(
+        &mut self,
+        found: &Interface,
+        group: Option<u32>,
+    ) -> Result<Option<&'static str>, GuardError> {
         let name = self.name().to_owned();
         let known = self.known.replace(found.index);
         if known.is_some_and(|known| known != found.index) {
@@ -206,7 +229,7 @@ impl Tap {
                 return self.is_first(&guard).map(|()| None);
             }
             Ok(guard) if guard.ifindex() == found.index => {
-                self.held = Some(guard.hold()?);
+                self.hold(&guard)?;
                 self.set_up_again(found.index)?;
                 self.is_first(&guard)?;
                 return Ok(Some("in force"));
@@ -237,10 +260,13 @@ impl Tap {
         mode?;
         let guard = match &self.held {
             // What was revoked since it was declared stays so, and a lease that has ended.
-            Some(held) => Guard::attach_in_place_of(held, &name, self.config())?,
+            Some(held) => {
+                let group = group.filter(|group| *group == found.group);
+                Guard::attach_in_place_of(held, &name, self.config(), group)?
+            }
             None => Guard::attach(&name, self.config())?,
         };
-        self.held = Some(guard.hold()?);
+        self.hold(&guard)?;
         if let Some(peers) = &self.declared.redirect {
             let peers: Vec<_> = peers.iter().map(InterfaceName::as_str).collect();
             // Where it cannot be, what is allowed goes by the stack.
@@ -259,6 +285,12 @@ impl Tap {
         self.set_up_again(guard.ifindex())?;
         self.is_first(&guard)?;
         Ok(Some(how))
+    }
+
+    fn hold(&mut self, guard: &Guard) -> Result<(), GuardError> {
+        self.is_noted = false;
+        self.held = Some(guard.hold()?);
+        Ok(())
     }
 
     /// Whether the guard that is held judges on the interface of index `index`.

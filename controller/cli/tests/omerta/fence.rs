@@ -284,6 +284,46 @@ fn a_tap_whose_guard_is_removed_while_no_watch_lives_is_fenced() {
     assert_eq!(passed, (0, 0), "LEAKED");
 }
 
+/// So it is where the guard is one that the watch has put in the place of another.
+#[test]
+fn a_tap_that_was_guarded_anew_is_fenced_when_its_guard_is_removed() {
+    for is_started_anew in [false, true] {
+        let Some(mut watched) = set(&fenced()) else {
+            return;
+        };
+        let host = watched.within(service);
+        let tap = made(&watched);
+        let is_let_through = |watched: &Watched| {
+            watched.standing() == Some(Standing::InForce) && group_of_tap(watched) != 0
+        };
+        watched.soon("guarded", || is_let_through(&watched));
+        if is_started_anew {
+            // Nothing is left of the guard but the group.
+            watched.watch.kill().unwrap();
+            watched.watch.wait().unwrap();
+            let inode = watched.stage.namespace().inode().unwrap();
+            std::fs::remove_dir_all(format!("/sys/fs/bpf/omerta/{inode}/omt0")).unwrap();
+            watched.start_again();
+            watched.soon("guarded again", || {
+                is_let_through(&watched) && notes_its_group(&watched)
+            });
+        } else {
+            watched.lose_pins(|| ());
+        }
+        watched.watch.kill().unwrap();
+        watched.watch.wait().unwrap();
+        watched.stage.omerta("guard detach omt0").done();
+        assert_eq!(group_of_tap(&watched), 0);
+        let passed = exchange(&watched, &tap, &host, A_WHILE);
+        assert_eq!(passed, (0, 0), "LEAKED");
+    }
+}
+
+fn notes_its_group(watched: &Watched) -> bool {
+    let inode = watched.stage.namespace().inode().unwrap();
+    std::fs::read_link(format!("/sys/fs/bpf/omerta/{inode}/omt0/group")).is_ok()
+}
+
 fn group_of_tap(watched: &Watched) -> u32 {
     let all = watched.within(|| omerta_dataplane::links::all().unwrap());
     let tap = all.into_iter().find(|one| one.name == "omt0");
@@ -362,6 +402,33 @@ fn two_watches_do_not_undo_each_others_fence() {
     assert!(stands(&watched.stage));
 }
 
+/// Where somebody has given the group a name, nft tells that in the number's place.
+#[test]
+fn a_fence_whose_group_has_a_name_is_shown_all_the_same() {
+    let Some(watched) = set(&fenced()) else {
+        return;
+    };
+    let names = ["/etc/iproute2/group", "/usr/share/iproute2/group"];
+    let names = names
+        .into_iter()
+        .find(|path| std::path::Path::new(path).exists());
+    let files = TempDir::new().unwrap();
+    let named = files.path().join("group");
+    std::fs::write(&named, "28525 guarded\n").unwrap();
+    let script = format!(
+        "mount --bind {} {} && exec {} guard fence -o json",
+        named.display(),
+        names.unwrap(),
+        crate::run::OMERTA
+    );
+    let mut command = watched.stage.namespace().command("unshare");
+    let shown = command.args(["-m", "sh", "-c", &script]).output().unwrap();
+    let rules: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    let rules = rules.as_array().unwrap();
+    assert_eq!(rules.len(), 8, "{shown:?}");
+    assert!(rules.iter().all(|rule| rule["group"] == 28_525));
+}
+
 #[test]
 fn without_a_fence_there_is_nothing_to_show_or_remove() {
     let Some(stage) = Stage::set() else { return };
@@ -371,13 +438,17 @@ fn without_a_fence_there_is_nothing_to_show_or_remove() {
     // What cannot be made is told, and `--once` fails; what can be guarded is guarded all the same.
     let files = TempDir::new().unwrap();
     let path = file(&files, &fenced());
-    let ran: crate::run::Ran = stage
-        .command(&format!("guard watch --once --config {}", path.display()))
-        .env("PATH", files.path())
-        .output()
-        .unwrap()
-        .into();
+    let without_nft = |arguments: &str| -> crate::run::Ran {
+        let mut command = stage.command(arguments);
+        let ran = command.env("PATH", files.path()).output();
+        ran.unwrap().into()
+    };
+    let ran = without_nft(&format!("guard watch --once --config {}", path.display()));
     assert_eq!(ran.code, 1, "{ran:?}");
     assert!(ran.stderr.contains("install nftables"), "{ran:?}");
     assert!(ran.stdout.contains("omt0"), "{ran:?}");
+    // Nor is there none because nobody can be asked.
+    let ran = without_nft("guard fence --remove");
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert!(ran.stderr.contains("install nftables"), "{ran:?}");
 }

@@ -1,7 +1,7 @@
 //! `omerta guard watch`: declared taps are guarded whenever they appear, and nothing passes without.
 
 use std::net::UdpSocket;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Where a hostile frame arrives that nothing has stopped.
 const HOST: [u8; 4] = [10, 99, 0, 1];
 const PORT: u16 = 9999;
+const FILE: &str = "taps.toml";
 
 pub const TAP: &str = r#"
 [[tap]]
@@ -32,7 +33,7 @@ pub struct Watched {
     // Ended before the namespace goes.
     pub watch: Child,
     pub stage: Stage,
-    _files: TempDir,
+    files: TempDir,
 }
 
 impl Watched {
@@ -54,16 +55,17 @@ impl Watched {
     pub fn declaring(stage: Stage, text: &str) -> Self {
         let files = TempDir::new().unwrap();
         let path = file(&files, text);
-        let watch = stage
-            .command(&format!("guard watch --config {}", path.display()))
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let watch = watching(&stage, &path);
         Self {
             watch,
             stage,
-            _files: files,
+            files,
         }
+    }
+
+    /// Another watch of the same file, in the place of one that has ended.
+    pub fn start_again(&mut self) {
+        self.watch = watching(&self.stage, &self.files.path().join(FILE));
     }
 
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
@@ -78,7 +80,7 @@ impl Watched {
     }
 
     /// Removes the guard's pins, and does `meanwhile` until there is another with pins.
-    fn lose_pins(&self, meanwhile: impl Fn()) {
+    pub fn lose_pins(&self, meanwhile: impl Fn()) {
         let inode = self.stage.namespace().inode().unwrap();
         let identity = || self.within(|| Guard::open("omt0").map(|guard| guard.identity()).ok());
         let before = identity();
@@ -107,9 +109,14 @@ impl Drop for Watched {
 }
 
 pub fn file(directory: &TempDir, text: &str) -> PathBuf {
-    let path = directory.path().join("taps.toml");
+    let path = directory.path().join(FILE);
     std::fs::write(&path, text).unwrap();
     path
+}
+
+fn watching(stage: &Stage, path: &Path) -> Child {
+    let mut command = stage.command(&format!("guard watch --config {}", path.display()));
+    command.stdout(Stdio::null()).spawn().unwrap()
 }
 
 /// A frame to the host itself, which its stack takes whatever MAC the tap has.
@@ -348,6 +355,25 @@ fn a_tap_that_is_renamed_keeps_its_guard_and_the_next_of_its_name_gets_one() {
         Guard::open("omt9").and_then(Guard::detach).unwrap();
         second.remove();
     });
+}
+
+/// As `guard attach` does.
+#[test]
+fn a_tap_is_declared_by_any_of_its_names() {
+    let Some(stage) = Stage::set() else { return };
+    let other = "consumer-7";
+    stage
+        .namespace()
+        .ip(&format!("link property add dev omt0 altname {other}"))
+        .unwrap();
+    let files = TempDir::new().unwrap();
+    let path = file(&files, &TAP.replace("omt0", other));
+    let once = || stage.omerta(&format!("guard watch --once --config {}", path.display()));
+    assert!(once().done().stdout.contains("guarded"));
+    assert_eq!(stage.shown()["state"], "in_force");
+    // It is known again.
+    assert!(once().done().stdout.contains("in force"));
+    stage.guard("detach", "").done();
 }
 
 #[test]
