@@ -51,7 +51,7 @@ pub(super) fn all(connection: &Connection) -> Result<(Vec<Kept>, Vec<Broken>), S
         };
         match columns.read(id) {
             Ok(kept) => all.push(kept),
-            Err(found) => broken.push(found),
+            Err(found) => broken.push(*found),
         }
     }
     Ok((all, broken))
@@ -64,7 +64,7 @@ struct Columns<'a> {
 }
 
 impl Columns<'_> {
-    fn read(&mut self, row: i64) -> Result<Kept, Broken> {
+    fn read(&mut self, row: i64) -> Result<Kept, Box<Broken>> {
         // All of them, whatever the first is like: what can be read of a broken row is used.
         let id = self.checked("id", u64::try_from(row).ok().map(GuestId));
         let (name, request) = (self.get::<String>("name"), self.get::<String>("request"));
@@ -82,14 +82,14 @@ impl Columns<'_> {
                 traces: Traces { agent, ..traces },
                 seen,
             }),
-            _ => Err(Broken {
+            _ => Err(Box::new(Broken {
                 row,
                 remains: remains_of(id, name.clone(), run_dir, boot, traces),
                 name,
                 slot,
                 request,
                 columns: self.broken.join(", "),
-            }),
+            })),
         }
     }
 
