@@ -148,7 +148,7 @@ fn refused(start: usize, end: usize, length: u32) -> Option<u32> {
     let destination = Ipv4Addr::from(*bytes::<4>(start, end, DESTINATION)?);
     let address = Address::from(IpAddr::V4(destination));
     // SAFETY: the value is a word, which userspace writes whole.
-    let place = unsafe { *GUESTS.get(&address)? };
+    let place = unsafe { *GUESTS.get(address)? };
     let state: *const State = core::ptr::from_ref(STATES.get_value(place, &0)?).cast();
     // SAFETY: as long as a state and aligned as one (the map's value starts at a page); this is one
     // aligned load of it.
