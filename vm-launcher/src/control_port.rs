@@ -4,6 +4,9 @@
 //! at most one line of [`ControlPort::MAX_LINE_BYTES`], allocates nothing per line, and turns
 //! bytes into [`Report`]s only when they say something new.
 
+use std::net::SocketAddr;
+use std::num::NonZero;
+
 use crate::WgPublicKey;
 
 /// What a guest has said of itself. Nothing that the host decides may rest on it.
@@ -15,6 +18,21 @@ pub enum Report {
     Handshake,
 }
 
+/// What a guest has said of its tunnel, by its own WireGuard's account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestTunnel {
+    /// Seconds since the latest handshake, if there was one.
+    pub handshake_age: Option<u32>,
+    /// Bytes sent to the consumer.
+    pub sent_bytes: u64,
+    /// Bytes received from the consumer.
+    pub received_bytes: u64,
+    /// Seconds between packets that only keep the way open.
+    pub keepalive: Option<NonZero<u16>>,
+    /// Where it sends.
+    pub endpoint: Option<SocketAddr>,
+}
+
 /// Parses what comes out of one guest's control port, in whatever pieces it arrives.
 #[derive(Debug)]
 pub struct ControlPort {
@@ -23,6 +41,8 @@ pub struct ControlPort {
     skipping: bool,
     last_key: Option<WgPublicKey>,
     handshake_seen: bool,
+    /// Said and not taken yet.
+    tunnel: Option<GuestTunnel>,
     key_changes: u32,
     ignored_lines: u64,
 }
@@ -46,6 +66,7 @@ impl ControlPort {
             skipping: false,
             last_key: None,
             handshake_seen: false,
+            tunnel: None,
             key_changes: 0,
             ignored_lines: 0,
         }
@@ -62,6 +83,12 @@ impl ControlPort {
             ignored_lines: self.ignored_lines,
             ..Self::new()
         };
+    }
+
+    /// What the guest has said last of its tunnel, if it has said anything since this was asked last. However often it
+    /// says so, whoever asks decides how often it is heard.
+    pub fn take_tunnel(&mut self) -> Option<GuestTunnel> {
+        self.tunnel.take()
     }
 
     /// Takes the next bytes and hands each new report to `report`. Repetitions say nothing new
@@ -92,6 +119,13 @@ impl ControlPort {
             self.ignore();
             return None;
         };
+        let parsed = match parsed {
+            Line::Report(report) => report,
+            Line::Tunnel(tunnel) => {
+                self.tunnel = Some(tunnel);
+                return None;
+            }
+        };
         match parsed {
             Report::Handshake if self.handshake_seen => None,
             Report::Handshake => {
@@ -116,13 +150,47 @@ impl ControlPort {
     }
 }
 
-fn parse_line(line: &[u8]) -> Option<Report> {
+/// What a line says.
+enum Line {
+    Report(Report),
+    Tunnel(GuestTunnel),
+}
+
+fn parse_line(line: &[u8]) -> Option<Line> {
     let line = std::str::from_utf8(line).ok()?;
     match line.split_once(' ') {
-        None if line == "handshake" => Some(Report::Handshake),
-        Some(("public_key", key)) => key.parse().ok().map(Report::PublicKey),
+        None if line == "handshake" => Some(Line::Report(Report::Handshake)),
+        Some(("public_key", key)) => Some(Line::Report(Report::PublicKey(key.parse().ok()?))),
+        Some(("tunnel", facts)) => parse_tunnel(facts).map(Line::Tunnel),
         _ => None,
     }
+}
+
+/// `AGE SENT RECEIVED KEEPALIVE ENDPOINT`: a dash for no handshake and no endpoint, 0 for no keepalive.
+fn parse_tunnel(facts: &str) -> Option<GuestTunnel> {
+    let mut words = facts.split(' ');
+    let mut word = || words.next();
+    let tunnel = GuestTunnel {
+        handshake_age: unless_dash(word()?, number)?,
+        sent_bytes: number(word()?)?,
+        received_bytes: number(word()?)?,
+        keepalive: NonZero::new(number(word()?)?),
+        endpoint: unless_dash(word()?, |text| text.parse().ok())?,
+    };
+    word().is_none().then_some(tunnel)
+}
+
+fn unless_dash<T>(word: &str, parse: impl FnOnce(&str) -> Option<T>) -> Option<Option<T>> {
+    match word {
+        "-" => Some(None),
+        word => parse(word).map(Some),
+    }
+}
+
+/// Decimal digits alone: Rust's own takes a sign.
+fn number<T: std::str::FromStr>(word: &str) -> Option<T> {
+    let digits = word.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| word.parse().ok())?
 }
 
 #[cfg(test)]
@@ -204,11 +272,49 @@ mod tests {
         assert_eq!(port.ignored_lines(), 96);
     }
 
+    #[test]
+    fn what_a_guest_says_of_its_tunnel_is_kept_once_until_it_is_taken() {
+        let mut port = ControlPort::new();
+        assert_eq!(port.take_tunnel(), None);
+        let said = b"tunnel - 0 0 0 -\ntunnel 7 1480 92 25 192.0.2.10:51820\n";
+        assert_eq!(reports(&mut port, said), []);
+        let tunnel = GuestTunnel {
+            handshake_age: Some(7),
+            sent_bytes: 1480,
+            received_bytes: 92,
+            keepalive: NonZero::new(25),
+            endpoint: Some("192.0.2.10:51820".parse().unwrap()),
+        };
+        assert_eq!(port.take_tunnel(), Some(tunnel));
+        assert_eq!(port.take_tunnel(), None);
+        assert_eq!(port.ignored_lines(), 0);
+        for line in [
+            "tunnel",
+            "tunnel 7 1480 92 25",
+            "tunnel 7 1480 92 25 192.0.2.10:51820 more",
+            "tunnel 7 1480 92 25 vpn.example.org:51820",
+            "tunnel +7 1480 92 25 -",
+            "tunnel 4294967296 1480 92 25 -",
+            "tunnel 7 1480 92 65536 -",
+            "tunnel 7  1480 92 25 -",
+            "tunnel 7 18446744073709551616 92 25 -",
+        ] {
+            assert_eq!(reports(&mut port, format!("{line}\n").as_bytes()), []);
+            assert_eq!(port.take_tunnel(), None, "{line}");
+        }
+        assert_eq!(port.ignored_lines(), 9);
+        assert_eq!(reports(&mut port, said), []);
+        port.guest_was_reset();
+        assert_eq!(port.take_tunnel(), None, "said by the boot before");
+    }
+
     fn hostile_bytes() -> impl Strategy<Value = Vec<u8>> {
         let piece = prop_oneof![
             any::<Vec<u8>>(),
             Just(b"handshake\n".to_vec()),
             Just(b"\n".to_vec()),
+            Just(b"tunnel 7 1 2 25 192.0.2.10:51820\n".to_vec()),
+            Just(b"tunnel - 0 0 0 -\n".to_vec()),
             Just(b"public_key ".to_vec()),
             any::<[u8; 32]>().prop_filter_map("zero", |bytes| {
                 WgPublicKey::try_from(bytes)
@@ -234,6 +340,7 @@ mod tests {
                 prop_assert!(pieces.line.capacity() <= ControlPort::MAX_LINE_BYTES);
             }
             prop_assert_eq!(&heard, &expected);
+            prop_assert_eq!(pieces.take_tunnel(), whole.take_tunnel());
             prop_assert!(heard.len() <= ControlPort::MAX_KEYS_PER_BOOT as usize + 1);
             prop_assert_eq!(pieces.ignored_lines(), whole.ignored_lines());
             let lines = bytes.iter().filter(|b| **b == b'\n').count() as u64;

@@ -41,7 +41,7 @@ pub use accel::{AccelReport, KernelProbe, MicrovmProbe, probe_accel, probe_kerne
 pub use canary::CanaryError;
 pub use console_log::ConsoleLog;
 pub use console_watch::ConsoleReport;
-pub use control_port::{ControlPort, Report};
+pub use control_port::{ControlPort, GuestTunnel, Report};
 pub use disk::{DiskError, LayerSpec, Scrubbed};
 pub use error::LaunchError;
 pub use guest_name::{GuestName, GuestNameError};

@@ -1,6 +1,6 @@
 //! Events on the wire: `GET /v1/events` answers one JSON object a line.
 
-use omerta_engine::{Cause, OnSilence, OnViolation};
+use omerta_engine::{Cause, Freshness, OnSilence, OnViolation, Witness};
 use serde::{Deserialize, Serialize};
 
 /// Query of `GET /v1/events`.
@@ -64,6 +64,27 @@ pub enum Occurrence {
     },
     /// The guest reported a handshake with its consumer.
     Handshake {},
+    /// The guest's tunnel is not as it was told last: its handshake is, or is no longer, fresh, or it has another endpoint or
+    /// keepalive.
+    Tunnel {
+        /// Whether there was a handshake, and whether its keys are still used.
+        tunnel: Freshness,
+        /// Who says so: the host, of a tunnel that it keeps, or the guest.
+        witness: Witness,
+        /// Seconds since the latest handshake.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        handshake_seconds: Option<u64>,
+        /// Where it sends.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        endpoint: Option<String>,
+        /// Seconds between packets that only keep the way open.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keepalive_seconds: Option<u16>,
+        /// Bytes that it has sent, WireGuard's own among them.
+        sent_bytes: u64,
+        /// Bytes that it has received.
+        received_bytes: u64,
+    },
     /// Something new is known of the agent in the guest.
     Agent {
         /// `arrived`, `sound`, `changed`, `missed`, `forged`, `replaced` or `garbled`.

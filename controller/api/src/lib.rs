@@ -17,6 +17,6 @@ pub use event::{Event, EventsQuery, Occurrence};
 pub use guest::{
     Ended, Guest, GuestLimits, GuestList, GuestsQuery, Limits, RunRequest, StopRequest,
 };
-pub use omerta_engine::{Cause, GuestState, OnSilence, OnViolation};
-pub use peer::{Peer, PeerList, PeerRequest};
+pub use omerta_engine::{Cause, Freshness, GuestState, OnSilence, OnViolation, Witness};
+pub use peer::{Peer, PeerList, PeerRequest, PeerTunnel};
 pub use version::Version;

@@ -1,6 +1,6 @@
 //! Consumers' WireGuards, as guests know them.
 
-use omerta_engine::GuestState;
+use omerta_engine::{GuestState, Witness};
 use serde::{Deserialize, Serialize};
 
 /// Body of `PUT /v1/guests/{name}/peer`.
@@ -18,7 +18,7 @@ pub struct PeerList {
     pub peers: Vec<Peer>,
 }
 
-/// The consumer of one guest. WireGuard runs in the guest: what passes there is known by the guard, the handshake by the
+/// The consumer of one guest. Where WireGuard runs in the guest, what passes is known by the guard, and the tunnel by the
 /// guest's word alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
@@ -39,6 +39,9 @@ pub struct Peer {
     pub guest_public_key: Option<String>,
     /// Whether the guest has reported a handshake: its own word.
     pub handshake: bool,
+    /// What is said of the tunnel; null where nothing has been.
+    #[serde(default)]
+    pub tunnel: Option<PeerTunnel>,
     /// Bytes that the guard let pass to the consumer since the guest was guarded; null before, and where it cannot be read.
     pub sent_bytes: Option<u64>,
     /// Bytes that the guard let pass from the consumer.
@@ -50,4 +53,23 @@ pub struct Peer {
     /// The same, from the consumer: a tunnel that is up brings a frame every two minutes.
     #[serde(default)]
     pub received_quiet_seconds: Option<u64>,
+}
+
+/// What WireGuard says of a tunnel. A guest may say what it likes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerTunnel {
+    /// Who says so: the host, of a tunnel that it keeps, or the guest.
+    pub witness: Witness,
+    /// How many seconds ago.
+    pub seen_seconds: u64,
+    /// Seconds since the latest handshake; null where there was none.
+    pub handshake_seconds: Option<u64>,
+    /// Where it sends; null where it does not know.
+    pub endpoint: Option<String>,
+    /// Seconds between packets that only keep the way open; null where it sends none.
+    pub keepalive_seconds: Option<u16>,
+    /// Bytes that it has sent, WireGuard's own among them.
+    pub sent_bytes: u64,
+    /// Bytes that it has received.
+    pub received_bytes: u64,
 }

@@ -6,9 +6,9 @@ use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use omerta_api::{
-    ApiError, Cause, Ended, ErrorKind, Event, Guest, GuestLimits, GuestList, GuestState,
-    Occurrence, OnSilence, OnViolation, Peer, PeerList, PeerRequest, RunRequest, StopRequest,
-    Version, route,
+    ApiError, Cause, Ended, ErrorKind, Event, Freshness, Guest, GuestLimits, GuestList, GuestState,
+    Occurrence, OnSilence, OnViolation, Peer, PeerList, PeerRequest, PeerTunnel, RunRequest,
+    StopRequest, Version, Witness, route,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -117,6 +117,15 @@ fn occurrences() -> Vec<Occurrence> {
         Occurrence::Adopted { pid: 1 },
         Occurrence::PublicKey { public_key: text() },
         Occurrence::Handshake {},
+        Occurrence::Tunnel {
+            tunnel: Freshness::Fresh,
+            witness: Witness::Guest,
+            handshake_seconds: Some(1),
+            endpoint: Some(text()),
+            keepalive_seconds: Some(1),
+            sent_bytes: 1,
+            received_bytes: 1,
+        },
         Occurrence::Agent {
             report: text(),
             what: Some(text()),
@@ -181,6 +190,7 @@ fn occurrences() -> Vec<Occurrence> {
             | Occurrence::Adopted { .. }
             | Occurrence::PublicKey { .. }
             | Occurrence::Handshake {}
+            | Occurrence::Tunnel { .. }
             | Occurrence::Agent { .. }
             | Occurrence::Console { .. }
             | Occurrence::ConsoleSilent {}
@@ -261,7 +271,17 @@ fn every_type_has_the_described_fields() {
     let list = GuestList {
         guests: vec![guest()],
     };
+    let tunnel = PeerTunnel {
+        witness: Witness::Host,
+        seen_seconds: 1,
+        handshake_seconds: Some(70),
+        endpoint: Some("192.0.2.10:51820".into()),
+        keepalive_seconds: Some(25),
+        sent_bytes: 1,
+        received_bytes: 1,
+    };
     let peer = Peer {
+        tunnel: Some(tunnel.clone()),
         guest: "alpha".into(),
         state: GuestState::Running,
         public_key: "KEY".into(),
@@ -283,6 +303,7 @@ fn every_type_has_the_described_fields() {
     };
     for (name, full) in [
         ("Peer", serde_json::to_value(peer).unwrap()),
+        ("PeerTunnel", serde_json::to_value(tunnel).unwrap()),
         ("PeerList", serde_json::to_value(peers).unwrap()),
         ("PeerRequest", serde_json::to_value(peer_request).unwrap()),
         ("ApiError", serde_json::to_value(error).unwrap()),
@@ -341,6 +362,8 @@ fn every_word_is_described() {
     assert_eq!(described("ErrorKind"), ErrorKind::ALL.map(word).into());
     assert_eq!(described("OnViolation"), OnViolation::ALL.map(word).into());
     assert_eq!(described("GuestState"), GuestState::ALL.map(word).into());
+    assert_eq!(described("Witness"), Witness::ALL.map(word).into());
+    assert_eq!(described("Freshness"), Freshness::ALL.map(word).into());
     assert_eq!(described("Cause"), Cause::ALL.map(word).into());
     let kinds: BTreeSet<String> = occurrences()
         .into_iter()
@@ -349,6 +372,12 @@ fn every_word_is_described() {
     assert_eq!(described("EventKind"), kinds);
     for state in GuestState::ALL {
         assert_eq!(word(state), state.word());
+    }
+    for witness in Witness::ALL {
+        assert_eq!(word(witness), witness.word());
+    }
+    for freshness in Freshness::ALL {
+        assert_eq!(word(freshness), freshness.word());
     }
     for cause in Cause::ALL {
         assert_eq!(word(cause), cause.word());

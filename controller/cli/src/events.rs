@@ -2,7 +2,7 @@
 
 use std::io;
 
-use omerta_api::{Event, Occurrence, route};
+use omerta_api::{Event, Freshness, Occurrence, Witness, route};
 
 use crate::args::{EventsArgs, Format};
 use crate::client::{Client, ClientError};
@@ -82,6 +82,26 @@ fn details(what: &Occurrence) -> (Style, &'static str, String) {
         Occurrence::Adopted { pid } => (Style::Good, "adopted", format!("pid {pid}")),
         Occurrence::PublicKey { public_key } => (Style::Plain, "public_key", public_key.clone()),
         Occurrence::Handshake {} => (Style::Good, "handshake", String::new()),
+        Occurrence::Tunnel {
+            tunnel,
+            witness,
+            endpoint,
+            ..
+        } => {
+            let style = match tunnel {
+                Freshness::Awaited => Style::Plain,
+                Freshness::Fresh => Style::Good,
+                Freshness::Stale => Style::Bad,
+            };
+            let mut text = format!("handshake {tunnel}");
+            if let Some(endpoint) = endpoint {
+                text = format!("{text}, to {endpoint}");
+            }
+            if *witness == Witness::Guest {
+                text.push_str(", as it says");
+            }
+            (style, "tunnel", text)
+        }
         Occurrence::Agent { report, what } => {
             let style = match report.as_str() {
                 "arrived" | "sound" => Style::Good,

@@ -56,6 +56,8 @@ fn table(peers: &[Peer]) -> Table {
         (Side::Right, "SENT"),
         (Side::Right, "RECEIVED"),
         (Side::Right, "QUIET"),
+        (Side::Right, "KEEPALIVE"),
+        (Side::Left, "BY"),
         (Side::Left, "PUBLIC KEY"),
     ]);
     let counted = |count: Option<u64>| Cell::new(count.map_or("-".to_owned(), bytes));
@@ -67,21 +69,45 @@ fn table(peers: &[Peer]) -> Table {
                 Some(name) => format!("{} ({name})", peer.endpoint),
                 None => peer.endpoint.clone(),
             }),
-            if peer.handshake {
-                Cell::styled(Style::Good, "yes")
-            } else {
-                Cell::new("no")
-            },
+            handshake(peer),
             counted(peer.sent_bytes),
             counted(peer.received_bytes),
             Cell::new(
                 peer.received_quiet_seconds
                     .map_or("-".to_owned(), |quiet| format!("{quiet} s")),
             ),
+            Cell::new(keepalive(peer)),
+            Cell::new(
+                peer.tunnel
+                    .as_ref()
+                    .map_or("-", |tunnel| tunnel.witness.word()),
+            ),
             Cell::new(&peer.public_key),
         ]);
     }
     table
+}
+
+/// How long ago the latest was, where that is known.
+fn handshake(peer: &Peer) -> Cell {
+    let age = peer
+        .tunnel
+        .as_ref()
+        .and_then(|tunnel| tunnel.handshake_seconds);
+    match (age, peer.handshake) {
+        (Some(age), _) => Cell::styled(Style::Good, format!("{age} s ago")),
+        (None, true) => Cell::styled(Style::Good, "yes"),
+        (None, false) => Cell::new("no"),
+    }
+}
+
+fn keepalive(peer: &Peer) -> String {
+    match &peer.tunnel {
+        None => "-".to_owned(),
+        Some(tunnel) => tunnel
+            .keepalive_seconds
+            .map_or("off".to_owned(), |seconds| format!("{seconds} s")),
+    }
 }
 
 /// What `vm run` needs of a consumer, with the names of the API's request.

@@ -14,6 +14,11 @@ pub(crate) fn now() -> Monotonic {
     Monotonic(u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX))
 }
 
+/// Whole seconds from `earlier` to `later`; 0 where the order is the other way round.
+pub(crate) const fn seconds_between(earlier: Monotonic, later: Monotonic) -> u64 {
+    later.microseconds_since(earlier) / 1_000_000
+}
+
 /// How far the wall's clock may wander from where it was last looked at before it is followed.
 const STEP: u64 = 10_000_000;
 

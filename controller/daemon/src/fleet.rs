@@ -1,6 +1,7 @@
 //! Every guest of this omertad: the engine's state and the facts beside it.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddrV4;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use omerta_api::{ApiError, Ended, ErrorKind, Event, Guest, RunRequest};
 use omerta_dataplane::{Counters, Uplink};
 use omerta_engine::{
     Action, Cause, Event as EngineEvent, Found, GuestEvent, GuestId, GuestState, Monotonic,
-    OnViolation, Record,
+    OnViolation, Record, Tunnel,
 };
 use omerta_tunnel::{Namespace, Roaming};
 use omerta_vm_launcher::{Scrubbed, Spec};
@@ -65,6 +66,10 @@ pub(crate) struct Measure {
     pub(crate) counters: Option<Counters>,
     /// Whether it has told of a handshake: its own word.
     pub(crate) handshake: bool,
+    /// Where its consumer is.
+    pub(crate) endpoint: SocketAddrV4,
+    /// What was said last of its tunnel.
+    pub(crate) tunnel: Option<Tunnel>,
     /// For how long at least nothing has passed its guard.
     pub(crate) quiet: Option<QuietFor>,
 }
@@ -426,6 +431,7 @@ impl Fleet {
                 guest: Some(guest.name().to_owned()),
                 what: occurrence(
                     record,
+                    at,
                     &facts.spec,
                     &facts.image_name,
                     facts.pid.unwrap_or_default(),
@@ -518,6 +524,8 @@ impl Fleet {
                     rogue_frames: guest.rogue_frames().collect(),
                     counters: facts.counters.clone(),
                     handshake: guest.handshake(),
+                    endpoint: facts.spec.consumer.endpoint,
+                    tunnel: guest.tunnel().cloned(),
                     quiet: None,
                 })
             })

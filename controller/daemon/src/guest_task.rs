@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use omerta_engine::{
     Action, AgentReport, Cause, ConsoleReport, GuestEvent, GuestId, Monotonic, Record, RogueFrame,
-    Target,
+    Target, TunnelReport, Witness,
 };
 use omerta_verdict::Reason;
 use omerta_vm_launcher::{
-    AgentFinding, Control, ExitStatus, Guarded, GuestEvent as LauncherEvent, Paused, Running, Spec,
+    AgentFinding, Control, ExitStatus, Guarded, GuestEvent as LauncherEvent, GuestTunnel, Paused,
+    Running, Spec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -25,7 +26,7 @@ use crate::console_silence::ConsoleSilence;
 use crate::evidence::{Evidence, Whose};
 use crate::failure::report;
 use crate::fleet::Fleet;
-use crate::host_tunnel::{Roamer, Tunnel, next_place};
+use crate::host_tunnel::{Roamer, Tunnel, next_report};
 use crate::order_words::consumer_text;
 use crate::pool::Slot;
 use crate::store::{Change, Grant, Stands};
@@ -461,7 +462,7 @@ impl GuestTask {
                     }
                     // It has no part in a tunnel that omertad keeps.
                     if self.host_tunnel.is_some()
-                        && matches!(event, LauncherEvent::PublicKeyReported(_) | LauncherEvent::HandshakeReported)
+                        && is_of_its_tunnel(&event)
                     {
                         continue;
                     }
@@ -473,9 +474,11 @@ impl GuestTask {
                 Some(command) = self.commands.recv() => command,
                 event = next_of(&mut self.tunnel_health) => return event,
                 event = self.console_silence.found() => return event,
-                place = next_place(&mut self.roamer) => {
-                    self.fleet.consumer_is_at(self.id, place);
-                    continue;
+                report = next_report(&mut self.roamer) => {
+                    if let Some(endpoint) = report.endpoint {
+                        self.fleet.consumer_is_at(self.id, endpoint);
+                    }
+                    return GuestEvent::TunnelSeen(report);
                 }
                 () = sleep_until(deadline) => {
                     self.stop_deadline = None;
@@ -533,12 +536,38 @@ fn unless_powered_down(status: Option<ExitStatus>, powered_down: bool) -> Option
     }
 }
 
+/// Whether it is of a tunnel that the guest keeps.
+const fn is_of_its_tunnel(event: &LauncherEvent) -> bool {
+    matches!(
+        event,
+        LauncherEvent::PublicKeyReported(_)
+            | LauncherEvent::HandshakeReported
+            | LauncherEvent::TunnelReported(_)
+    )
+}
+
+fn by_its_own_word(tunnel: &GuestTunnel) -> TunnelReport {
+    let now = clock::now().0;
+    let ago = |seconds: u32| Monotonic(now.saturating_sub(u64::from(seconds) * Monotonic::SECOND));
+    TunnelReport {
+        witness: Witness::Guest,
+        handshake: tunnel.handshake_age.map(ago),
+        endpoint: tunnel.endpoint,
+        keepalive: tunnel.keepalive,
+        sent_bytes: tunnel.sent_bytes,
+        received_bytes: tunnel.received_bytes,
+    }
+}
+
 fn translate(event: LauncherEvent, powered_down: bool) -> Option<GuestEvent> {
     match event {
         LauncherEvent::PublicKeyReported(key) => {
             Some(GuestEvent::PublicKeyReported(key.to_string()))
         }
         LauncherEvent::HandshakeReported => Some(GuestEvent::HandshakeSeen),
+        LauncherEvent::TunnelReported(tunnel) => {
+            Some(GuestEvent::TunnelSeen(by_its_own_word(&tunnel)))
+        }
         LauncherEvent::Reset => Some(GuestEvent::Reset),
         LauncherEvent::Panicked => Some(GuestEvent::Panicked),
         LauncherEvent::GuardLost { why } => Some(GuestEvent::GuardLost { message: why }),

@@ -4,21 +4,22 @@
 //! namespace and never leaves it, so that everything which is made for the guest from then on, tap and guard, is made there.
 //! The tunnel, its key and its namespace end with omertad, and so does the guest.
 
-use std::net::SocketAddr;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use omerta_api::{ApiError, ErrorKind};
-use omerta_engine::{Action, GuestEvent};
+use omerta_engine::{Action, GuestEvent, Monotonic, TunnelReport, Witness};
 use omerta_tunnel::{
-    AllowedIp, HostTunnel, HostTunnelError, Namespace, Peer, PeerStatus, Plan, PublicKey,
+    AllowedIp, Handshakes, HostTunnel, HostTunnelError, Namespace, Peer, PeerStatus, Plan,
+    PublicKey,
 };
 use omerta_vm_launcher::Spec;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
 
+use crate::clock;
 use crate::failure::report;
 use crate::guest_task::GuestTask;
 use crate::pool::Slot;
@@ -31,7 +32,7 @@ const GLANCE: Duration = Duration::from_millis(250);
 /// first half-minute a peer that is set anew tries at once.
 const EAGER: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_secs(1);
-/// How often is looked where the consumer is.
+/// How often is looked where the consumer is, and what the device says else.
 const LOOK: Duration = Duration::from_secs(2);
 /// So that the consumer's side of a path with address translation stays open, and a tunnel that is up brings something.
 const KEEPALIVE: NonZero<u16> = NonZero::new(25).unwrap();
@@ -107,10 +108,11 @@ pub(crate) fn directory_of(run_dir: &Path) -> PathBuf {
     run_dir.with_extension("tunnel")
 }
 
-/// Watches where a consumer is.
+/// Watches what a device says of its consumer.
 #[derive(Debug)]
 pub(crate) struct Roamer {
     tunnel: Tunnel,
+    handshakes: Handshakes,
     ticks: Interval,
 }
 
@@ -118,23 +120,43 @@ impl Roamer {
     pub(crate) fn of(tunnel: Tunnel) -> Self {
         let mut ticks = interval_at(Instant::now() + LOOK, LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { tunnel, ticks }
+        Self {
+            tunnel,
+            handshakes: Handshakes::new(),
+            ticks,
+        }
     }
 }
 
-/// Where the consumer is by its tunnel's word, again and again; never, for one in the guest.
-pub(crate) async fn next_place(roamer: &mut Option<Roamer>) -> SocketAddr {
-    let Some(Roamer { tunnel, ticks }) = roamer else {
+/// What the device says of the consumer, again and again; never, where the tunnel is the guest's. Safe to cancel.
+pub(crate) async fn next_report(roamer: &mut Option<Roamer>) -> TunnelReport {
+    let Some(Roamer {
+        tunnel,
+        handshakes,
+        ticks,
+    }) = roamer
+    else {
         return std::future::pending().await;
     };
     loop {
         ticks.tick().await;
-        if let Some(endpoint) = tunnel
-            .consumer()
-            .and_then(|consumer| consumer.peer.endpoint)
-        {
-            return endpoint;
+        if let Some(consumer) = tunnel.consumer() {
+            let now = Duration::from_nanos(clock::now().0);
+            let handshake = handshakes.look(now, SystemTime::now(), consumer.last_handshake);
+            return report_of(&consumer, handshake);
         }
+    }
+}
+
+fn report_of(consumer: &PeerStatus, handshake: Option<Duration>) -> TunnelReport {
+    let monotonic = |at: Duration| Monotonic(u64::try_from(at.as_nanos()).unwrap_or(u64::MAX));
+    TunnelReport {
+        witness: Witness::Host,
+        handshake: handshake.map(monotonic),
+        endpoint: consumer.peer.endpoint,
+        keepalive: consumer.peer.keepalive,
+        sent_bytes: consumer.sent_bytes,
+        received_bytes: consumer.received_bytes,
     }
 }
 

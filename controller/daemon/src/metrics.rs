@@ -5,10 +5,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use omerta_dataplane::{Count, CounterReader, Counters, DirectionCounters, Guard, GuardError};
-use omerta_engine::{GuestId, GuestState};
+use omerta_engine::{GuestId, GuestState, Monotonic, Tunnel};
 use omerta_verdict::{Direction, Reason};
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use crate::clock;
 use crate::fleet::{Fleet, Measure};
 
 /// Answers scrapes. It keeps guards' counters open from one to the next.
@@ -66,7 +67,7 @@ impl Scraper {
             });
         let fleet = &self.fleet;
         let lost = (fleet.journal().lost(), fleet.incidents().lost());
-        render(&measures, &at_uplink, lost.0, lost.1)
+        render(&measures, &at_uplink, lost.0, lost.1, clock::now())
     }
 }
 
@@ -125,6 +126,7 @@ fn render(
     at_uplink: &AtUplink,
     lost_by_readers: u64,
     not_recorded: u64,
+    now: Monotonic,
 ) -> Result<String, prometheus::Error> {
     let registry = Registry::new();
     let gauge = |name: &str, help: &str, labels: &[&str]| {
@@ -160,6 +162,33 @@ fn render(
         "For how long at least the guest's guard has let nothing pass, by the looks at its counters.",
         &["guest", "direction"],
     )?;
+    let endpoints = gauge(
+        "omerta_peer_endpoint_info",
+        "Always 1; the label tells where the guest's consumer is.",
+        &["guest", "endpoint"],
+    )?;
+    let tunnels = TunnelFamilies {
+        handshake: gauge(
+            "omerta_tunnel_handshake_age_seconds",
+            "Seconds since the tunnel's latest handshake, by the word of the host's device or of the guest; absent where nothing is known of one.",
+            &["guest", "witness"],
+        )?,
+        keepalive: gauge(
+            "omerta_tunnel_keepalive_seconds",
+            "Seconds between the tunnel's keepalive packets, 0 where they are off, by the word of the host's device or of the guest.",
+            &["guest", "witness"],
+        )?,
+        seen: gauge(
+            "omerta_tunnel_seen_age_seconds",
+            "Seconds since the host's device or the guest has said something of the tunnel.",
+            &["guest", "witness"],
+        )?,
+        bytes: counter(
+            "omerta_tunnel_bytes_total",
+            "Bytes that the tunnel has sent (egress) and received, WireGuard's own among them, by the word of the host's device or of the guest.",
+            &["guest", "witness", "direction"],
+        )?,
+    };
     let labels = ["guest", "direction", "outcome", "reason"];
     let packets = counter(
         "omerta_guest_packets_total",
@@ -229,6 +258,14 @@ fn render(
         handshakes
             .get_metric_with_label_values(&[&measure.name])?
             .set(i64::from(measure.handshake));
+        if measure.state != GuestState::Ended {
+            endpoints
+                .get_metric_with_label_values(&[&measure.name, &measure.endpoint.to_string()])?
+                .set(1);
+            if let Some(tunnel) = &measure.tunnel {
+                tunnels.add(&measure.name, tunnel, now)?;
+            }
+        }
         if let Some(found) = measure.quiet {
             for (direction, since) in [
                 (Direction::Egress, found.sent),
@@ -268,6 +305,43 @@ fn render(
     TextEncoder::new().encode_to_string(&registry.gather())
 }
 
+/// What is told of tunnels.
+struct TunnelFamilies {
+    handshake: IntGaugeVec,
+    keepalive: IntGaugeVec,
+    seen: IntGaugeVec,
+    bytes: IntCounterVec,
+}
+
+impl TunnelFamilies {
+    /// Where a guest says that it sends is no label: it could say another place every second.
+    fn add(&self, guest: &str, tunnel: &Tunnel, now: Monotonic) -> Result<(), prometheus::Error> {
+        let report = &tunnel.report;
+        let witness = report.witness.word();
+        let age = |at| i64::try_from(clock::seconds_between(at, now)).unwrap_or(i64::MAX);
+        if let Some(at) = report.handshake {
+            self.handshake
+                .get_metric_with_label_values(&[guest, witness])?
+                .set(age(at));
+        }
+        self.keepalive
+            .get_metric_with_label_values(&[guest, witness])?
+            .set(report.keepalive.map_or(0, |seconds| seconds.get().into()));
+        self.seen
+            .get_metric_with_label_values(&[guest, witness])?
+            .set(age(tunnel.at));
+        for (direction, bytes) in [
+            (Direction::Egress, report.sent_bytes),
+            (Direction::Ingress, report.received_bytes),
+        ] {
+            self.bytes
+                .get_metric_with_label_values(&[guest, witness, direction.word()])?
+                .inc_by(bytes);
+        }
+        Ok(())
+    }
+}
+
 fn outcomes(
     counters: &DirectionCounters,
 ) -> impl Iterator<Item = (&'static str, &'static str, Count)> + '_ {
@@ -284,11 +358,12 @@ fn outcomes(
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZero;
     use std::time::Duration;
 
     use super::*;
     use crate::quiet::QuietFor;
-    use omerta_engine::GuestId;
+    use omerta_engine::{GuestId, TunnelReport, Witness};
 
     fn count(packets: u64, bytes: u64) -> Count {
         Count { packets, bytes }
@@ -325,6 +400,8 @@ mod tests {
             rogue_frames: vec![(Reason::Endpoint, 3)],
             counters,
             handshake: true,
+            endpoint: "192.0.2.10:51820".parse().unwrap(),
+            tunnel: None,
             quiet: Some(QuietFor {
                 sent: Duration::from_millis(7999),
                 received: Duration::from_secs(120),
@@ -338,11 +415,13 @@ mod tests {
             interfaces: vec![("eth0".into(), "tcx", true), ("eth1".into(), "xdp", false)],
             dropped: vec![("alpha".into(), count(7, 700))],
         };
-        let text = render(&[measure(Some(counters()))], &at_uplink, 5, 6).unwrap();
+        let now = Monotonic(1000 * Monotonic::SECOND);
+        let text = render(&[measure(Some(counters()))], &at_uplink, 5, 6, now).unwrap();
         for line in [
             r#"omerta_guest_state{guest="alpha",state="running"} 1"#,
             r#"omerta_guest_state{guest="alpha",state="ended"} 0"#,
             r#"omerta_guest_handshake_reported{guest="alpha"} 1"#,
+            r#"omerta_peer_endpoint_info{endpoint="192.0.2.10:51820",guest="alpha"} 1"#,
             r#"omerta_guest_quiet_seconds{direction="egress",guest="alpha"} 7"#,
             r#"omerta_guest_quiet_seconds{direction="ingress",guest="alpha"} 120"#,
             r#"omerta_guest_packets_total{direction="egress",guest="alpha",outcome="allowed",reason=""} 10"#,
@@ -371,8 +450,43 @@ mod tests {
 
     #[test]
     fn guest_without_a_guard_yet_has_a_state_and_no_counts() {
-        let text = render(&[measure(None)], &AtUplink::default(), 0, 0).unwrap();
+        let text = render(&[measure(None)], &AtUplink::default(), 0, 0, Monotonic(0)).unwrap();
         assert!(text.contains(r#"omerta_guest_state{guest="alpha""#));
         assert!(!text.contains("omerta_guest_packets_total{"));
+        assert!(!text.contains("omerta_tunnel_"), "{text}");
+    }
+
+    #[test]
+    fn what_is_said_of_a_tunnel_is_told_with_whose_word_it_is_and_nothing_of_an_ended_guests() {
+        let at = |seconds| Monotonic(seconds * Monotonic::SECOND);
+        let report = TunnelReport {
+            witness: Witness::Guest,
+            handshake: Some(at(930)),
+            endpoint: Some("192.0.2.66:1".parse().unwrap()),
+            keepalive: NonZero::new(25),
+            sent_bytes: 1480,
+            received_bytes: 92,
+        };
+        let mut measure = Measure {
+            tunnel: Some(Tunnel::first(at(990), report)),
+            ..measure(None)
+        };
+        let text = |measure: &Measure| {
+            let measures = std::slice::from_ref(measure);
+            render(measures, &AtUplink::default(), 0, 0, at(1000)).unwrap()
+        };
+        let told = text(&measure);
+        for line in [
+            r#"omerta_tunnel_handshake_age_seconds{guest="alpha",witness="guest"} 70"#,
+            r#"omerta_tunnel_keepalive_seconds{guest="alpha",witness="guest"} 25"#,
+            r#"omerta_tunnel_seen_age_seconds{guest="alpha",witness="guest"} 10"#,
+            r#"omerta_tunnel_bytes_total{direction="egress",guest="alpha",witness="guest"} 1480"#,
+            r#"omerta_tunnel_bytes_total{direction="ingress",guest="alpha",witness="guest"} 92"#,
+        ] {
+            assert!(told.lines().any(|l| l == line), "{line}: {told}");
+        }
+        assert!(!told.contains("192.0.2.66"), "a guest chooses labels");
+        measure.state = GuestState::Ended;
+        assert!(!text(&measure).contains("omerta_tunnel_"));
     }
 }

@@ -4,12 +4,13 @@
 //! Killed anywhere between, the next omertad finds by the guard where the consumer is.
 
 use std::net::{SocketAddr, SocketAddrV4};
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
-use omerta_api::{ApiError, Guest, Peer, PeerList, PeerRequest};
+use omerta_api::{ApiError, Guest, Peer, PeerList, PeerRequest, PeerTunnel};
 use omerta_dataplane::Guard;
-use omerta_engine::{GuestId, GuestState, Record};
+use omerta_engine::{GuestId, GuestState, Record, Tunnel};
 use omerta_tunnel::Roaming;
 use omerta_vm_launcher::{Consumer, Control, Spec};
 use tokio::task::spawn_blocking;
@@ -301,11 +302,28 @@ impl Fleet {
                 .map(str::to_owned)
                 .or_else(|| facts.tunnel_key.clone()),
             handshake: guest.handshake(),
+            tunnel: guest.tunnel().map(tunnel),
             sent_bytes: bytes.map(|(sent, _)| sent),
             received_bytes: bytes.map(|(_, received)| received),
             sent_quiet_seconds: quiet.map(|quiet| quiet.sent.as_secs()),
             received_quiet_seconds: quiet.map(|quiet| quiet.received.as_secs()),
         })
+    }
+}
+
+fn tunnel(known: &Tunnel) -> PeerTunnel {
+    let now = clock::now();
+    let report = &known.report;
+    PeerTunnel {
+        witness: report.witness,
+        seen_seconds: clock::seconds_between(known.at, now),
+        handshake_seconds: report
+            .handshake
+            .map(|handshake| clock::seconds_between(handshake, now)),
+        endpoint: report.endpoint.map(|endpoint| endpoint.to_string()),
+        keepalive_seconds: report.keepalive.map(NonZero::get),
+        sent_bytes: report.sent_bytes,
+        received_bytes: report.received_bytes,
     }
 }
 

@@ -1,11 +1,21 @@
 //! The engine's records as the API's events.
 
+use std::num::NonZero;
+
 use omerta_api::{Ended, Occurrence};
-use omerta_engine::{Cause, Ending, Record};
+use omerta_engine::{Cause, Ending, Monotonic, Record, TunnelReport};
 use omerta_vm_launcher::Spec;
 
+use crate::clock;
+
 /// What a record is told as. `None` of the facts is read by a guest.
-pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> Occurrence {
+pub(crate) fn occurrence(
+    record: Record,
+    at: Monotonic,
+    spec: &Spec,
+    image: &str,
+    pid: u32,
+) -> Occurrence {
     match record {
         Record::Requested => Occurrence::Requested {
             image: image.to_owned(),
@@ -20,6 +30,7 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
         Record::Adopted => Occurrence::Adopted { pid },
         Record::PublicKey(public_key) => Occurrence::PublicKey { public_key },
         Record::Handshake => Occurrence::Handshake {},
+        Record::Tunnel(report) => tunnel(&report, at),
         Record::Agent(report) => Occurrence::Agent {
             report: report.word().to_owned(),
             what: report.what().map(str::to_owned),
@@ -80,6 +91,20 @@ pub(crate) fn occurrence(record: Record, spec: &Spec, image: &str, pid: u32) -> 
         Record::Stopping { deadline_seconds } => Occurrence::Stopping { deadline_seconds },
         Record::Scrubbed { bytes } => Occurrence::Scrubbed { bytes },
         Record::Ended(ending) => Occurrence::Ended(ended(&ending)),
+    }
+}
+
+fn tunnel(report: &TunnelReport, at: Monotonic) -> Occurrence {
+    Occurrence::Tunnel {
+        tunnel: report.freshness(at),
+        witness: report.witness,
+        handshake_seconds: report
+            .handshake
+            .map(|handshake| clock::seconds_between(handshake, at)),
+        endpoint: report.endpoint.map(|endpoint| endpoint.to_string()),
+        keepalive_seconds: report.keepalive.map(NonZero::get),
+        sent_bytes: report.sent_bytes,
+        received_bytes: report.received_bytes,
     }
 }
 

@@ -4,7 +4,7 @@ use thiserror::Error;
 
 use crate::{
     AgentReport, Cause, ConsoleReport, GuestId, GuestState, Incident, Inference, Monotonic,
-    OnSilence, OnViolation, RogueFrame,
+    OnSilence, OnViolation, RogueFrame, TunnelReport,
 };
 
 /// Something to do, in the order given.
@@ -83,6 +83,8 @@ pub enum Record {
     PublicKey(String),
     /// It reported a handshake.
     Handshake,
+    /// Its tunnel is not as it was told last: its handshake is, or is no longer, fresh, or it has another endpoint or keepalive.
+    Tunnel(TunnelReport),
     /// Something new is known of the agent in it.
     Agent(AgentReport),
     /// Something was heard on its console. Nothing is done to it for that.

@@ -2,7 +2,7 @@
 
 use crate::{
     AgentReport, Cause, ConsoleReport, Ending, GuestState, Monotonic, OnSilence, OnViolation,
-    RogueFrame,
+    RogueFrame, TunnelReport,
 };
 
 /// One guest in one life. A name that is used again gets a new id, so that what is late about the
@@ -79,6 +79,8 @@ pub enum GuestEvent {
     PublicKeyReported(String),
     /// It reported a handshake with its consumer.
     HandshakeSeen,
+    /// This is known of its tunnel. Told again and again.
+    TunnelSeen(TunnelReport),
     /// Something new is known of the agent in it.
     AgentReported(AgentReport),
     /// Its own firewall says on its console that it has blocked something, or its console is flooded.

@@ -9,7 +9,7 @@ use crate::tally::{Limiter, Tally};
 use crate::threshold::Windows;
 use crate::{
     Action, AgentReport, Cause, Ending, Fate, Found, GuestId, GuestNetwork, GuestState, Incident,
-    Monotonic, OnViolation, Record, Thresholds,
+    Monotonic, OnViolation, Record, Thresholds, Tunnel,
 };
 
 /// What rogue frames are judged by, for all guests.
@@ -32,6 +32,8 @@ pub struct Guest {
     pub(crate) resume_ordered_at: Option<Monotonic>,
     pub(crate) public_key: Option<String>,
     pub(crate) handshake: bool,
+    /// What was said last of its tunnel.
+    pub(crate) tunnel: Option<Tunnel>,
     /// What was told last of the agent in it.
     pub(crate) agent: Option<AgentReport>,
     /// That nothing comes from its consumer is told, and not yet that something does again.
@@ -121,6 +123,7 @@ impl Guest {
             resume_ordered_at: None,
             public_key: None,
             handshake: false,
+            tunnel: None,
             agent: None,
             silent: false,
             console_silent: false,
@@ -175,6 +178,11 @@ impl Guest {
     /// Whether it reported a handshake with that key.
     pub const fn handshake(&self) -> bool {
         self.handshake
+    }
+
+    /// What was said last of its tunnel.
+    pub const fn tunnel(&self) -> Option<&Tunnel> {
+        self.tunnel.as_ref()
     }
 
     /// What was told last of the agent in it.

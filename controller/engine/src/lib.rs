@@ -20,6 +20,7 @@ mod state;
 mod tally;
 mod threshold;
 mod transition;
+mod tunnel;
 
 pub use action::{Action, Ending, Record, Refusal};
 pub use agent::AgentReport;
@@ -35,3 +36,4 @@ pub use policy::{OnViolation, OnViolationParseError};
 pub use silence::OnSilence;
 pub use state::GuestState;
 pub use threshold::{MOST_FRAMES, MOST_SECONDS, Threshold, ThresholdError, Thresholds};
+pub use tunnel::{Freshness, Tunnel, TunnelReport, Witness};

@@ -2,7 +2,7 @@
 
 use crate::{
     Action, AgentReport, Cause, Ending, Guest, GuestEvent, GuestState, Incident, Inference,
-    Monotonic, OnSilence, OnViolation, Record, RogueFrame,
+    Monotonic, OnSilence, OnViolation, Record, RogueFrame, Tunnel, TunnelReport, Witness,
 };
 
 impl Guest {
@@ -17,6 +17,7 @@ impl Guest {
             }
             GuestEvent::PublicKeyReported(key) => self.public_key_reported(now, key, out),
             GuestEvent::HandshakeSeen => self.handshake_seen(now, out),
+            GuestEvent::TunnelSeen(report) => self.tunnel_seen(now, report, out),
             GuestEvent::AgentReported(report) => self.agent_reported(now, report, out),
             // Who tells of it tells of few.
             GuestEvent::ConsoleHeard(report) => {
@@ -183,6 +184,17 @@ impl Guest {
         if self.has_run() && self.public_key.is_some() && !self.handshake {
             self.handshake = true;
             self.publish(now, Record::Handshake, out);
+        }
+    }
+
+    fn tunnel_seen(&mut self, now: Monotonic, report: TunnelReport, out: &mut Vec<Action>) {
+        if !self.has_run() {
+            return;
+        }
+        let (tunnel, tells) = Tunnel::look(self.tunnel.take(), now, report);
+        self.tunnel = Some(tunnel);
+        if tells {
+            self.publish(now, Record::Tunnel(report), out);
         }
     }
 
@@ -354,9 +366,13 @@ impl Guest {
         if !self.has_run() {
             return;
         }
-        // The key lives in the guest's memory: the next boot makes another.
-        self.public_key = None;
-        self.handshake = false;
+        // The key lives in the guest's memory: the next boot makes another. A tunnel of the host's knows nothing of boots.
+        let tunnel = self.tunnel.as_ref().map(|tunnel| tunnel.report.witness);
+        if tunnel != Some(Witness::Host) {
+            self.public_key = None;
+            self.handshake = false;
+            self.tunnel = None;
+        }
         self.agent = None;
         if self.reset_limiter.pass(now).is_some() {
             self.publish(now, Record::Reset, out);

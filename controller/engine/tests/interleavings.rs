@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use omerta_engine::{
     Action, AgentReport, Cause, ConsoleReport, Engine, Event, GuestEvent, GuestId, GuestState,
-    Monotonic, OnSilence, OnViolation, Record, RogueFrame,
+    Monotonic, OnSilence, OnViolation, Record, RogueFrame, TunnelReport, Witness,
 };
 use omerta_verdict::{Direction, Reason};
 use proptest::prelude::*;
@@ -31,6 +31,17 @@ fn frames() -> impl Strategy<Value = RogueFrame> {
     })
 }
 
+fn tunnels() -> impl Strategy<Value = TunnelReport> {
+    (0u64..400, any::<bool>(), 0u16..3).prop_map(|(at, guest, port)| TunnelReport {
+        witness: if guest { Witness::Guest } else { Witness::Host },
+        handshake: Some(Monotonic(at * Monotonic::SECOND / 8)),
+        endpoint: Some(([192, 0, 2, 10], port).into()),
+        keepalive: None,
+        sent_bytes: 0,
+        received_bytes: 0,
+    })
+}
+
 fn guest_events() -> impl Strategy<Value = GuestEvent> {
     let at = || (0u64..400).prop_map(|at| Monotonic(at * Monotonic::SECOND / 8));
     prop_oneof![
@@ -43,6 +54,7 @@ fn guest_events() -> impl Strategy<Value = GuestEvent> {
         1 => proptest::sample::select(OnSilence::ALL.to_vec())
             .prop_map(|action| GuestEvent::TunnelSilent { seconds: 1, never: false, action }),
         1 => Just(GuestEvent::TunnelBack),
+        1 => tunnels().prop_map(GuestEvent::TunnelSeen),
         1 => Just(GuestEvent::AgentReported(AgentReport::Sound)),
         1 => Just(GuestEvent::ConsoleHeard(ConsoleReport { attempts: 1, unread: 1, line: "x".into() })),
         1 => Just(GuestEvent::ConsoleSilent),
@@ -323,6 +335,7 @@ fn guest_inputs() -> impl Strategy<Value = GuestEvent> {
         6 => frames().prop_map(GuestEvent::RogueFrameSeen),
         4 => Just(GuestEvent::PublicKeyReported("key".into())),
         2 => Just(GuestEvent::HandshakeSeen),
+        2 => tunnels().prop_map(GuestEvent::TunnelSeen),
         1 => proptest::sample::select(OnSilence::ALL.to_vec())
             .prop_map(|action| GuestEvent::TunnelSilent { seconds: 1, never: false, action }),
         1 => Just(GuestEvent::Reset),

@@ -5,7 +5,7 @@
 
 use omerta_engine::{
     Action, AgentReport, Cause, ConsoleReport, Engine, Event, GuestEvent, GuestId, GuestState,
-    Monotonic, OnSilence, OnViolation, Record, RogueFrame,
+    Monotonic, OnSilence, OnViolation, Record, RogueFrame, TunnelReport, Witness,
 };
 use omerta_verdict::{Direction, Reason};
 
@@ -130,6 +130,7 @@ fn words(actions: &[Action]) -> Vec<&'static str> {
                 Record::Started => "started",
                 Record::PublicKey(_) => "public key",
                 Record::Handshake => "handshake",
+                Record::Tunnel(_) => "tunnel",
                 Record::Agent(_) => "agent",
                 Record::Console(_) => "console",
                 Record::ConsoleSilent => "console_silent",
@@ -315,6 +316,50 @@ fn table_of_transitions_under_terminate() {
         let actions = tell(&mut engine, event);
         assert_eq!(words(&actions), expected, "{label}");
         assert_eq!(engine.find("alpha").unwrap().state(), after, "{label}");
+    }
+}
+
+fn tunnel(witness: Witness, handshake: Option<u64>) -> GuestEvent {
+    GuestEvent::TunnelSeen(TunnelReport {
+        witness,
+        handshake: handshake.map(Monotonic),
+        endpoint: None,
+        keepalive: None,
+        sent_bytes: 1,
+        received_bytes: 1,
+    })
+}
+
+#[test]
+fn a_tunnel_is_known_once_the_guest_runs_and_told_when_it_is_another() {
+    for state in [GuestState::Guarded, GuestState::Ending, GuestState::Ended] {
+        let mut engine = engine_in(state, OnViolation::Drop);
+        assert!(tell(&mut engine, tunnel(Witness::Guest, None)).is_empty());
+        assert_eq!(engine.find("alpha").unwrap().tunnel(), None, "{state}");
+    }
+    let mut engine = engine_in(GuestState::Running, OnViolation::Drop);
+    assert_eq!(
+        words(&tell(&mut engine, tunnel(Witness::Guest, None))),
+        ["tunnel"]
+    );
+    assert!(tell(&mut engine, tunnel(Witness::Guest, None)).is_empty());
+    let known = engine.find("alpha").unwrap().tunnel().unwrap();
+    assert_eq!(known.report.received_bytes, 1);
+}
+
+#[test]
+fn a_guest_that_boots_again_has_another_tunnel_and_a_tunnel_of_the_hosts_stays() {
+    for witness in Witness::ALL {
+        let mut engine = engine_in(GuestState::Running, OnViolation::Drop);
+        tell(&mut engine, GuestEvent::PublicKeyReported("key".into()));
+        tell(&mut engine, GuestEvent::HandshakeSeen);
+        tell(&mut engine, tunnel(witness, Some(1)));
+        tell(&mut engine, GuestEvent::Reset);
+        let guest = engine.find("alpha").unwrap();
+        let stays = witness == Witness::Host;
+        assert_eq!(guest.tunnel().is_some(), stays, "{witness}");
+        assert_eq!(guest.handshake(), stays, "{witness}");
+        assert_eq!(guest.public_key().is_some(), stays, "{witness}");
     }
 }
 

@@ -41,12 +41,13 @@ pub fn qmp_lines(bytes: &[u8]) {
     }
 }
 
-fn reports(pieces: &[&[u8]]) -> (Vec<String>, u64) {
+fn reports(pieces: &[&[u8]]) -> (Vec<String>, u64, String) {
     let (mut port, mut said) = (ControlPort::new(), Vec::new());
     for piece in pieces {
         port.receive(piece, |report| said.push(format!("{report:?}")));
     }
-    (said, port.ignored_lines())
+    let tunnel = format!("{:?}", port.take_tunnel());
+    (said, port.ignored_lines(), tunnel)
 }
 
 /// What a guest writes to its control port.

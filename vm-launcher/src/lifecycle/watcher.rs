@@ -20,7 +20,7 @@ use crate::lifecycle::logs::Logs;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
 use crate::qmp::MachineEvent;
-use crate::{ConsoleReport, Consumer, ControlPort, ExitStatus, Report, WgPublicKey};
+use crate::{ConsoleReport, Consumer, ControlPort, ExitStatus, GuestTunnel, Report, WgPublicKey};
 
 /// What happens to a running guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub enum GuestEvent {
     PublicKeyReported(WgPublicKey),
     /// The guest says that it has seen a handshake with its consumer.
     HandshakeReported,
+    /// The guest says this of its tunnel. At most once a second, and the latest.
+    TunnelReported(GuestTunnel),
     /// Its agent has come. Once a boot.
     AgentArrived {
         /// What it proves its answers with.
@@ -138,6 +140,9 @@ impl Watcher {
                 }
                 _ = look.tick(), if guarded => {
                     self.logs.hold(&self.events);
+                    if let Some(tunnel) = parser.take_tunnel() {
+                        tell(&self.events, GuestEvent::TunnelReported(tunnel));
+                    }
                     let looked = self.glance().and_then(|()| self.renew_lease());
                     guarded = self.stands_or_stops(looked).await;
                 }

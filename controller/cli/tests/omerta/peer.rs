@@ -34,7 +34,10 @@ fn consumers_are_listed_with_what_has_passed() {
         json!({"guest": guest, "state": "running", "public_key": KEY, "endpoint": "192.0.2.10:51820",
             "former_endpoints": [], "guest_public_key": null, "handshake": true, "sent_bytes": bytes, "received_bytes": bytes})
     };
-    let peers = json!({"peers": [peer("alpha", json!(1250)), peer("beta", json!(null))]});
+    let mut told = peer("gamma", json!(null));
+    told["tunnel"] = json!({"witness": "guest", "seen_seconds": 3, "handshake_seconds": 70, "endpoint": "192.0.2.10:51820",
+        "keepalive_seconds": 25, "sent_bytes": 5000, "received_bytes": 6000});
+    let peers = json!({"peers": [peer("alpha", json!(1250)), peer("beta", json!(null)), told]});
     let omertad = Omertad::always(200, peers);
     let text = omertad.omerta("peer list").done().stdout;
     let lines: Vec<Vec<&str>> = text
@@ -47,9 +50,17 @@ fn consumers_are_listed_with_what_has_passed() {
     );
     assert_eq!(lines[1][4..8], ["1.2", "kB", "1.2", "kB"]);
     assert_eq!(lines[2][4..6], ["-", "-"]);
+    // Of whom nothing is known nothing is said, and of the others whose word it is.
+    assert_eq!(lines[1][8..], ["-", "-", "-", KEY]);
+    assert_eq!(
+        lines[3][3..],
+        ["70", "s", "ago", "-", "-", "-", "25", "s", "guest", KEY]
+    );
     let shown = omertad.omerta("peer list -o json").done().stdout;
     let shown: Value = serde_json::from_str(&shown).unwrap();
     assert_eq!(shown[0]["sent_bytes"], 1250);
+    assert_eq!(shown[0]["tunnel"], json!(null));
+    assert_eq!(shown[2]["tunnel"]["received_bytes"], 6000);
 }
 
 #[test]

@@ -137,6 +137,20 @@ fn within_a_minute(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// What is said of a guest's tunnel, by whom it is expected to be, once something is.
+fn said_of(daemon: &Daemon, name: &str, witness: &str) -> Value {
+    let mut said = Value::Null;
+    within_a_minute("something of the tunnel", || {
+        let peers = daemon.get("/v1/peers").json();
+        let peers = peers["peers"].as_array().unwrap();
+        let peer = peers.iter().find(|peer| peer["guest"] == name).unwrap();
+        said = peer["tunnel"].clone();
+        !said.is_null()
+    });
+    assert_eq!(said["witness"], witness, "{said}");
+    said
+}
+
 fn start(config: &str) -> Daemon {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("omertad.toml");
@@ -242,6 +256,34 @@ fn a_guest_begins_once_its_consumer_has_shaken_hands_and_leaves_nothing() {
         "its guard is read: {peers}"
     );
     assert_eq!(peers["peers"][0]["guest_public_key"], guest["public_key"]);
+    let tunnel = said_of(&daemon, "alpha", "host");
+    assert_eq!(tunnel["endpoint"], "198.51.100.1:51820", "{tunnel}");
+    assert_eq!(tunnel["keepalive_seconds"], 25, "{tunnel}");
+    // By its clock or ours it was as long ago as it takes to see that.
+    assert!(
+        tunnel["handshake_seconds"].as_u64().unwrap() < 60,
+        "{tunnel}"
+    );
+    assert!(tunnel["received_bytes"].as_u64().unwrap() > 0, "{tunnel}");
+    let told = daemon.get("/v1/events?guest=alpha").body;
+    let told = told
+        .lines()
+        .filter(|line| line.contains("\"kind\":\"tunnel\""));
+    let told: Vec<_> = told.collect();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].contains("\"tunnel\":\"fresh\",\"witness\":\"host\""),
+        "{told:?}"
+    );
+    // Its tunnel outlives what boots in it.
+    assert_eq!(daemon.post("/v1/guests/alpha/reset", "").status, 200);
+    within_a_minute("the reset", || {
+        daemon
+            .get("/v1/events?guest=alpha")
+            .body
+            .contains("\"reset\"")
+    });
+    assert_eq!(daemon.get("/v1/guests/alpha").json()["handshake"], true);
     let moved = daemon.request(
         "PUT",
         "/v1/guests/alpha/peer",
@@ -447,6 +489,18 @@ fn guests_of_both_tunnels_fetch_their_own_consumers_page_at_once_and_reach_nothi
     });
     for (name, other) in [("alpha", "of the second"), ("beta", "of the first")] {
         assert!(!log_of(&daemon, name).contains(other), "{name}");
+    }
+    // By the device's word, and by the guest's.
+    for (name, witness, number) in [("alpha", "host", 1), ("beta", "guest", 2)] {
+        let tunnel = said_of(&daemon, name, witness);
+        let endpoint = format!("198.51.100.{number}:51820");
+        assert_eq!(tunnel["endpoint"], endpoint, "{tunnel}");
+        assert_eq!(tunnel["keepalive_seconds"], 25, "{tunnel}");
+        assert!(
+            tunnel["handshake_seconds"].as_u64().unwrap() < 180,
+            "{tunnel}"
+        );
+        assert!(tunnel["received_bytes"].as_u64().unwrap() > 0, "{tunnel}");
     }
     // What is in the tunnel and not on the list: the guard sees it at the tap.
     let guest = daemon.get("/v1/guests/alpha").json();
