@@ -1,14 +1,17 @@
 //! What to run: everything the launcher needs to know of one guest, validated.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use omerta_agent::heartbeat::Timing as AgentTiming;
 use omerta_dataplane::{DirectionLimits, Owner};
+use omerta_tunnel::Secret;
 use omerta_verdict::{Address, Endpoint, Mac, Mode, Protocol};
+use zeroize::Zeroizing;
 
 use crate::{GuestName, Image, Jail, LayerSpec, MachineType, SshPublicKey, WgPublicKey};
 
@@ -95,6 +98,10 @@ pub struct Spec {
     pub consumer: Consumer,
     /// The tunnel to it.
     pub tunnel: Tunnel,
+    /// What both ends of the tunnel know beside their keys. One who takes over a guest has no use for it.
+    pub preshared_key: Option<Secret>,
+    /// Seconds between the packets that keep the tunnel's way open, up to [`Spec::MAX_KEEPALIVE`].
+    pub keepalive: NonZero<u16>,
     /// What the guest reaches in a tunnel that the host keeps for it; empty where the guest keeps its own.
     pub reach: Vec<Endpoint>,
     /// How the guard filters.
@@ -160,6 +167,9 @@ pub enum SpecError {
         "{0} is not at the consumer's address in the tunnel, the only one that a tunnel of the host's leads to"
     )]
     Reach(Endpoint),
+    /// A tunnel that is up would look dead.
+    #[error("keepalive is {0} s: give 1 to {max}", max = Spec::MAX_KEEPALIVE)]
+    Keepalive(u16),
     /// The tunnel's prefix is too long.
     #[error("the tunnel's prefix is {0}: give 0 to 32")]
     TunnelPrefix(u8),
@@ -196,6 +206,13 @@ impl Spec {
     pub const MAX_MEMORY_MIB: u32 = 1 << 20;
     /// The longest run directory, in bytes: `sun_path` less the longest socket name.
     pub const MAX_RUN_DIR_BYTES: usize = 90;
+
+    /// Seconds between the packets that keep a tunnel's way open, where nobody says otherwise.
+    pub const KEEPALIVE: NonZero<u16> = NonZero::new(25).unwrap();
+    /// The most such seconds: as long as WireGuard goes without other keys, so that a tunnel that is up is heard that often.
+    pub const MAX_KEEPALIVE: NonZero<u16> = NonZero::new(120).unwrap();
+    /// The longest that a guest reads. A text that grows leaves copies of its key behind.
+    const MAX_CONFIG_BYTES: usize = 1024;
 
     /// Checks what the fields' types do not say.
     ///
@@ -244,6 +261,9 @@ impl Spec {
         if let Some(other) = self.reach.iter().find(unreachable) {
             return Err(SpecError::Reach(*other));
         }
+        if self.keepalive > Self::MAX_KEEPALIVE {
+            return Err(SpecError::Keepalive(self.keepalive.get()));
+        }
         if self.tunnel.prefix > 32 {
             return Err(SpecError::TunnelPrefix(self.tunnel.prefix));
         }
@@ -275,7 +295,7 @@ impl Spec {
 
     /// What the guest is told of itself: one `KEY=VALUE` a line. Every value comes from a type
     /// whose text holds neither space, quote nor newline.
-    pub fn guest_config(&self) -> String {
+    pub fn guest_config(&self) -> Zeroizing<String> {
         let Self {
             name,
             address,
@@ -287,7 +307,7 @@ impl Spec {
         let console = if self.console_shell { "shell" } else { "log" };
         if !self.reach.is_empty() {
             // It has no part in the tunnel.
-            return format!(
+            return Zeroizing::new(format!(
                 "hostname={name}\n\
                  tunnel=host\n\
                  address={address}\n\
@@ -295,9 +315,12 @@ impl Spec {
                  tunnel_peer={tunnel_peer}\n\
                  console={console}\n",
                 tunnel_peer = tunnel.peer,
-            );
+            ));
         }
-        format!(
+        let mut config = Zeroizing::new(String::with_capacity(Self::MAX_CONFIG_BYTES));
+        // Writing to a String cannot fail.
+        let _ = write!(
+            config,
             "hostname={name}\n\
              address={address}\n\
              gateway={gateway}\n\
@@ -313,7 +336,15 @@ impl Spec {
             tunnel_address = tunnel.address,
             prefix = tunnel.prefix,
             tunnel_peer = tunnel.peer,
-        )
+        );
+        // What images take for granted is not said.
+        if self.keepalive != Self::KEEPALIVE {
+            let _ = writeln!(config, "keepalive={}", self.keepalive);
+        }
+        if let Some(key) = &self.preshared_key {
+            let _ = writeln!(config, "preshared_key={}", *key.base64());
+        }
+        config
     }
 
     /// The MAC of the host's side of the tap: derived from the guest's, different from it,
@@ -390,6 +421,8 @@ pub(crate) mod tests {
                 prefix: 24,
                 peer: "10.66.0.1".parse().unwrap(),
             },
+            preshared_key: None,
+            keepalive: Spec::KEEPALIVE,
             reach: Vec::new(),
             mode: Mode::Filtered,
             limits: DirectionLimits::default(),
@@ -531,12 +564,26 @@ pub(crate) mod tests {
     #[test]
     fn the_guest_is_told_the_facts_and_no_more() {
         assert_eq!(
-            spec().guest_config(),
+            *spec().guest_config(),
             "hostname=web-1\naddress=10.77.0.2\ngateway=10.77.0.1\n\
              consumer_key=BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=\n\
              consumer_address=192.0.2.10\nconsumer_port=51820\n\
              tunnel_address=10.66.0.2/24\ntunnel_peer=10.66.0.1\nconsole=log\n"
         );
+        let mut with = spec();
+        with.preshared_key = Some(Secret::from([7; 32]));
+        with.keepalive = NonZero::new(7).unwrap();
+        assert_eq!(
+            *with.guest_config(),
+            format!(
+                "{}keepalive=7\npreshared_key=BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=\n",
+                *spec().guest_config()
+            )
+        );
+        with.preshared_key = Some(Secret::from([8; 32]));
+        assert!(!format!("{with:?}").contains("CAgI"), "a log would tell it");
+        with.keepalive = NonZero::new(121).unwrap();
+        assert_eq!(with.validate(), Err(SpecError::Keepalive(121)));
     }
 
     #[test]
@@ -548,7 +595,7 @@ pub(crate) mod tests {
         spec.validate().unwrap();
         assert_eq!(spec.allowlist(), spec.reach);
         assert_eq!(
-            spec.guest_config(),
+            *spec.guest_config(),
             "hostname=web-1\ntunnel=host\naddress=10.66.0.2\ngateway=10.77.0.1\n\
              tunnel_peer=10.66.0.1\nconsole=log\n"
         );

@@ -7,7 +7,7 @@ use std::num::NonZero;
 use omerta_engine::{GuestState, OnViolation};
 use serde::{Deserialize, Serialize};
 
-use crate::Cause;
+use crate::{Cause, SecretText};
 
 /// How much may travel in one direction; what is absent has no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +49,12 @@ pub struct RunRequest {
     /// The consumer's address inside the tunnel; 10.66.0.1 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tunnel_peer: Option<Ipv4Addr>,
+    /// What the consumer's peer for the guest has as `PresharedKey`, 44 characters of base64; none when absent. It is in no answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preshared_key: Option<SecretText>,
+    /// Seconds, 1 to 120, between the packets that keep the tunnel's way open; 25 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keepalive_seconds: Option<u16>,
     /// Who keeps the provider's end of the tunnel: `guest`, inside the guest, or `host`, for images without WireGuard;
     /// `guest` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -10,6 +10,7 @@ mod event;
 mod guest;
 mod peer;
 pub mod route;
+mod secret_text;
 mod version;
 
 pub use error::{ApiError, ErrorKind};
@@ -19,4 +20,5 @@ pub use guest::{
 };
 pub use omerta_engine::{Cause, Freshness, GuestState, OnSilence, OnViolation, Witness};
 pub use peer::{Peer, PeerList, PeerRequest, PeerTunnel};
+pub use secret_text::SecretText;
 pub use version::Version;

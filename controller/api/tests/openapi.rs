@@ -44,6 +44,8 @@ fn run_request() -> RunRequest {
         tunnel_address: Some("10.66.0.2/24".into()),
         tunnel_peer: Some(Ipv4Addr::new(10, 66, 0, 1)),
         tunnel: Some("host".into()),
+        preshared_key: Some("key".to_owned().into()),
+        keepalive_seconds: Some(25),
         reach: vec!["tcp:80".into()],
         cpus: Some(1),
         memory_mib: Some(256),

@@ -1,11 +1,13 @@
 //! `omerta peer`: guests' consumers.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZero;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use omerta_api::{Guest, Peer, PeerList, PeerRequest, route};
+use omerta_api::{Guest, Peer, PeerList, PeerRequest, SecretText, route};
 use omerta_tunnel::{Conf, ConfError, ConfPeer, PeerEndpoint};
 use serde::Serialize;
 
@@ -43,7 +45,9 @@ pub async fn run(client: &Client, command: PeerCommand, out: &mut Output) -> Res
                 Format::Text => Ok(out.line(format_args!("{} {}", guest.name, guest.consumer))?),
             }
         }
-        PeerCommand::Import { file, shown } => import(&file, shown.format, out),
+        PeerCommand::Import { file, write, shown } => {
+            import(&file, write.as_deref(), shown.format, out)
+        }
     }
 }
 
@@ -116,9 +120,21 @@ struct Imported {
     consumer: String,
     tunnel_address: String,
     tunnel_peer: Ipv4Addr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keepalive_seconds: Option<NonZero<u16>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preshared_key: Option<SecretText>,
 }
 
-fn import(file: &Path, format: Format, out: &mut Output) -> Result<(), PeerError> {
+/// The longest that is kept, as omertad has it: a tunnel that is up is heard that often.
+const MAX_KEEPALIVE: NonZero<u16> = NonZero::new(120).unwrap();
+
+fn import(
+    file: &Path,
+    write: Option<&Path>,
+    format: Format,
+    out: &mut Output,
+) -> Result<(), PeerError> {
     let conf = Conf::parse(&read(file)?).map_err(|problem| PeerError::Conf {
         file: file.to_owned(),
         problem,
@@ -127,25 +143,50 @@ fn import(file: &Path, format: Format, out: &mut Output) -> Result<(), PeerError
         file: file.to_owned(),
         why,
     })?;
-    for line in remarks(&conf) {
+    if imported.preshared_key.is_some() && write.is_none() {
+        return Err(PeerError::Unfit {
+            file: file.to_owned(),
+            why: Unfit::PresharedKey,
+        });
+    }
+    let text = || toml::to_string(&imported).map_err(PeerError::Encode);
+    let written = match (write, format) {
+        (Some(path), Format::Text) => write_private(path, text()?.as_bytes()),
+        (Some(path), Format::Json) => {
+            let json = serde_json::to_vec_pretty(&imported).map_err(|error| PeerError::Write {
+                file: path.to_owned(),
+                source: error.into(),
+            })?;
+            write_private(path, &json)
+        }
+        (None, Format::Json) => Ok(out.json(&imported)?),
+        (None, Format::Text) => Ok(out.bytes(text()?.as_bytes())?),
+    };
+    written?;
+    for line in remarks(&conf, &imported) {
         // A remark that cannot be shown is no reason to fail.
         let _ = writeln!(io::stderr(), "omerta: {}: {line}", file.display());
     }
-    match format {
-        Format::Json => Ok(out.json(&imported)?),
-        Format::Text => {
-            let text = toml::to_string(&imported).map_err(PeerError::Encode)?;
-            Ok(out.bytes(text.as_bytes())?)
-        }
-    }
+    Ok(())
+}
+
+/// Makes a file that nobody else can read, and puts it in nobody's place.
+fn write_private(path: &Path, bytes: &[u8]) -> Result<(), PeerError> {
+    let written = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .and_then(|mut file| file.write_all(bytes));
+    written.map_err(|source| PeerError::Write {
+        file: path.to_owned(),
+        source,
+    })
 }
 
 impl Imported {
     fn of(conf: &Conf) -> Result<Self, Unfit> {
         let peer = only_peer(conf)?;
-        if peer.preshared_key.is_some() {
-            return Err(Unfit::PresharedKey);
-        }
         let endpoint = match &peer.endpoint {
             Some(PeerEndpoint::Address(SocketAddr::V6(_))) => return Err(Unfit::Ipv6),
             Some(endpoint) => endpoint,
@@ -165,6 +206,11 @@ impl Imported {
             consumer: format!("{}@{endpoint}", peer.public_key),
             tunnel_address: format!("{address}/{prefix}"),
             tunnel_peer,
+            keepalive_seconds: peer.keepalive.filter(|seconds| *seconds <= MAX_KEEPALIVE),
+            preshared_key: peer
+                .preshared_key
+                .as_ref()
+                .map(|key| SecretText::from(key.base64().to_string())),
         })
     }
 }
@@ -192,12 +238,37 @@ fn tunnel_peer(peer: &ConfPeer, own: Ipv4Addr, prefix: u8) -> Option<Ipv4Addr> {
 }
 
 /// What of a file is not taken over.
-fn remarks(conf: &Conf) -> Vec<String> {
+fn remarks(conf: &Conf, imported: &Imported) -> Vec<String> {
     let mut remarks: Vec<String> = conf
         .ignored
         .iter()
         .map(|ignored| format!("line {}: {} is not used", ignored.line, ignored.key))
         .collect();
+    let mut not_used = |what: &str, why: &str| remarks.push(format!("{what} is not used: {why}"));
+    let interface = &conf.interface;
+    if interface.listen_port.is_some() {
+        not_used("ListenPort", "one that is free is taken");
+    }
+    if interface.mtu.is_some() {
+        not_used("MTU", "the tunnel's is 1420");
+    }
+    for (address, prefix) in &interface.addresses {
+        let address = format!("{address}/{prefix}");
+        if address != imported.tunnel_address {
+            let why = "a guest has one address in the tunnel, the first of IPv4";
+            not_used(&format!("Address {address}"), why);
+        }
+    }
+    if let [peer] = &conf.peers[..] {
+        match peer.keepalive {
+            None => not_used("PersistentKeepalive, which is off,", "25 s is"),
+            Some(seconds) if seconds > MAX_KEEPALIVE => {
+                let why = format!("25 s is, and {MAX_KEEPALIVE} s is the most");
+                not_used(&format!("PersistentKeepalive of {seconds} s"), &why);
+            }
+            Some(_) => {}
+        }
+    }
     if conf.interface.private_key.is_some() {
         remarks.push("PrivateKey is not used: the guest makes its own, and `omerta vm show` prints its public half for the consumer".to_owned());
     }
@@ -240,10 +311,8 @@ pub enum Unfit {
     /// Guests have no IPv6.
     #[error("its Endpoint is IPv6, which guests do not have: give an IPv4 one")]
     Ipv6,
-    /// The guest cannot be told it.
-    #[error(
-        "it has a PresharedKey, which guests cannot be given: have the consumer's peer without one"
-    )]
+    /// What is printed is seen.
+    #[error("it has a PresharedKey: give --write FILE, which nobody else can read")]
     PresharedKey,
     /// The guest's address is not known.
     #[error("[Interface] has no IPv4 Address: write the guest's own in the tunnel")]
@@ -264,6 +333,15 @@ pub enum PeerError {
     /// The file cannot be read.
     #[error("cannot read {}: give a .conf of wg or wg-quick, or -", file.display())]
     Read {
+        /// The file.
+        file: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The file cannot be made.
+    #[error("cannot write {}: give a name that is free", file.display())]
+    Write {
         /// The file.
         file: PathBuf,
         /// The kernel's answer.
@@ -301,7 +379,9 @@ impl PeerError {
             Self::Client(error) => error.exit(),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Exit::NotFound,
             Self::Conf { .. } | Self::Unfit { .. } => Exit::Usage,
-            Self::Read { .. } | Self::Encode(_) | Self::Output(_) => Exit::Failed,
+            Self::Read { .. } | Self::Write { .. } | Self::Encode(_) | Self::Output(_) => {
+                Exit::Failed
+            }
         }
     }
 }
@@ -327,6 +407,14 @@ mod tests {
         let named = format!("{endpoint}, 10.9.0.254/32");
         let found = imported("Address = 10.9.0.7/24", &named).unwrap();
         assert_eq!(found.tunnel_peer.to_string(), "10.9.0.254");
+        assert_eq!((found.keepalive_seconds, found.preshared_key), (None, None));
+        let kept = format!("{endpoint}\nPresharedKey = {KEY}\nPersistentKeepalive = 120");
+        let found = imported("Address = 10.9.0.7/24", &kept).unwrap();
+        assert_eq!(found.keepalive_seconds, NonZero::new(120));
+        assert_eq!(found.preshared_key, Some(KEY.to_owned().into()));
+        let rare = kept.replace("120", "121");
+        let found = imported("Address = 10.9.0.7/24", &rare).unwrap();
+        assert_eq!(found.keepalive_seconds, None);
         let by_name = "Endpoint = vpn.example.org:1";
         let found = imported("Address = 10.9.0.7/24", by_name).unwrap();
         assert_eq!(found.consumer, format!("{KEY}@vpn.example.org:1"));
@@ -339,11 +427,6 @@ mod tests {
         for (interface, peer, why) in [
             (address, "", Unfit::NoEndpoint),
             (address, "Endpoint = [2001:db8::1]:1", Unfit::Ipv6),
-            (
-                address,
-                &format!("{endpoint}\nPresharedKey = {KEY}"),
-                Unfit::PresharedKey,
-            ),
             ("Address = fd00::2/64", endpoint, Unfit::NoAddress),
             ("Address = 10.9.0.7/32", endpoint, Unfit::NoPeerAddress),
             ("Address = 10.9.0.1/24", endpoint, Unfit::NoPeerAddress),

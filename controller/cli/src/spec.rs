@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use omerta_api::RunRequest;
@@ -38,6 +39,12 @@ pub enum SpecError {
         /// What is wrong with it.
         why: String,
     },
+    /// Others may read the key in it.
+    #[error("{} has a preshared_key, and others than its owner may read it: chmod 600 it", .path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+    },
     /// It does not describe a guest.
     #[error("{}: {why}; see `omerta vm run --help`", .path.display())]
     Unfit {
@@ -54,7 +61,14 @@ pub enum SpecError {
 /// When the file cannot be read, is neither TOML nor JSON, or does not describe a guest: unknown
 /// fields are refused.
 pub fn read(path: &Path, flags: Map<String, Value>) -> Result<RunRequest, SpecError> {
-    parse(path, &text_of(path)?, flags)
+    let (text, is_private) = text_of(path)?;
+    let request = parse(path, &text, flags)?;
+    if request.preshared_key.is_some() && !is_private {
+        return Err(SpecError::Exposed {
+            path: path.to_owned(),
+        });
+    }
+    Ok(request)
 }
 
 /// The same, of a text that `path` holds.
@@ -67,15 +81,20 @@ pub fn parse(path: &Path, text: &str, flags: Map<String, Value>) -> Result<RunRe
     })
 }
 
-fn text_of(path: &Path) -> Result<String, SpecError> {
+/// And whether nobody but its owner may read it.
+fn text_of(path: &Path) -> Result<(String, bool), SpecError> {
     let mut text = String::new();
+    let mut is_private = true;
     let bounded = |from: &mut dyn Read| from.take(MAX_BYTES + 1).read_to_string(&mut text);
     let read = if path == Path::new("-") {
         let mut bounded = bounded;
         bounded(&mut io::stdin().lock())
     } else {
         let mut bounded = bounded;
-        File::open(path).and_then(|mut file| bounded(&mut file))
+        File::open(path).and_then(|mut file| {
+            is_private = file.metadata()?.mode() & 0o077 == 0;
+            bounded(&mut file)
+        })
     };
     let length = read.map_err(|source| SpecError::Unreadable {
         path: path.to_owned(),
@@ -86,7 +105,7 @@ fn text_of(path: &Path) -> Result<String, SpecError> {
             path: path.to_owned(),
         });
     }
-    Ok(text)
+    Ok((text, is_private))
 }
 
 /// JSON begins with a brace, which no TOML does.
@@ -99,7 +118,12 @@ fn fields_of(path: &Path, text: &str) -> Result<Map<String, Value>, SpecError> {
     if text.trim_start().starts_with('{') {
         serde_json::from_str(text).map_err(|error| malformed("JSON", error.to_string()))
     } else {
-        toml::from_str(text).map_err(|error| malformed("TOML", error.to_string()))
+        // Its own text quotes the line, which may hold a key.
+        toml::from_str(text).map_err(|error| {
+            let before = text.get(..error.span().map_or(0, |span| span.start));
+            let line = before.unwrap_or_default().matches('\n').count() + 1;
+            malformed("TOML", format!("line {line}: {}", error.message()))
+        })
     }
 }
 
@@ -150,7 +174,7 @@ mod tests {
                 "name = 'a'\nimage = 'i'\nconsumer = 'k'\ncpus = 300\n",
                 "300",
             ),
-            ("name = 'a", "not TOML"),
+            ("name = 'a", "not TOML: line 1"),
             ("{\"name\": ", "not JSON"),
             (long.as_str(), "longer than 64 KiB"),
         ] {

@@ -4,7 +4,6 @@
 //! namespace and never leaves it, so that everything which is made for the guest from then on, tap and guard, is made there.
 //! The tunnel, its key and its namespace end with omertad, and so does the guest.
 
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -34,11 +33,10 @@ const EAGER: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_secs(1);
 /// How often is looked where the consumer is, and what the device says else.
 const LOOK: Duration = Duration::from_secs(2);
-/// So that the consumer's side of a path with address translation stays open, and a tunnel that is up brings something.
-const KEEPALIVE: NonZero<u16> = NonZero::new(25).unwrap();
 /// The users of drivers in userspace: those after what guests' QEMUs run as by default.
-const FIRST_USER: u32 = 1_900_065_536;
+pub(crate) const FIRST_USER: u32 = 1_900_065_536;
 const USERS: u32 = 65_536;
+pub(crate) const LAST_USER: u32 = FIRST_USER + USERS - 1;
 
 /// One guest's tunnel, for its task and for whoever tells of it.
 #[derive(Clone, Debug)]
@@ -56,10 +54,11 @@ impl Tunnel {
             interface: format!("omw{}", slot.0),
             peer: Peer {
                 public_key: spec.consumer.public_key,
-                preshared_key: None,
+                preshared_key: spec.preshared_key.clone(),
                 endpoint: Some(spec.consumer.endpoint.into()),
                 allowed_ips: [AllowedIp::host(spec.tunnel.peer.into())].into(),
-                keepalive: Some(KEEPALIVE),
+                // It keeps the consumer's side of a path with address translation open, too.
+                keepalive: Some(spec.keepalive),
             },
             peer_address: spec.tunnel.peer,
             directory: directory_of(&spec.run_dir),

@@ -12,6 +12,7 @@ use omerta_api::{ApiError, ErrorKind, RunRequest};
 use omerta_dataplane::{DirectionLimits, OwnerParseError};
 use omerta_engine::OnViolation;
 use omerta_images::qcow2::Layer;
+use omerta_tunnel::Secret;
 use omerta_verdict::{Endpoint, Mode};
 use omerta_vm_launcher::{
     AgentTiming, Consumer, GuestName, Image, Jail, LayerSpec, PathError, Spec, SshPublicKey, Tunnel,
@@ -24,8 +25,8 @@ use crate::host_memory::HostMemory;
 use crate::names::PeerName;
 use crate::order_words::{
     HOST, checked_labels, checked_ssh_key, checked_timeout, consumer_text, direction_limits,
-    guest_limits, is_host_tunnel, parse_consumer, parse_name, parse_reach, parse_tunnel,
-    reach_text,
+    guest_limits, is_host_tunnel, parse_consumer, parse_keepalive, parse_name, parse_preshared_key,
+    parse_reach, parse_tunnel, reach_text,
 };
 use crate::pool::Addresses;
 use crate::room::Share;
@@ -52,6 +53,9 @@ pub(crate) struct Order {
     disk_mib: Option<u32>,
     consumer: Consumer,
     tunnel: Tunnel,
+    /// In no row of the store: who takes over the guest has no use for it.
+    preshared_key: Option<Secret>,
+    keepalive: NonZero<u16>,
     /// What it reaches in a tunnel that omertad keeps; empty for a tunnel of its own.
     reach: Vec<Endpoint>,
     mode: Mode,
@@ -131,6 +135,8 @@ impl Order {
             consumer: consumer_text(&self.consumer),
             tunnel_address: Some(format!("{}/{}", self.tunnel.address, self.tunnel.prefix)),
             tunnel_peer: Some(self.tunnel.peer),
+            preshared_key: None,
+            keepalive_seconds: Some(self.keepalive.get()),
             tunnel: self.has_host_tunnel().then(|| HOST.to_owned()),
             reach: self.reach.iter().map(reach_text).collect(),
             cpus: Some(self.cpus),
@@ -176,6 +182,8 @@ impl Order {
             image: Image::of_a_running_guest(),
             consumer,
             tunnel,
+            preshared_key: parse_preshared_key(request.preshared_key.as_ref())?,
+            keepalive: parse_keepalive(request.keepalive_seconds)?,
             reach,
             mode,
             limits: direction_limits(request.limits.unwrap_or(settings.limits)),
@@ -265,6 +273,8 @@ impl Order {
             tap,
             consumer: self.consumer,
             tunnel: self.tunnel,
+            preshared_key: self.preshared_key.clone(),
+            keepalive: self.keepalive,
             reach: self.reach.clone(),
             mode: self.mode,
             limits: self.limits,
@@ -369,6 +379,8 @@ pub(crate) mod tests {
             consumer: format!("{KEY}@192.0.2.10:51820"),
             tunnel_address: None,
             tunnel_peer: None,
+            preshared_key: None,
+            keepalive_seconds: None,
             tunnel: None,
             reach: Vec::new(),
             cpus: None,
@@ -438,7 +450,12 @@ pub(crate) mod tests {
             Order::check(changed, &settings).unwrap_err()
         };
         type Change = dyn Fn(&mut RunRequest);
-        let cases: [(&Change, &str); 11] = [
+        let cases: [(&Change, &str); 13] = [
+            (&|r| r.keepalive_seconds = Some(0), "keepalive_seconds is 0"),
+            (
+                &|r| r.preshared_key = Some(KEY[1..].to_owned().into()),
+                "preshared_key is no key",
+            ),
             (&|r| r.disk_mib = Some(1), "the image has no disk"),
             (
                 &|r| r.ssh_key = Some("ssh-dss x".into()),

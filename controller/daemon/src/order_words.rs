@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::num::NonZero;
 
-use omerta_api::{ApiError, GuestLimits, RunRequest};
+use omerta_api::{ApiError, GuestLimits, RunRequest, SecretText};
 use omerta_dataplane::{DirectionLimits, Limits};
+use omerta_tunnel::Secret;
 use omerta_verdict::{Endpoint, Protocol};
 use omerta_vm_launcher::{Consumer, GuestName, Spec, SshPublicKey, Tunnel, WgPublicKey};
 
@@ -128,6 +129,27 @@ pub(crate) fn parse_tunnel(
         address,
         prefix,
         peer: peer.unwrap_or(DEFAULT_PEER),
+    })
+}
+
+/// A refusal says nothing of the text.
+pub(crate) fn parse_preshared_key(text: Option<&SecretText>) -> Result<Option<Secret>, ApiError> {
+    let parsed = text.map(|text| text.expose().parse()).transpose();
+    parsed.map_err(|_| {
+        usage("preshared_key is no key: write 44 characters, as `wg genpsk` prints them".into())
+    })
+}
+
+/// The most is the launcher's to say.
+pub(crate) fn parse_keepalive(seconds: Option<u16>) -> Result<NonZero<u16>, ApiError> {
+    let Some(seconds) = seconds else {
+        return Ok(Spec::KEEPALIVE);
+    };
+    NonZero::new(seconds).ok_or_else(|| {
+        let max = Spec::MAX_KEEPALIVE;
+        usage(format!(
+            "keepalive_seconds is 0: give 1 to {max}, by which a tunnel that is up is told from one that is dead"
+        ))
     })
 }
 

@@ -7,6 +7,8 @@
     reason = "helpers of tests"
 )]
 
+use std::process::Command;
+
 use omerta_tunnel::{Conf, Ignored, PeerEndpoint, Problem};
 use proptest::prelude::*;
 
@@ -133,6 +135,31 @@ fn neither_errors_nor_debug_text_tell_a_secret() {
     ));
     let text = format!("{conf:?}");
     assert!(!text.contains(KEY_A) && !text.contains(KEY_C), "{text}");
+}
+
+/// `wg-quick` takes away what is its own; what it leaves is what is used.
+#[test]
+fn what_wg_quick_leaves_of_a_file_says_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("omtest0.conf");
+    let text = format!(
+        "[Interface]\nPrivateKey = {KEY_A}\nAddress = 10.66.0.2/24\nDNS = 10.66.0.1\nMTU = 1380\nListenPort = 7\nTable = off\n\
+         PostUp = true\nSaveConfig = false\n[Peer]\nPublicKey = {KEY_B}\nPresharedKey = {KEY_C}\nAllowedIPs = 10.66.0.0/24, ::/0\n\
+         Endpoint = [2001:db8::1]:51820\nPersistentKeepalive = 15\n"
+    );
+    std::fs::write(&file, &text).unwrap();
+    let stripped = Command::new("wg-quick")
+        .arg("strip")
+        .arg(&file)
+        .output()
+        .expect("wireguard-tools");
+    assert!(stripped.status.success(), "{stripped:?}");
+    let (whole, stripped) = (parse(&text), Conf::parse(&stripped.stdout).unwrap());
+    assert_eq!(stripped.peers, whole.peers);
+    assert_eq!(stripped.interface.private_key, whole.interface.private_key);
+    assert_eq!(stripped.interface.listen_port, whole.interface.listen_port);
+    assert_eq!(stripped.ignored, []);
+    assert_eq!(whole.ignored.len(), 4);
 }
 
 proptest! {

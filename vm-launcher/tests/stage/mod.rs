@@ -151,6 +151,8 @@ pub fn spec(image: Image, run_dir: PathBuf) -> Spec {
             prefix: 24,
             peer: "10.66.0.1".parse().unwrap(),
         },
+        preshared_key: None,
+        keepalive: Spec::KEEPALIVE,
         reach: Vec::new(),
         mode: Mode::Filtered,
         limits: DirectionLimits::default(),

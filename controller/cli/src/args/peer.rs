@@ -37,10 +37,14 @@ pub enum PeerCommand {
     ///
     /// Needs no omertad. The file is the one that a client of the consumer's WireGuard would use. Keys that are none of
     /// WireGuard's are refused with their line. Commands in it are never run, and no key of it but the consumer's public one
-    /// is printed.
+    /// is printed: a preshared key is written with `--write` alone.
     Import {
         /// The file (`-`: standard input)
         file: PathBuf,
+
+        /// Make a file of it that nobody else can read, in place of printing it
+        #[arg(long, short, value_name = "FILE")]
+        write: Option<PathBuf>,
 
         #[command(flatten)]
         shown: Shown,

@@ -1,5 +1,8 @@
 //! `omerta peer`: consumers that move, and their .conf files.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+
 use serde_json::{Value, json};
 
 use crate::omertad::{Omertad, guest};
@@ -78,7 +81,58 @@ fn a_conf_becomes_a_spec_without_its_private_key_and_its_commands() {
     );
     assert!(ran.stderr.contains("line 4: PostUp is not used"), "{ran:?}");
     assert!(!format!("{ran:?}").contains(PRIVATE), "{ran:?}");
+    assert!(
+        ran.stderr
+            .contains("PersistentKeepalive, which is off, is not used"),
+        "{ran:?}"
+    );
     let typo = conf.replace("PostUp", "PostUpp");
     fed(command("peer import -"), typo.as_bytes()).failed(2, &["line 4", "`PostUpp`"]);
     omerta("peer import /nonexistent.conf").failed(3, &["/nonexistent.conf"]);
+}
+
+#[test]
+fn a_preshared_key_goes_into_a_file_that_nobody_else_reads_and_nowhere_else() {
+    const PRESHARED: &str = "Q0NDQ0NDQ0NDQ0NDQ0NDQ0NDQ0NDQ0NDQ0NDQ0NDQ0M=";
+    let conf = format!(
+        "[Interface]\nAddress = 10.9.0.7/24, fd00::7/64\nMTU = 1380\nListenPort = 7\n[Peer]\nPublicKey = {KEY}\nPresharedKey = {PRESHARED}\nEndpoint = 192.0.2.10:51820\nPersistentKeepalive = 15\n"
+    );
+    let printed = fed(command("peer import -"), conf.as_bytes()).failed(2, &["--write"]);
+    assert!(!format!("{printed:?}").contains(PRESHARED), "{printed:?}");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("consumer.toml");
+    let import = format!("peer import - --write {}", file.display());
+    let ran = fed(command(&import), conf.as_bytes());
+    assert_eq!((ran.code, ran.stdout.as_str()), (0, ""), "{ran:?}");
+    assert!(!ran.stderr.contains(PRESHARED), "{ran:?}");
+    for not_used in [
+        "MTU is not used",
+        "ListenPort is not used",
+        "Address fd00::7/64 is not used",
+    ] {
+        assert!(ran.stderr.contains(not_used), "{not_used}: {ran:?}");
+    }
+    assert_eq!(
+        std::fs::metadata(&file).unwrap().permissions().mode() & 0o7777,
+        0o600
+    );
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains(PRESHARED) && text.contains("keepalive_seconds = 15"));
+    // In nobody's place.
+    fed(command(&import), conf.as_bytes()).failed(1, &["consumer.toml"]);
+    // It is what a guest is run by, while nobody else may read it.
+    let omertad = Omertad::always(201, guest("alpha", "running"));
+    let run = format!("vm run --name alpha --image i --spec {}", file.display());
+    omertad.omerta(&run).done();
+    let body: Value = serde_json::from_str(&omertad.asked()[0].body).unwrap();
+    assert_eq!(body["preshared_key"], PRESHARED);
+    assert_eq!(body["keepalive_seconds"], 15);
+    std::fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
+    let refused = omertad.omerta(&run).failed(2, &["chmod 600"]);
+    assert!(!refused.stderr.contains(PRESHARED), "{refused:?}");
+    // A file that is no TOML is not quoted.
+    let broken = text.replace(&format!("\"{PRESHARED}\""), &format!("\"{PRESHARED}"));
+    std::fs::write(&file, broken).unwrap();
+    let refused = omertad.omerta(&run).failed(2, &["not TOML: line"]);
+    assert!(!refused.stderr.contains(PRESHARED), "{refused:?}");
 }

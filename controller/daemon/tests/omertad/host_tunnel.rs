@@ -1,5 +1,8 @@
 //! Guests whose tunnels omertad keeps, and their consumers: WireGuard in namespaces of their own.
 
+mod hostile;
+mod secrets;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::num::NonZero;
@@ -25,6 +28,8 @@ struct Consumer {
     namespace: Namespace,
     number: u8,
     key: Secret,
+    /// What it has for its guest, and the guest is to have.
+    preshared_key: Option<Secret>,
     _directory: TempDir,
 }
 
@@ -77,12 +82,18 @@ impl Consumer {
             namespace,
             number,
             key,
+            preshared_key: None,
             _directory: directory,
         }
     }
 
     fn request(&self, name: &str, image: &str) -> Value {
+        let preshared_key = self
+            .preshared_key
+            .as_ref()
+            .map(|key| key.base64().to_string());
         json!({
+            "preshared_key": preshared_key,
             "name": name,
             "image": image,
             "memory_mib": if image == "bare" { 64 } else { 128 },
@@ -96,7 +107,7 @@ impl Consumer {
         let mut wanted = Peers::new();
         let peer = Peer {
             public_key,
-            preshared_key: None,
+            preshared_key: self.preshared_key.clone(),
             endpoint: None,
             allowed_ips: [AllowedIp::host(IpAddr::V4(GUEST))].into(),
             keepalive: None,
@@ -161,8 +172,8 @@ fn start(config: &str) -> Daemon {
     daemon
 }
 
-/// What is there that a host's tunnel needs: processes and namespaces by what they are called by.
-fn remains(directory: &Path) -> Vec<String> {
+/// The processes that drive tunnels of the omertad of this directory, each with its command line.
+fn drivers(directory: &Path) -> Vec<(u32, String)> {
     let mut found = Vec::new();
     for process in std::fs::read_dir("/proc").unwrap() {
         let path = process.unwrap().path();
@@ -179,9 +190,17 @@ fn remains(directory: &Path) -> Vec<String> {
             && mounts.contains(&ours)
             && mounts.contains(".tunnel")
         {
-            found.push(command);
+            let pid = path.file_name().unwrap().to_str().unwrap();
+            found.push((pid.parse().unwrap(), command));
         }
     }
+    found
+}
+
+/// What is there that a host's tunnel needs: processes and sockets by what they are called by.
+fn remains(directory: &Path) -> Vec<String> {
+    let drivers = drivers(directory).into_iter();
+    let mut found: Vec<_> = drivers.map(|(_, command)| command).collect();
     let run = directory.join("run");
     for entry in std::fs::read_dir(run).into_iter().flatten() {
         let name = entry.unwrap().file_name().to_string_lossy().into_owned();
@@ -448,6 +467,7 @@ fn guests_of_both_tunnels_fetch_their_own_consumers_page_at_once_and_reach_nothi
         std::fs::copy(image.join(file), own.join(file)).unwrap();
     }
     let (mut first, mut second) = (Consumer::of(&daemon, 1), Consumer::of(&daemon, 2));
+    second.preshared_key = Some(Secret::generate().unwrap());
     let by_host = {
         let mut request = first.request("alpha", "debian");
         request["console_shell"] = true.into();
@@ -456,9 +476,9 @@ fn guests_of_both_tunnels_fetch_their_own_consumers_page_at_once_and_reach_nothi
     };
     let by_guest = {
         let mut request = second.request("beta", "debian");
-        let fields = request.as_object_mut().unwrap();
-        fields.remove("tunnel");
-        fields.remove("reach");
+        request.as_object_mut().unwrap().remove("tunnel");
+        request.as_object_mut().unwrap().remove("reach");
+        request["keepalive_seconds"] = 7.into();
         request["console_shell"] = true.into();
         request
     };
@@ -491,11 +511,11 @@ fn guests_of_both_tunnels_fetch_their_own_consumers_page_at_once_and_reach_nothi
         assert!(!log_of(&daemon, name).contains(other), "{name}");
     }
     // By the device's word, and by the guest's.
-    for (name, witness, number) in [("alpha", "host", 1), ("beta", "guest", 2)] {
+    for (name, witness, number, keepalive) in [("alpha", "host", 1, 25), ("beta", "guest", 2, 7)] {
         let tunnel = said_of(&daemon, name, witness);
         let endpoint = format!("198.51.100.{number}:51820");
         assert_eq!(tunnel["endpoint"], endpoint, "{tunnel}");
-        assert_eq!(tunnel["keepalive_seconds"], 25, "{tunnel}");
+        assert_eq!(tunnel["keepalive_seconds"], keepalive, "{tunnel}");
         assert!(
             tunnel["handshake_seconds"].as_u64().unwrap() < 180,
             "{tunnel}"
