@@ -13,11 +13,12 @@ use omerta_incidents::Bounds;
 use omerta_tunnel::Silence;
 use omerta_verdict::{Direction, Reason};
 use omerta_vm_launcher::{
-    Accel, AgentTiming, Jail, MachineType, MachineTypeError, PartError, UidRangeError,
+    Accel, AgentTiming, Jail, MachineType, MachineTypeError, PartError, UidRange, UidRangeError,
 };
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::host_tunnel::{FIRST_USER, LAST_USER};
 use crate::images::Images;
 use crate::names::NameSettings;
 use crate::pool::{GuestPool, PoolError};
@@ -249,6 +250,11 @@ pub(crate) enum ConfigError {
     Machine(#[from] MachineTypeError),
     #[error("[jail] uids")]
     Uids(#[from] UidRangeError),
+    #[error(
+        "[jail] uids: `{0}` has users of the tunnels that the host keeps, {first} to {last}: give others",
+        first = FIRST_USER, last = LAST_USER
+    )]
+    TunnelUids(UidRange),
     #[error("[jail] without")]
     Without(#[from] PartError),
     #[error("[jail] paths: {} is not absolute, or leads through `..`", .0.display())]
@@ -536,7 +542,10 @@ impl JailConfig {
         if let Some(path) = self.paths.iter().find(|path| !is_plain(path)) {
             return Err(ConfigError::JailPath(path.clone()));
         }
-        let uids = self.uids.as_deref().map(str::parse).transpose()?;
+        let uids: Option<UidRange> = self.uids.as_deref().map(str::parse).transpose()?;
+        if let Some(uids) = uids.filter(|uids| uids.overlaps(FIRST_USER, LAST_USER)) {
+            return Err(ConfigError::TunnelUids(uids));
+        }
         let without: Result<_, PartError> = self.without.iter().map(|word| word.parse()).collect();
         Ok(Jail {
             uids: uids.unwrap_or_default(),
@@ -635,6 +644,10 @@ mod tests {
             ),
             ("[incidents]\nkeep_mib = 0", "keep_mib is 0"),
             ("[jail]\nuids = \"0-9\"", "[jail] uids: `0-9`"),
+            (
+                "[jail]\nuids = \"1900131071-1900131072\"",
+                "users of the tunnels",
+            ),
             ("[jail]\nwithout = [\"walls\"]", "without: `walls`"),
             ("[jail]\npaths = [\"opt\"]", "[jail] paths: opt"),
             (

@@ -1,13 +1,15 @@
 //! Devices that wireguard-go drives: for kernels without WireGuard.
 //!
 //! It runs as a user of its own, with the right to configure the network of the namespace that it is started in and no
-//! other right, and is configured by a socket in a directory that root and that user alone may enter. It opens the tunnel's
-//! UDP socket where it runs; the interface may be moved elsewhere.
+//! other right. It is given the socket that it is configured by, open, so it opens no file but `/dev/net/tun`, and no directory
+//! is its own; root alone may speak to it. It opens the tunnel's UDP socket where it runs; the interface may be
+//! moved elsewhere.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, chown};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,12 +27,16 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// The longest answer: of some 100,000 peers.
 const MOST: u64 = 64 << 20;
 
-/// Makes the two places that wireguard-go expects, in a mount namespace of its own, then becomes it. Its arguments are a
-/// directory for the socket, the user, the interface, and what the end of the thread that began it means.
-const START: &str = "mkdir -p /var/run/wireguard && mount --bind \"$1\" /var/run/wireguard &&
-    mount -t tmpfs -o mode=755,size=64k none /dev/net && mknod -m 666 /dev/net/tun c 10 200 &&
+/// Becomes wireguard-go, which gets its socket (standard output) as descriptor 3. It watches the socket's name in the one place
+/// that it knows, so a mount namespace of its own has it there, in a /var/run of its own: the host's may be read-only. Where
+/// the host's `/dev/net/tun` is not everybody's, there is one that is. Its arguments are the socket's directory, the user, the
+/// interface, what the end of the thread that began it means, and `own` for such a `/dev/net/tun`.
+const START: &str = "cd \"$1\" && mount -t tmpfs -o mode=755,size=64k none /var/run && mkdir -m 755 /var/run/wireguard &&
+    mount --no-canonicalize --bind . /var/run/wireguard && cd / &&
+    { [ -z \"$5\" ] || { mount -t tmpfs -o mode=755,size=64k none /dev/net && mknod -m 666 /dev/net/tun c 10 200; }; } &&
     exec setpriv --reuid=\"$2\" --regid=\"$2\" --clear-groups --inh-caps=-all,+net_admin \\
-        --ambient-caps=-all,+net_admin --bounding-set=-all,+net_admin --no-new-privs --pdeathsig=\"$4\" wireguard-go -f \"$3\"";
+        --ambient-caps=-all,+net_admin --bounding-set=-all,+net_admin --no-new-privs --pdeathsig=\"$4\" wireguard-go -f \"$3\" \\
+        3<&1 >/dev/null";
 
 /// A device that wireguard-go drives.
 #[derive(Debug)]
@@ -72,9 +78,9 @@ impl Userspace {
             .mode(0o700)
             .create(directory)
             .map_err(at("create"))?;
-        let started = chown(directory, Some(user), Some(user))
-            .map_err(at("give away"))
-            .and_then(|()| start(interface, directory, user, ends_with_thread));
+        let started = listen(directory, interface)
+            .map_err(at("listen in"))
+            .and_then(|socket| start(interface, directory, socket, user, ends_with_thread));
         let driver = match started {
             Ok(driver) => driver,
             Err(error) => {
@@ -106,7 +112,8 @@ impl Userspace {
     fn await_socket(&mut self) -> Result<(), DeviceError> {
         let end = Instant::now() + PATIENCE;
         loop {
-            if self.connect().is_ok() {
+            // The socket is there before whoever answers.
+            if self.status().is_ok() {
                 return Ok(());
             }
             let why = match self.driver.try_wait() {
@@ -197,9 +204,25 @@ impl Userspace {
     }
 }
 
+/// Whether everybody may make an interface, who has the right to: so udev has it.
+fn tun_is_everybodys() -> bool {
+    fs::metadata("/dev/net/tun").is_ok_and(|node| node.permissions().mode() & 0o006 == 0o006)
+}
+
+/// Makes the socket, to which root alone may write. The driver must be able to find it by name, and to read its inode: it
+/// ends when the name is removed. What is above the directory keeps everybody else out.
+fn listen(directory: &Path, interface: &str) -> io::Result<OwnedFd> {
+    let path = directory.join(format!("{interface}.sock"));
+    let socket = UnixListener::bind(&path)?;
+    fs::set_permissions(&path, Permissions::from_mode(0o644))?;
+    fs::set_permissions(directory, Permissions::from_mode(0o711))?;
+    Ok(socket.into())
+}
+
 fn start(
     interface: &str,
     directory: &Path,
+    socket: OwnedFd,
     user: u32,
     ends_with_thread: bool,
 ) -> Result<Child, DeviceError> {
@@ -217,11 +240,14 @@ fn start(
         .arg(user.to_string())
         .arg(interface)
         .arg(if ends_with_thread { "kill" } else { "keep" })
+        .arg(if tun_is_everybodys() { "" } else { "own" })
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .env("LOG_LEVEL", "error")
+        .env("WG_UAPI_FD", "3")
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        // No other program that is started meanwhile gets it.
+        .stdout(socket)
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|source| DeviceError::Program {

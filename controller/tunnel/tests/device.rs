@@ -11,14 +11,17 @@
 mod stage;
 
 use std::collections::BTreeSet;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::num::NonZero;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use omerta_test_support::Namespace;
-use omerta_tunnel::{Kernel, Peer, Peers, PublicKey, Secret, Setup, Status, Userspace};
+use omerta_tunnel::{
+    Conf, Device, Kernel, Peer, PeerEndpoint, Peers, PublicKey, Secret, Setup, Status, Userspace,
+};
 use stage::{Make, Pair, USER, key, public_of, stranger};
 
 macro_rules! for_every_back_end {
@@ -369,6 +372,106 @@ fn the_userspace_program_has_one_right_and_no_files_and_ends_with_its_device() {
     assert_eq!(field("NoNewPrivs:"), "1");
     drop(device);
     assert!(!std::path::Path::new(&status).exists());
+}
+
+/// A configuration that `wg` sets and shows is one that is read here, and the other way round.
+#[test]
+fn wg_and_this_crate_set_up_a_device_alike() {
+    let namespace = Namespace::new("wgdev").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut device = namespace
+        .enter(|| Userspace::make("omtest0", directory.path()))
+        .unwrap()
+        .unwrap();
+    // It looks for devices in one place alone.
+    let wg = |arguments: &str, input: &str| {
+        let script = format!(
+            "mkdir -p /var/run/wireguard && mount --bind {} /var/run/wireguard && exec wg {arguments}",
+            directory.path().join("omtest0").display()
+        );
+        let mut child = namespace
+            .command("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(input.as_bytes()).unwrap();
+        drop(stdin);
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        output.stdout
+    };
+    let conf = format!(
+        "[Interface]\nPrivateKey = {}\nListenPort = 51820\n[Peer]\nPublicKey = {}\nPresharedKey = {}\n\
+         AllowedIPs = 10.9.0.1/32, fd00::/64\nEndpoint = [2001:db8::1]:9\nPersistentKeepalive = 15\n[Peer]\nPublicKey = {}\n\
+         AllowedIPs = 10.9.0.2/32\nEndpoint = 192.0.2.7:7\n",
+        *key(1).base64(),
+        public_of(&key(2)),
+        *Secret::from([9; 32]).base64(),
+        public_of(&key(3)),
+    );
+    wg("setconf omtest0 /dev/stdin", &conf);
+    let told = device.status().unwrap();
+    assert_eq!(told.listen_port, 51820);
+    let told = had(told);
+    let shown = Conf::parse(&wg("showconf omtest0", "")).unwrap();
+    for read in [Conf::parse(conf.as_bytes()).unwrap(), shown] {
+        assert_eq!(read.interface.private_key, Some(key(1)));
+        let read = read.peers.into_iter().map(|peer| Peer {
+            public_key: peer.public_key,
+            preshared_key: peer.preshared_key,
+            endpoint: match peer.endpoint {
+                Some(PeerEndpoint::Address(address)) => Some(address),
+                other => panic!("{other:?}"),
+            },
+            allowed_ips: peer.allowed_ips,
+            keepalive: peer.keepalive,
+        });
+        assert_eq!(peers(read), told);
+    }
+}
+
+/// What the unit leaves omertad is enough, where `/dev/net/tun` is as udev makes it.
+#[test]
+fn the_userspace_program_starts_with_the_capabilities_of_the_unit_alone() {
+    const AS_THE_UNIT: &str = "OMERTA_TEST_AS_THE_UNIT";
+    if std::env::var_os(AS_THE_UNIT).is_some() {
+        let namespace = Namespace::new("wgdev").unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut device = namespace
+            .enter(|| Userspace::make("omtest0", directory.path()))
+            .unwrap()
+            .unwrap();
+        assert_eq!(device.status().unwrap().peers, []);
+        return;
+    }
+    let unit = include_str!("../../../deploy/systemd/omertad.service");
+    let allowed = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .unwrap();
+    let allowed: String = allowed
+        .split(' ')
+        .map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase()))
+        .collect();
+    const AS_UDEV_HAS_IT: &str = "mount -t tmpfs -o mode=755 none /dev/net &&
+        mknod -m 666 /dev/net/tun c 10 200 && exec setpriv \"$@\"";
+    let output = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c"])
+        .args([AS_UDEV_HAS_IT, "sh"])
+        .arg(format!("--bounding-set=-all{allowed}"))
+        .arg("--no-new-privs")
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture"])
+        .arg("the_userspace_program_starts_with_the_capabilities_of_the_unit_alone")
+        .env(AS_THE_UNIT, "1")
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(told.contains("1 passed"), "{told}");
 }
 
 #[test]

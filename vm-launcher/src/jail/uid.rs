@@ -43,6 +43,11 @@ impl UidRange {
     const LEAST: u32 = 65_536;
     /// Above, programs take them for negative.
     const MOST: u32 = i32::MAX as u32;
+
+    /// Whether one of them is from `first` to `last`.
+    pub const fn overlaps(&self, first: u32, last: u32) -> bool {
+        self.first <= last && first <= self.last
+    }
 }
 
 impl Default for UidRange {
