@@ -66,8 +66,9 @@ use crate::incidents::Incidents;
 use crate::instance::Instance;
 use crate::journal::Journal;
 use crate::log::Log;
+use crate::pool::Slot;
 use crate::pool_claim::PoolClaim;
-use crate::store::Store;
+use crate::store::{Contents, Store};
 use crate::sweep::OWNER;
 
 /// How long open connections have to finish once the guests are gone.
@@ -127,7 +128,7 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
     preflight::check()?;
     preflight::raise_descriptor_limit()?;
     let instance = Instance::claim(&settings.socket, &settings.run_dir)?;
-    let _pool = PoolClaim::take(settings.guest_pool)?;
+    let pool = PoolClaim::take(settings.guest_pool)?;
     let threads = std::thread::available_parallelism()
         .map_or(1, usize::from)
         .max(MIN_THREADS);
@@ -138,7 +139,7 @@ fn start(arguments: Arguments) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let outcome = runtime.block_on(serve(&settings, &instance));
+    let outcome = runtime.block_on(serve(&settings, &instance, &pool));
     if matches!(outcome, Ok(Outcome::GuestsLeft)) {
         // As if killed, which loses nothing: what is dropped would undo itself.
         std::mem::forget(runtime);
@@ -157,7 +158,11 @@ enum Outcome {
     GuestsLeft,
 }
 
-async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outcome> {
+async fn serve(
+    settings: &Settings,
+    instance: &Instance,
+    pool: &PoolClaim,
+) -> anyhow::Result<Outcome> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
     let metrics_listener = match settings.metrics {
@@ -165,6 +170,7 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
         None => None,
     };
     let (store, contents) = Store::open(&settings.state_dir)?;
+    hold_addresses(pool, &contents)?;
     let incidents = Incidents::open(&settings.state_dir, settings.incidents)?;
     let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
     let journal = Arc::new(Journal::new());
@@ -247,6 +253,19 @@ async fn serve(settings: &Settings, instance: &Instance) -> anyhow::Result<Outco
     }
     tracing::info!("every guest has ended");
     Ok(Outcome::GuestsEnded)
+}
+
+/// Claims the addresses of guests of an omertad before, which may be of another pool than the one that is configured.
+fn hold_addresses(pool: &PoolClaim, contents: &Contents) -> anyhow::Result<()> {
+    let whole = contents.guests.iter().map(|kept| kept.grant.slot);
+    let broken = contents.broken.iter().filter_map(|broken| broken.slot);
+    for slot in whole.chain(broken).map(Slot) {
+        if !pool.hold(slot)? {
+            let address = slot.addresses().guest;
+            tracing::error!(%address, "another omertad has given out a guest's address that one of the store has: end one of the two");
+        }
+    }
+    Ok(())
 }
 
 /// Where metrics are served, for the log: a configured port 0 has become another.

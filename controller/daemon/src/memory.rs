@@ -44,3 +44,47 @@ fn trim() {
     // SAFETY: malloc_trim(3) takes a number, and may be called by any thread at any time.
     unsafe { nix::libc::malloc_trim(0) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    const BLOCKS: usize = 100_000;
+    /// A good part of what the blocks take: other tests allocate meanwhile.
+    const MUCH: u64 = 60 << 20;
+
+    fn resident() -> u64 {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+        pages * 4096
+    }
+
+    #[tokio::test]
+    async fn what_is_free_is_given_back_when_guests_have_stopped_to_come_and_go() {
+        let (events, receiver) = tokio::sync::watch::channel(0);
+        tokio::spawn(give_back(receiver));
+        let mut blocks: Vec<_> = (0..BLOCKS).map(|_| Box::new([1_u8; 1000])).collect();
+        let full = resident();
+        // The end of the heap is in use: nothing shrinks by itself.
+        let last = blocks.pop();
+        drop(blocks);
+        let began = Instant::now();
+        while began.elapsed() < QUIET + Duration::from_secs(1) {
+            events.send_modify(|number| *number += 1);
+            assert!(
+                resident() > full - MUCH,
+                "glibc keeps it, and guests come and go"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        while resident() > full - MUCH {
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "nothing is given back"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        drop(last);
+    }
+}

@@ -12,7 +12,7 @@ use nix::unistd::geteuid;
 use thiserror::Error;
 
 use crate::made_directories::MadeDirectories;
-use crate::pool::GuestPool;
+use crate::pool::{GuestPool, Slot};
 
 /// Where every omertad has its claims, whatever its own directories are. The unit may write there
 /// (`StateDirectory`), and it outlives the unit, unlike what is below /run.
@@ -48,6 +48,8 @@ pub(crate) enum PoolClaimError {
 pub(crate) struct PoolClaim {
     file: File,
     path: PathBuf,
+    /// Of the namespace.
+    inode: u64,
     /// Dropped after the file is removed.
     #[expect(dead_code, reason = "made is held")]
     directories: MadeDirectories,
@@ -65,7 +67,7 @@ impl PoolClaim {
         let inode = namespace.metadata().map_err(failed("read", namespace))?;
         let inode = inode.ino();
         let path = directory.join(FILE);
-        let range = Self::range(inode, pool);
+        let range = Self::range(inode, pool.base(), pool.capacity() * 4);
         loop {
             let directories =
                 MadeDirectories::make(directory).map_err(failed("create", directory))?;
@@ -81,6 +83,7 @@ impl PoolClaim {
                     return Ok(Self {
                         file,
                         path,
+                        inode,
                         directories,
                     });
                 }
@@ -90,15 +93,21 @@ impl PoolClaim {
         }
     }
 
-    /// The pool's range of bytes, 2³² of them to a namespace (inodes of namespaces have 32 bits,
-    /// offsets 63).
-    fn range(inode: u64, pool: GuestPool) -> libc::flock {
-        let start = (inode & 0x7fff_ffff) << 32 | u64::from(pool.base());
+    /// Claims the addresses of a guest that was there before, of whatever pool they are; `false` where another process has
+    /// claimed them.
+    pub(crate) fn hold(&self, slot: Slot) -> Result<bool, PoolClaimError> {
+        let range = Self::range(self.inode, slot.0.wrapping_mul(4), 4);
+        lock(&self.file, &range).map_err(failed("lock", &self.path))
+    }
+
+    /// The range of bytes of so many addresses, of 2³² to a namespace (inodes of namespaces have 32 bits, offsets 63).
+    fn range(inode: u64, first: u32, addresses: usize) -> libc::flock {
+        let start = (inode & 0x7fff_ffff) << 32 | u64::from(first);
         libc::flock {
             l_type: libc::F_WRLCK as libc::c_short,
             l_whence: libc::SEEK_SET as libc::c_short,
             l_start: start as libc::off_t,
-            l_len: (pool.capacity() * 4) as libc::off_t,
+            l_len: addresses as libc::off_t,
             l_pid: 0,
         }
     }
@@ -201,6 +210,28 @@ mod tests {
         other.enter(|| take("10.77.0.0/16")).unwrap().unwrap();
         drop(first);
         namespace.enter(|| take("10.77.0.0/16")).unwrap().unwrap();
+    }
+
+    /// The configuration has named another pool since.
+    #[test]
+    fn addresses_of_guests_that_were_there_before_are_claimed_whatever_the_pool_is_now() {
+        let directory = tempfile::tempdir().unwrap();
+        let take = |pool| take(directory.path(), pool);
+        let namespace = Namespace::new("pool").unwrap();
+        namespace
+            .enter(|| {
+                let own = take("10.78.0.0/16").unwrap();
+                let (slot, _) = crate::pool::Slots::new("10.77.3.0/24".parse().unwrap())
+                    .take()
+                    .unwrap();
+                assert!(own.hold(slot).unwrap());
+                take("10.77.0.0/16").unwrap_err();
+                let other = take("10.77.4.0/24").unwrap();
+                assert!(!other.hold(slot).unwrap());
+                drop(own);
+                assert!(other.hold(slot).unwrap());
+            })
+            .unwrap();
     }
 
     #[test]
