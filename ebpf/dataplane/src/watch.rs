@@ -235,19 +235,24 @@ impl GuardWatch {
         Ok(())
     }
 
-    /// Proves that nothing has changed since it was checked, of which there is no occasion to look: no
+    /// Whether nothing has changed since it was checked, of which there is no occasion to look: no
     /// program came, went or was exchanged on the hooks of the very interface, and no policy was committed.
-    /// Two system calls; what differs in any way is checked in full. What the occasions tell (its pins, its
-    /// name, its namespace) is for whoever is told.
+    /// Two system calls, which wait for nobody. What the occasions tell (its pins, its name, its namespace) is for whoever
+    /// is told. Where it is not so, [`Self::check`] tells what has changed, if anything has that matters.
+    #[must_use]
+    pub fn is_untouched(&self) -> bool {
+        let untouched = |held: &Held| held.is_untouched(self.ifindex);
+        let expected = self.expected.try_lock().map(|expected| *expected);
+        expected.is_ok_and(|expected| self.state.generation() == expected)
+            && self.held.iter().all(untouched)
+    }
+
+    /// Proves the same, in full where it is not so.
     ///
     /// # Errors
     /// What has changed.
     pub fn glance(&self) -> Result<(), GuardError> {
-        let untouched = |held: &Held| held.is_untouched(self.ifindex);
-        let expected = self.expected.try_lock().map(|expected| *expected);
-        if expected.is_ok_and(|expected| self.state.generation() == expected)
-            && self.held.iter().all(untouched)
-        {
+        if self.is_untouched() {
             return Ok(());
         }
         self.check()

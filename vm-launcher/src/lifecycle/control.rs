@@ -107,6 +107,11 @@ impl Control {
         Ok(self.qmp.fault().await?)
     }
 
+    /// What proves the guard.
+    pub(super) fn guard_watch(&self) -> Arc<GuardWatch> {
+        Arc::clone(&self.watch)
+    }
+
     /// Begins the guard's lease anew.
     pub(super) fn renew_lease(&self, lease: Option<Duration>) -> Result<(), GuardError> {
         self.watch.renew(lease)

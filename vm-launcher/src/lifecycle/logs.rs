@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::mpsc;
@@ -21,42 +22,41 @@ pub(super) struct Logs {
     /// Only the task that holds them looks, one after the other.
     reader: Arc<Mutex<ConsoleReader>>,
     /// How much was in the console's log at the last look.
-    seen: u64,
+    seen: Arc<AtomicU64>,
     qemu: PathBuf,
     /// The disk may keep it waiting, and nothing else of the guest.
     holding: Option<JoinHandle<()>>,
-    looks: u32,
 }
-
-/// How many looks there are to one at QEMU's own log.
-const SELDOM: u32 = 64;
 
 impl Logs {
     pub(super) fn of(files: &RunFiles) -> Self {
         let console = ConsoleLog::at(&files.console_log);
         Self {
             reader: Arc::new(Mutex::new(ConsoleReader::of(console.clone()))),
-            seen: console.length(),
+            seen: Arc::new(AtomicU64::new(console.length())),
             console,
             qemu: files.qemu_log.clone(),
             holding: None,
-            looks: 0,
         }
     }
 
+    /// The console's, and how much of it is read.
+    pub(super) fn console(&self) -> (ConsoleLog, Arc<AtomicU64>) {
+        (self.console.clone(), Arc::clone(&self.seen))
+    }
+
     /// Begins to shorten what is long, and to read what the guest has printed since; `events` are told what is heard
-    /// there. QEMU itself says little, so its log is looked at seldom.
+    /// there.
     pub(super) fn hold(&mut self, events: &mpsc::Sender<GuestEvent>) {
-        self.looks = self.looks.wrapping_add(1);
         let is_busy = |task: &JoinHandle<()>| !task.is_finished();
         if self.holding.as_ref().is_some_and(is_busy) {
             return;
         }
         let length = self.console.length();
-        if length == self.seen && !self.qemu_is_long() {
+        if length == self.seen.load(Ordering::Relaxed) && !self.qemu_is_long() {
             return;
         }
-        self.seen = length;
+        self.seen.store(length, Ordering::Relaxed);
         let (reader, qemu) = (Arc::clone(&self.reader), self.qemu.clone());
         // A disk that keeps this waiting must not keep the end of the events waiting.
         let events = events.downgrade();
@@ -78,8 +78,8 @@ impl Logs {
     }
 
     fn qemu_is_long(&self) -> bool {
-        let log = || self.qemu.symlink_metadata();
-        self.looks.is_multiple_of(SELDOM) && log().is_ok_and(|log| log.len() > MAX_LOG_BYTES)
+        let log = self.qemu.symlink_metadata();
+        log.is_ok_and(|log| log.len() > MAX_LOG_BYTES)
     }
 }
 

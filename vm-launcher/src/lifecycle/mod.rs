@@ -10,6 +10,7 @@ mod logs;
 mod machine;
 mod paused;
 mod prepared;
+mod rounds;
 mod running;
 mod watcher;
 

@@ -1,7 +1,7 @@
 //! The task that listens to QEMU and to the guest, from resume to the end.
 
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_agent::heartbeat::Finding;
@@ -10,13 +10,14 @@ use omerta_dataplane::GuardError;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
+use tokio::time::timeout;
 
 use crate::error::report;
 use crate::guard_alarm::GuardAlarm;
 use crate::lifecycle::Control;
 use crate::lifecycle::agent_watch::AgentWatch;
 use crate::lifecycle::logs::Logs;
+use crate::lifecycle::rounds::Post;
 use crate::link_watch::LinkWatch;
 use crate::process::QemuProcess;
 use crate::qmp::MachineEvent;
@@ -94,8 +95,6 @@ const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
 const DYING: Duration = Duration::from_millis(500);
 /// How long after QEMU's end its last messages may take to be read.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
-/// How often the guard is looked at when nothing gives cause to.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Watcher {
     /// Listens until QEMU has ended.
@@ -107,14 +106,21 @@ impl Watcher {
         let mut counted = 0;
         let mut guarded = true;
         let events = self.events.clone();
-        let mut look = interval_at(next_common_tick(), LOOK_INTERVAL);
-        look.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut post = Some(Post::join(
+            self.control.guard_watch(),
+            self.lease,
+            &self.logs,
+        ));
         let process = Arc::clone(&self.process);
         // One and the same all the time: each that begins asks the kernel.
         let mut ended = pin!(process.wait());
         let renewed = self.look().and_then(|()| self.renew_lease());
         guarded &= self.stands_or_stops(renewed).await;
         loop {
+            if !guarded {
+                // Nobody renews the lease of a guard that was lost.
+                post = None;
+            }
             tokio::select! {
                 biased;
                 ended = &mut ended => {
@@ -138,7 +144,7 @@ impl Watcher {
                     };
                     guarded = self.stands_or_stops(looked).await;
                 }
-                _ = look.tick(), if guarded => {
+                () = due(post.as_deref()) => {
                     self.logs.hold(&self.events);
                     if let Some(tunnel) = parser.take_tunnel() {
                         tell(&self.events, GuestEvent::TunnelReported(tunnel));
@@ -283,6 +289,14 @@ impl Watcher {
     }
 }
 
+/// Until it is time for a look; never, where nobody goes round.
+async fn due(post: Option<&Post>) {
+    match post {
+        Some(post) => post.due().await,
+        None => std::future::pending().await,
+    }
+}
+
 fn has_found(agent: Option<&AgentWatch>) -> bool {
     agent.is_some_and(AgentWatch::has_found)
 }
@@ -293,15 +307,6 @@ async fn turn(agent: &mut Option<AgentWatch>) {
         Some(agent) if !agent.has_found() => agent.turn().await,
         _ => std::future::pending().await,
     }
-}
-
-/// The next moment at which all guests' guards are looked at: one timer wakes this process for all.
-fn next_common_tick() -> Instant {
-    static FIRST: OnceLock<Instant> = OnceLock::new();
-    let first = *FIRST.get_or_init(Instant::now);
-    let passed = first.elapsed().as_nanos() / LOOK_INTERVAL.as_nanos();
-    let ticks = u32::try_from(passed + 1).unwrap_or(u32::MAX);
-    first + LOOK_INTERVAL * ticks
 }
 
 /// What has become of a guard, for someone whose guest is ended for it: what the error advises for
