@@ -7,6 +7,7 @@ use omerta_dataplane::FrameEvent;
 use omerta_engine::{GuestId, Incident as Caught, Monotonic, OnViolation, Record};
 use omerta_incidents::{Deed, Frame, Incident, Outcome, What, Witness};
 
+use crate::cases::Past;
 use crate::clock;
 
 /// How many frames are kept of a guest: before an incident, and after.
@@ -41,6 +42,14 @@ impl Evidence {
     /// The guest runs from `at` on.
     pub(crate) fn runs_since(&mut self, at: Monotonic) {
         self.since = at.0;
+    }
+
+    /// The same, of a guest that was taken over: its cases are counted on, and the one that has no end is still what is
+    /// done to it.
+    pub(crate) fn goes_on(&mut self, since: Monotonic, past: Past) {
+        self.since = since.0;
+        self.cases = past.last;
+        self.open = past.open.into_iter().next_back().map(|open| open.case);
     }
 
     /// Whether a frame of then was sent by the guest.

@@ -21,6 +21,7 @@ use omerta_vm_launcher::{
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::cases::Past;
 use crate::clock;
 use crate::console_silence::ConsoleSilence;
 use crate::evidence::{Evidence, Whose};
@@ -109,6 +110,10 @@ pub(crate) struct Adopted {
     pub(crate) event: Option<GuestEvent>,
     /// Where its consumer may have been.
     pub(crate) endpoints: Vec<SocketAddr>,
+    /// Since when it runs.
+    pub(crate) since: Monotonic,
+    /// What it was caught at before.
+    pub(crate) past: Past,
 }
 
 impl GuestTask {
@@ -152,6 +157,7 @@ impl GuestTask {
         self.begin_health(true);
         self.time_is_over = adopted.left.map(|left| Instant::now() + left);
         self.first_event = adopted.event;
+        self.evidence.goes_on(adopted.since, adopted.past);
         self
     }
 

@@ -8,8 +8,9 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use omerta_engine::Monotonic;
-use omerta_incidents::{Book, BookError, Bounds, What};
+use omerta_incidents::{Book, BookError, Bounds, Fault, What, read};
 
+use crate::cases::Cases;
 use crate::clock;
 use crate::failure::report;
 
@@ -19,6 +20,15 @@ const BACKLOG: usize = 512;
 const LAST_DEADLINE: Duration = Duration::from_secs(2);
 /// Where the record is, in the state directory.
 pub(crate) const DIRECTORY: &str = "incidents";
+
+/// Why the record is not there.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    #[error("the record of incidents")]
+    Book(#[from] BookError),
+    #[error("the record of incidents")]
+    Read(#[from] Fault),
+}
 
 enum Item {
     Entry(Monotonic, What),
@@ -34,14 +44,16 @@ pub(crate) struct Incidents {
 }
 
 impl Incidents {
-    /// Opens the record below `state_dir`.
+    /// Opens the record below `state_dir`, and tells what it says of guests so far.
     ///
     /// # Errors
     /// Where it cannot be made or read: an omertad that cannot record begins no work.
-    pub(crate) fn open(state_dir: &Path, bounds: Bounds) -> Result<Self, BookError> {
+    pub(crate) fn open(state_dir: &Path, bounds: Bounds) -> Result<(Self, Cases), RecordError> {
         let directory = state_dir.join(DIRECTORY);
         let program = concat!("omertad ", env!("CARGO_PKG_VERSION"));
         let book = Book::open(&directory, bounds, program, &clock::rfc3339(clock::now()))?;
+        let mut cases = Cases::default();
+        read(&directory, |entry| cases.read(entry))?;
         let (items, received) = sync_channel(BACKLOG);
         let lost = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&lost);
@@ -53,7 +65,7 @@ impl Incidents {
                 path: directory,
                 source,
             })?;
-        Ok(Self { items, lost })
+        Ok((Self { items, lost }, cases))
     }
 
     /// Has `what` recorded, as written at `at`. Never waits.
@@ -126,7 +138,7 @@ mod tests {
             segment_bytes: 1,
             segments: 100,
         };
-        let incidents = Incidents::open(state.path(), bounds).unwrap();
+        let (incidents, _) = Incidents::open(state.path(), bounds).unwrap();
         incidents.record(clock::now(), entry());
         incidents.finish();
         let place = directory.join(format!("{:020}.ndjson", 2));

@@ -3,6 +3,7 @@
 
 mod acceleration;
 mod arguments;
+mod cases;
 mod clock;
 mod config;
 mod connections;
@@ -171,10 +172,11 @@ async fn serve(
     };
     let (store, contents) = Store::open(&settings.state_dir)?;
     hold_addresses(pool, &contents)?;
-    let incidents = Incidents::open(&settings.state_dir, settings.incidents)?;
+    let (incidents, cases) = Incidents::open(&settings.state_dir, settings.incidents)?;
     let listener = UnixListener::from_std(instance.listen()?).context("cannot use the socket")?;
     let journal = Arc::new(Journal::new());
-    let first = contents.first_free;
+    // Also where the store was moved away: cases are named by guests' numbers.
+    let first = contents.first_free.max(cases.first_free());
     let uplink = match settings.uplinks.as_slice() {
         [] => None,
         uplinks => {
@@ -202,7 +204,7 @@ async fn serve(
     let fleet = Fleet::new(settings.clone(), journal, store, incidents, first).dropping_at(uplink);
     let fleet = Arc::new(fleet);
     // From here on nothing fails: what is taken over ends only when it is told to.
-    recovery::recover(&fleet, contents.guests, contents.broken).await;
+    recovery::recover(&fleet, contents.guests, contents.broken, cases).await;
     sweep::sweep(&settings.run_dir, &fleet.taps());
     omerta_vm_launcher::sweep_jails(&settings.jail);
     fleet.warn_if_short();

@@ -10,13 +10,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_engine::{
-    Cause, Ending, Fate, Found as FoundGuest, GuestEvent, GuestState, Monotonic, OnViolation,
+    Cause, Ending, Fate, Found as FoundGuest, GuestEvent, GuestId, GuestState, Monotonic,
+    OnViolation,
 };
+use omerta_incidents::Deed;
 use omerta_tunnel::PeerEndpoint;
 use omerta_vm_launcher::{Accel, Found, Running, Spec, Traces, Unwound, unwind};
 use tokio::task::{JoinSet, spawn_blocking};
 
 use crate::acceleration::Platform;
+use crate::cases::{Cases, Open, Past};
 use crate::clock;
 use crate::config::Settings;
 use crate::failure::report;
@@ -58,12 +61,34 @@ impl Lost {
 
 /// Takes over or undoes every guest of the store. Those that live on come first: what is undone after
 /// finds them in possession of what is theirs.
-pub(crate) async fn recover(fleet: &Arc<Fleet>, guests: Vec<Kept>, broken: Vec<Broken>) {
+///
+/// What the record has begun to tell of them, in `cases`, it tells to the end.
+pub(crate) async fn recover(
+    fleet: &Arc<Fleet>,
+    guests: Vec<Kept>,
+    broken: Vec<Broken>,
+    mut cases: Cases,
+) {
     let mut taking = JoinSet::new();
     for kept in guests {
         let fleet = Arc::clone(fleet);
-        taking.spawn(async move { take_over_or_tell(&fleet, kept).await });
+        let past = cases.take(kept.grant.id);
+        taking.spawn(async move { take_over_or_tell(&fleet, kept, past).await });
     }
+    let open_of = |broken: &Broken, cases: &mut Cases| {
+        let id = u64::try_from(broken.row).ok().map(GuestId);
+        id.map_or_else(Vec::new, |id| cases.take(id).open)
+    };
+    let broken: Vec<_> = broken
+        .into_iter()
+        .map(|broken| {
+            let open = open_of(&broken, &mut cases);
+            (broken, open)
+        })
+        .collect();
+    // Without a row nothing is left of them.
+    let gone = "it is gone: an omertad before this one has ended it, or lost its row, and did not record when and how";
+    close(fleet, cases.left(), gone);
     let mut lost = Vec::new();
     while let Some(taken) = taking.join_next().await {
         match taken {
@@ -73,26 +98,39 @@ pub(crate) async fn recover(fleet: &Arc<Fleet>, guests: Vec<Kept>, broken: Vec<B
         }
     }
     let mut undoing = JoinSet::new();
-    for (kept, why) in lost {
+    for (kept, why, open) in lost {
         let fleet = Arc::clone(fleet);
-        undoing.spawn(async move { undo(&fleet, kept, why).await });
+        undoing.spawn(async move { undo(&fleet, kept, why, open).await });
     }
-    for broken in broken {
+    for (broken, open) in broken {
         let fleet = Arc::clone(fleet);
-        undoing.spawn(async move { clear(&fleet, broken).await });
+        undoing.spawn(async move { clear(&fleet, broken, open).await });
     }
     while undoing.join_next().await.is_some() {}
 }
 
-/// Takes over a guest, or tells why it cannot be.
-async fn take_over_or_tell(fleet: &Arc<Fleet>, kept: Kept) -> Option<(Kept, Lost)> {
-    match take_over(fleet, &kept).await {
-        Ok(()) => None,
-        Err(lost) => Some((kept, lost)),
+/// Has recorded that the guests of these cases have ended.
+fn close(fleet: &Fleet, open: impl IntoIterator<Item = Open>, message: &str) {
+    for open in open {
+        let ended = open.outcome(Deed::Ended, message);
+        fleet.incidents().record(clock::now(), ended);
     }
 }
 
-async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
+/// Takes over a guest, or tells why it cannot be.
+async fn take_over_or_tell(
+    fleet: &Arc<Fleet>,
+    kept: Kept,
+    past: Past,
+) -> Option<(Kept, Lost, Vec<Open>)> {
+    let open = past.open.clone();
+    match take_over(fleet, &kept, past).await {
+        Ok(()) => None,
+        Err(lost) => Some((kept, lost, open)),
+    }
+}
+
+async fn take_over(fleet: &Arc<Fleet>, kept: &Kept, past: Past) -> Result<(), Lost> {
     if kept.grant.boot != fleet.store().boot() {
         return Err(Lost {
             cause: Cause::Rebooted,
@@ -104,6 +142,12 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
             Step::Ending => "omertad died while it ended",
             _ => "omertad died before it ran",
         }));
+    }
+    if let Some(open) = past.open.iter().find(|open| open.ends) {
+        let case = &open.case;
+        return Err(Lost::because(format!(
+            "omertad died before it had ended it for incident {case}"
+        )));
     }
     let known = match understand(kept.clone(), fleet.settings()) {
         Ok(known) => known,
@@ -134,7 +178,8 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
         running.leave();
         return Err(Lost::because("its QEMU has its disk no more"));
     }
-    match settle(&running, found, &kept, &order).await {
+    let condemned = !past.open.is_empty();
+    match settle(&running, found, &kept, &order, condemned).await {
         Ok((state, event)) => {
             let watch = match Watch::open(name.as_str(), running.guard(), fleet.uplink()) {
                 Ok(watch) => watch,
@@ -143,6 +188,11 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
                     return Err(Lost::because(report(&error)));
                 }
             };
+            if let Some(open) = past.open.iter().find(|open| !open.has_outcome) {
+                let still = "omertad died meanwhile, and the next one has it stand still: when it began to is not recorded";
+                let paused = open.outcome(Deed::Paused, still);
+                fleet.incidents().record(clock::now(), paused);
+            }
             let now = clock::now().0;
             let left = kept.seen.ends_at.map(|ends| ends.saturating_sub(now));
             let fate = Fate::Adopted {
@@ -164,6 +214,8 @@ async fn take_over(fleet: &Arc<Fleet>, kept: &Kept) -> Result<(), Lost> {
                 left: left.map(Duration::from_nanos),
                 event,
                 endpoints: kept.seen.endpoints,
+                since: Monotonic(kept.seen.resumed_at.unwrap_or_default()),
+                past,
             };
             tracing::info!(guest = %name, "took over a guest that an omertad before had left");
             fleet.adopt(guest, &order, adopted);
@@ -197,7 +249,7 @@ fn leave_alone(fleet: &Fleet, kept: &Kept, why: &str) {
 
 /// Removes what is left of a guest whose row is broken, where what it is to be removed by can be read and it is proven
 /// dead. Otherwise it is left to its guard, and keeps what its row holds.
-async fn clear(fleet: &Arc<Fleet>, broken: Broken) {
+async fn clear(fleet: &Arc<Fleet>, broken: Broken, open: Vec<Open>) {
     let Broken {
         row,
         name,
@@ -234,24 +286,30 @@ async fn clear(fleet: &Arc<Fleet>, broken: Broken) {
         return;
     }
     let why = format!("its row is broken ({columns}), and it does not run");
-    let unwound = remove(fleet, remains, booted, &why).await;
+    let unwound = remove(fleet, remains, booted, &why, open).await;
     if !unwound.leftovers.is_empty() {
         hold();
     }
 }
 
-/// Brings a guest to stand as its row says, and tells how it stands and what has befallen it.
+/// Brings a guest to stand as its row says, and tells how it stands and what has befallen it. One that is `condemned` was to
+/// stand still for what the record says of it, whatever its row says.
 async fn settle(
     running: &Running,
     found: Found,
     kept: &Kept,
     order: &Order,
+    condemned: bool,
 ) -> Result<(GuestState, Option<GuestEvent>), Lost> {
     let stop = || async {
         let paused = running.control().pause().await;
         paused.map_err(|error| Lost::because(error.report()))
     };
-    match (kept.seen.stands, found) {
+    let stands = match kept.seen.stands {
+        _ if condemned => Stands::Suspended,
+        stands => stands,
+    };
+    match (stands, found) {
         (Stands::Suspended, Found::Running) => {
             stop().await?;
             Ok((GuestState::Suspended, None))
@@ -289,7 +347,7 @@ async fn settle(
 }
 
 /// Removes all that is left of a guest, and tells what became of it.
-async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
+async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost, open: Vec<Open>) {
     let Grant {
         id, name, run_dir, ..
     } = kept.grant.clone();
@@ -304,7 +362,7 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
     let Unwound {
         leftovers,
         scrubbed,
-    } = remove(fleet, remains, booted, &why.message).await;
+    } = remove(fleet, remains, booted, &why.message, open).await;
     if !leftovers.is_empty() {
         let slot = Some(Slot(kept.grant.slot));
         fleet.withhold(&name, slot, Some(&kept.grant.request));
@@ -337,8 +395,14 @@ async fn undo(fleet: &Arc<Fleet>, kept: Kept, why: Lost) {
     }
 }
 
-/// Removes all that is left of a guest, and its row where that is all.
-async fn remove(fleet: &Fleet, remains: Remains, booted: bool, why: &str) -> Unwound {
+/// Removes all that is left of a guest, and its row where that is all; its cases are then told to their end.
+async fn remove(
+    fleet: &Fleet,
+    remains: Remains,
+    booted: bool,
+    why: &str,
+    open: Vec<Open>,
+) -> Unwound {
     let Remains {
         id,
         name,
@@ -367,6 +431,11 @@ async fn remove(fleet: &Fleet, remains: Remains, booted: bool, why: &str) -> Unw
         leftovers: vec![format!("unknown: removing it broke off: {error}")],
         scrubbed: None,
     });
+    let mut said = vec![format!(
+        "an omertad after the one that caught it has removed it: {why}"
+    )];
+    said.extend(unwound.leftovers.iter().cloned());
+    close(fleet, open, &said.join("; "));
     if unwound.leftovers.is_empty() {
         if let Err(error) = fleet.store().change(Change::Remove(id)).await {
             tracing::error!(

@@ -204,15 +204,18 @@ impl Guest {
         if !matches!(self.state, Running | Held | Stopping) {
             return;
         }
-        self.agent = Some(report.clone());
         let is_violation = report.is_violation();
+        // Who is powering down takes its agent, firewall and tunnel along.
+        if is_violation && self.state == Stopping {
+            return;
+        }
+        self.agent = Some(report.clone());
         let message = match report.what() {
             Some(what) => format!("its agent: {}: {what}", report.word()),
             None => format!("its agent: {}", report.word()),
         };
         self.publish(now, Record::Agent(report), out);
-        // Who is powering down takes its agent along.
-        if !is_violation || self.state == Stopping {
+        if !is_violation {
             return;
         }
         match self.on_violation {

@@ -216,7 +216,8 @@ fn table_of_transitions_under_terminate() {
             &["outside"],
         ),
         // Who powers down takes its agent along.
-        (Stopping, agent(AgentReport::Missed), Stopping, &["agent"]),
+        (Stopping, agent(AgentReport::Missed), Stopping, &[]),
+        (Stopping, agent(AgentReport::Sound), Stopping, &["agent"]),
         (Suspended, agent(AgentReport::Missed), Suspended, &[]),
         (Condemned, agent(AgentReport::Missed), Condemned, &[]),
         (Guarded, agent(AgentReport::Missed), Guarded, &[]),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use omerta_dataplane::Guard;
-use omerta_incidents::{Deed, Incident, Outcome, What, Witness, read};
+use omerta_incidents::{Book, Bounds, Deed, Incident, Outcome, What, Witness, read};
 use omerta_test_support::{IDLE, Injector, ip};
 use serde_json::{Value, json};
 
@@ -251,4 +251,128 @@ fn what_the_host_has_towards_a_guest_that_is_not_its_own_is_told_and_recorded_on
     assert!(outcomes.is_empty(), "{outcomes:?}");
     assert_eq!(daemon.get("/v1/guests/alpha").json()["state"], "running");
     drop(socket);
+}
+
+/// A record that ends in an incident of a guest's, as an omertad leaves it that is killed right after.
+fn begin(directory: &Path, case: &str, action: &str) {
+    let bounds = Bounds::of_bytes(1 << 20);
+    let at = "2026-01-01T00:00:00Z";
+    let mut book = Book::open(&directory.join("state/incidents"), bounds, "a test", at).unwrap();
+    let incident = Incident {
+        case: case.into(),
+        guest: "alpha".into(),
+        interface: "omalpha".into(),
+        consumer: String::new(),
+        witnesses: vec![Witness::Agent],
+        attempt: "agent".into(),
+        inferred_from: "its agent: forged".into(),
+        action: action.into(),
+        epoch: None,
+        frame: None,
+        before: Vec::new(),
+    };
+    book.append(at, What::Incident(Box::new(incident))).unwrap();
+}
+
+fn again(daemon: Daemon) -> Daemon {
+    let (namespace, directory) = daemon.die();
+    Daemon::start_in(namespace, directory, &["--metrics", "off"])
+}
+
+/// The next omertad of one that died when it had begun to record a case of its guest `alpha`, and the case.
+fn next_after(daemon: Daemon, action: &str) -> (Daemon, String) {
+    let case = format!("{}-4", daemon.get("/v1/guests/alpha").json()["id"]);
+    let (namespace, directory) = daemon.die();
+    begin(directory.path(), &case, action);
+    let daemon = Daemon::start_in(namespace, directory, &["--metrics", "off"]);
+    (daemon, case)
+}
+
+#[test]
+fn a_guest_that_was_to_end_for_an_incident_when_omertad_died_is_ended_by_the_next_which_records_that()
+ {
+    let daemon = start(IDLE);
+    run(&daemon, "alpha");
+    let (daemon, case) = next_after(daemon, "terminate");
+    let ended = daemon.get("/v1/guests/alpha").json()["ended"].clone();
+    assert_eq!(ended["cause"], "abandoned", "{ended}");
+    let message = ended["message"].as_str().unwrap();
+    assert!(message.contains(&case), "{message}");
+    let state = daemon.path().join("state");
+    let (_, outcomes) = recorded(&state, |_, outcomes| outcomes.len() == 1);
+    let outcome = &outcomes[0];
+    assert_eq!(
+        (outcome.case.as_str(), outcome.deed),
+        (case.as_str(), Deed::Ended)
+    );
+    assert_eq!(outcome.frame_to_ended_us, None);
+    assert!(
+        outcome.message.as_ref().unwrap().contains(&case),
+        "{outcome:?}"
+    );
+    // Once.
+    let daemon = again(daemon);
+    let (_, outcomes) = recorded(&daemon.path().join("state"), |_, _| true);
+    assert_eq!(outcomes.len(), 1, "{outcomes:?}");
+}
+
+#[test]
+fn a_guest_that_was_to_stand_still_for_an_incident_when_omertad_died_does_and_its_case_goes_on() {
+    let daemon = start(IDLE);
+    let mut body: Value = serde_json::from_str(&request("alpha", "bare")).unwrap();
+    body["on_violation"] = "pause".into();
+    assert_eq!(daemon.post("/v1/guests", &body.to_string()).status, 201);
+    let (daemon, case) = next_after(daemon, "pause");
+    let shown = daemon.get("/v1/guests/alpha").json();
+    assert_eq!(shown["state"], "suspended", "{shown}: {}", daemon.log());
+    let daemon = again(daemon);
+    assert_eq!(daemon.get("/v1/guests/alpha").json()["state"], "suspended");
+    assert_eq!(daemon.post("/v1/guests/alpha/kill", "").status, 200);
+    let state = daemon.path().join("state");
+    let (_, outcomes) = recorded(&state, |_, outcomes| outcomes.len() == 2);
+    let deeds: Vec<_> = outcomes.iter().map(|outcome| outcome.deed).collect();
+    assert_eq!(deeds, [Deed::Paused, Deed::Ended]);
+    assert!(outcomes.iter().all(|outcome| outcome.case == case));
+    let paused = &outcomes[0];
+    assert!(paused.frame_to_paused_us.is_none() && paused.message.is_some());
+}
+
+#[test]
+fn cases_of_a_guest_that_is_taken_over_are_counted_on() {
+    let daemon = start(IDLE);
+    run(&daemon, "alpha");
+    let (daemon, case) = next_after(daemon, "alert");
+    let guest = daemon.get("/v1/guests/alpha").json();
+    assert_eq!(guest["state"], "running", "{guest}");
+    let frame = datagram(&daemon, &guest, [198, 51, 100, 1]);
+    let inject = || Injector::into("omalpha").unwrap();
+    let injector = daemon.namespace.enter(inject).unwrap();
+    injector.inject(&frame).unwrap();
+    let state = daemon.path().join("state");
+    let (incidents, outcomes) = recorded(&state, |_, outcomes| outcomes.len() == 2);
+    assert_eq!(incidents[0].case, case);
+    let next = format!("{}-5", guest["id"]);
+    assert_eq!(incidents[1].case, next);
+    assert!(
+        outcomes.iter().all(|outcome| outcome.case == next),
+        "{outcomes:?}"
+    );
+}
+
+#[test]
+fn a_case_of_a_guest_that_nothing_is_left_of_is_told_to_its_end_and_its_number_is_not_given_again()
+{
+    let directory = tempfile::tempdir().unwrap();
+    begin(directory.path(), "41-1", "terminate");
+    let daemon = Daemon::start_with(directory, &["--metrics", "off"]);
+    give_image(&daemon, IDLE);
+    let state = daemon.path().join("state");
+    let (_, outcomes) = recorded(&state, |_, outcomes| outcomes.len() == 1);
+    let outcome = &outcomes[0];
+    assert_eq!((outcome.case.as_str(), outcome.deed), ("41-1", Deed::Ended));
+    assert!(
+        outcome.message.as_ref().unwrap().contains("it is gone"),
+        "{outcome:?}"
+    );
+    assert_eq!(run(&daemon, "alpha")["id"], 42);
 }
