@@ -35,6 +35,7 @@ mod run_dir;
 mod seed;
 mod spec;
 mod ssh_public_key;
+mod standstill;
 mod tap;
 
 pub use accel::{AccelReport, KernelProbe, MicrovmProbe, probe_accel, probe_kernel, probe_microvm};

@@ -18,9 +18,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
+use tokio::time::sleep;
 
 use crate::command::QEMU;
 use crate::jail::{Entry, MAX_DESCRIPTORS, Step, confine};
+use crate::standstill::stopped_threads;
+
+/// How often it is looked at in a row whether QEMU has stopped, and how long apart from then on.
+const STOP_LOOKS: u32 = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 
 /// How QEMU ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,8 +273,41 @@ impl QemuProcess {
         if ended.is_some() {
             return Ok(());
         }
-        let killed = self.pidfd.get_ref().kill();
+        let killed = self.pidfd.get_ref().signal(libc::SIGKILL);
         killed.map_err(ProcessError::watch("kill"))
+    }
+
+    /// Stops all of QEMU's threads by SIGSTOP, whatever QEMU or its guest is at, and returns when each stands still. It runs on
+    /// by SIGCONT alone, which nobody sends. Safe to cancel.
+    pub(crate) async fn halt(&self) -> Result<(), ProcessError> {
+        let gone = || ProcessError::Gone { pid: self.pid };
+        if self.try_reap()?.is_some() {
+            return Err(gone());
+        }
+        let pidfd = self.pidfd.get_ref();
+        pidfd
+            .signal(libc::SIGSTOP)
+            .map_err(ProcessError::watch("stop"))?;
+        let mut looks = 0;
+        let mut before = None;
+        loop {
+            let threads = stopped_threads(self.pid).map_err(ProcessError::watch("look at"))?;
+            if threads.is_some() && threads == before {
+                break;
+            }
+            looks += 1;
+            // The kernel takes microseconds, but for a thread that waits for a disk.
+            if threads.is_none() && looks > STOP_LOOKS {
+                sleep(BETWEEN_LOOKS).await;
+            }
+            before = threads;
+        }
+        // The number was its own until now, so its threads were.
+        let ended = pidfd.has_ended(PollTimeout::ZERO);
+        match ended.map_err(ProcessError::watch("watch"))? {
+            true => Err(gone()),
+            false => Ok(()),
+        }
     }
 
     /// Kills QEMU and waits, blocking the thread, until it is reaped or `deadline` has passed.
@@ -359,14 +398,14 @@ impl Pidfd {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Sends SIGKILL. Not an error if it has ended.
-    pub(crate) fn kill(&self) -> io::Result<()> {
+    /// Sends a signal. Not an error if it has ended.
+    pub(crate) fn signal(&self, signal: libc::c_int) -> io::Result<()> {
         // SAFETY: the pidfd is open as long as `self` lives; a null pointer is allowed.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
                 self.0.as_raw_fd(),
-                libc::SIGKILL,
+                signal,
                 std::ptr::null::<libc::siginfo_t>(),
                 0,
             )

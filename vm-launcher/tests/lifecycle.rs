@@ -440,3 +440,54 @@ fn now_ns() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
     now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
+
+/// Ticks of processor time that a process has had: fields 14 and 15 of proc_pid_stat(5).
+fn ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split(' ').collect();
+    fields[12].parse::<u64>().unwrap() + fields[13].parse::<u64>().unwrap()
+}
+
+#[test]
+fn a_guest_whose_process_is_halted_runs_nothing_any_more_and_is_killed_as_any_other() {
+    // Jumps to itself.
+    let stage = Stage::new(&[0xeb, 0xfe]);
+    stage.run(|spec| async {
+        let running = run(spec).await;
+        let pid = running.pid();
+        let before = ticks(pid);
+        let until = Instant::now() + Duration::from_secs(20);
+        while ticks(pid) < before + 5 {
+            assert!(Instant::now() < until, "it does not spin");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        running.halt().await.unwrap();
+        let still = ticks(pid);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(ticks(pid), still);
+        let control = running.control();
+        let asked = tokio::time::timeout(Duration::from_millis(300), control.pause());
+        let answer = asked.await;
+        drop(control);
+        assert!(answer.is_err(), "it answers");
+        // Once more changes nothing.
+        running.halt().await.unwrap();
+        let ended = running.kill().await;
+        assert_eq!(ended.status, Some(ExitStatus::Signal(9)));
+        assert_eq!(ended.leftovers, [""; 0]);
+    });
+    stage.assert_nothing_is_left();
+}
+
+#[test]
+fn a_guest_that_has_ended_cannot_be_halted() {
+    let stage = Stage::new(IDLE);
+    stage.run(|spec| async {
+        let mut running = run(spec).await;
+        running.control().quit().await.unwrap();
+        event(&mut running, |e| matches!(e, GuestEvent::Exited { .. })).await;
+        assert!(running.halt().await.is_err());
+        running.kill().await;
+    });
+    stage.assert_nothing_is_left();
+}

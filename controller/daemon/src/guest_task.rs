@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use omerta_engine::{
-    Action, AgentReport, Cause, ConsoleReport, GuestEvent, GuestId, Monotonic, Record, RogueFrame,
-    Target, TunnelReport, Witness,
+    Action, AgentReport, Cause, ConsoleReport, GuestEvent, GuestId, Monotonic, OnViolation, Record,
+    RogueFrame, Target, TunnelReport, Witness,
 };
 use omerta_verdict::Reason;
 use omerta_vm_launcher::{
-    AgentFinding, Control, ExitStatus, Guarded, GuestEvent as LauncherEvent, GuestTunnel, Paused,
-    Running, Spec,
+    AgentFinding, Control, ExitStatus, Guarded, GuestEvent as LauncherEvent, GuestTunnel,
+    LaunchError, Paused, Running, Spec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -222,7 +222,7 @@ impl GuestTask {
             Action::Launch(_) => self.launch().await,
             Action::Guard(_) => self.guard().await,
             Action::Resume(_) => self.resume().await,
-            Action::Pause(_) => vec![self.pause().await],
+            Action::Pause(_) => vec![self.condemn().await],
             Action::Hold(_) => vec![self.hold().await],
             Action::Release(_) => vec![self.release().await],
             Action::PowerDown {
@@ -262,13 +262,32 @@ impl GuestTask {
         }
     }
 
+    /// Has it stand still for what it did. Who is to end anyway need not be asked, nor its QEMU.
+    async fn condemn(&self) -> GuestEvent {
+        match self.fleet.on_violation(self.id) {
+            OnViolation::Terminate => {
+                self.stand_still(|running| async move { running.halt().await })
+                    .await
+            }
+            _ => self.pause().await,
+        }
+    }
+
     async fn pause(&self) -> GuestEvent {
+        self.stand_still(|running| async move { running.control().pause().await })
+            .await
+    }
+
+    async fn stand_still<'a, F>(&'a self, stop: impl FnOnce(&'a Running) -> F) -> GuestEvent
+    where
+        F: Future<Output = Result<u64, LaunchError>>,
+    {
         let Stage::Running(running, _) = &self.stage else {
             return GuestEvent::PauseFailed {
                 message: "the guest does not run".to_owned(),
             };
         };
-        match timeout(PAUSE_DEADLINE, running.control().pause()).await {
+        match timeout(PAUSE_DEADLINE, stop(running)).await {
             Ok(Ok(at_ns)) => GuestEvent::Paused {
                 at: Monotonic(at_ns),
             },

@@ -25,7 +25,7 @@ pub(super) fn kill_all(uid: u32, patience: Duration) -> bool {
             // Opened before it is looked at again: what is signalled is the user's, or dead.
             if let Ok(process) = Pidfd::open(pid)
                 && is_of(pid, uid)
-                && let Err(error) = process.kill()
+                && let Err(error) = process.signal(libc::SIGKILL)
             {
                 tracing::warn!(%pid, %error, "cannot kill what a guest left running");
             }
