@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use futures_util::future::join;
 use qapi::futures::{QapiService, QmpStreamTokio};
 use qapi::qmp::{self, Event, RunState, ShutdownCause};
 use tokio::io::DuplexStream;
@@ -156,20 +157,21 @@ impl Qmp {
     /// QEMU before 9.0 acknowledges `stop` of a guest that sleeps (ACPI S3) and leaves it asleep:
     /// its own alarm then wakes it.
     pub(crate) async fn stop(&self) -> Result<(), QmpError> {
-        self.execute("stop", qmp::stop {}).await?;
-        let found = self.state().await?;
-        match found {
-            // A reset leaves a stopped guest in `prelaunch`.
-            RunState::paused
-            | RunState::prelaunch
-            | RunState::shutdown
-            | RunState::guest_panicked
-            | RunState::internal_error => Ok(()),
-            _ => Err(QmpError::WrongState {
-                expected: "paused",
-                found: format!("{found:?}"),
-            }),
+        // Both at once: QEMU answers in turn, and a busy host is not waited for twice.
+        let (stopped, found) = join(self.execute("stop", qmp::stop {}), self.state()).await;
+        stopped?;
+        // Where another command came between the two, it may have been asked before.
+        let found = match found? {
+            found if stays(&found) => found,
+            _ => self.state().await?,
+        };
+        if stays(&found) {
+            return Ok(());
         }
+        Err(QmpError::WrongState {
+            expected: "paused",
+            found: format!("{found:?}"),
+        })
     }
 
     /// Why the guest can never go on, if so: what the accelerator or a device met is told by no event
@@ -269,6 +271,15 @@ impl Qmp {
             }),
         }
     }
+}
+
+/// Whether only `cont` makes a guest run that is in this state. A reset leaves a stopped one in `prelaunch`.
+const fn stays(state: &RunState) -> bool {
+    use RunState::{guest_panicked, internal_error, paused, prelaunch, shutdown};
+    matches!(
+        state,
+        paused | prelaunch | shutdown | guest_panicked | internal_error
+    )
 }
 
 async fn connect_when_open(socket: &Path) -> Result<UnixStream, QmpError> {
