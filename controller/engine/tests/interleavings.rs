@@ -165,6 +165,11 @@ impl Watcher {
                 }
                 Action::Publish {
                     guest: id,
+                    record: Record::Agent(_),
+                    ..
+                } => (id, "agent"),
+                Action::Publish {
+                    guest: id,
                     record: Record::Ended(_),
                     ..
                 } => (id, "ended"),
@@ -213,8 +218,9 @@ impl Watcher {
                     trace.first("resume").is_some_and(|resume| resume < pause),
                     "{words:?}"
                 );
+                // Of a rogue frame, or of what its agent said.
                 assert!(
-                    trace.first("rogue").is_some(),
+                    trace.first("rogue").is_some() || trace.first("agent").is_some(),
                     "paused without a record: {words:?}"
                 );
             }
@@ -234,7 +240,7 @@ impl Watcher {
             if let Some(kill) = trace.first("kill") {
                 for word in &words[kill + 1..] {
                     assert!(
-                        matches!(*word, "publish" | "rogue" | "ended" | "forget"),
+                        matches!(*word, "publish" | "rogue" | "agent" | "ended" | "forget"),
                         "{words:?}"
                     );
                 }
