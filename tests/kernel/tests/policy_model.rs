@@ -18,7 +18,7 @@ use omerta_kernel_tests::{
     remove_left_overs, tcp, udp, victim,
 };
 use omerta_test_support::{FrameSender, Namespace, Tap};
-use omerta_verdict::{Endpoint, Mode, Protocol, Reason};
+use omerta_verdict::{Endpoint, Flow, Mode, Protocol, Reason, SentFlow};
 
 const RUNS: u64 = 6;
 const STEPS: usize = 60;
@@ -56,6 +56,13 @@ fn packet(index: usize, from_guest: bool) -> Vec<u8> {
     Ipv4::new(from, to, number).packet(&segment)
 }
 
+/// Where outside of conntrack mode is remembered that the guest has sent there.
+fn place(endpoint: &Endpoint) -> usize {
+    let guest = (IpAddr::from(GUEST).into(), 4000);
+    let flow = Flow::new(endpoint.protocol, guest, (endpoint.address, endpoint.port));
+    SentFlow::place_and_check(&flow, 0, 0).0
+}
+
 /// A frame of the guest to place `index` of [`world`].
 fn frame(index: usize) -> Vec<u8> {
     ethernet(GUEST_MAC, GATEWAY_MAC, 0x0800, &packet(index, true))
@@ -91,7 +98,7 @@ struct Model {
     listed: BTreeSet<Endpoint>,
     /// To which the guest has sent in conntrack mode since they are listed.
     opened: BTreeSet<Endpoint>,
-    /// To which the guest has sent in another mode since the last change.
+    /// To which the guest has sent in another mode since the last change, and last of their [`place`].
     sent: BTreeSet<Endpoint>,
     epoch: u64,
     mode: Mode,
@@ -175,11 +182,13 @@ impl Model {
             };
             assert_eq!(allowed, expected, "{endpoint}");
             if allowed == 1 {
-                let known = match self.mode {
-                    Mode::Conntrack => &mut self.opened,
-                    _ => &mut self.sent,
-                };
-                known.insert(*endpoint);
+                if self.mode == Mode::Conntrack {
+                    self.opened.insert(*endpoint);
+                } else {
+                    // Whoever stood in its place is forgotten.
+                    self.sent.retain(|other| place(other) != place(endpoint));
+                    self.sent.insert(*endpoint);
+                }
             }
         }
         self.holds_inwards(guard, to_guest);
