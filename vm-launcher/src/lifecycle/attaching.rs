@@ -40,7 +40,10 @@ impl Attaching {
                 );
             }
             let guard = Guard::attach(&interface, &config)?;
-            redirect_as_asked(&guard, redirect);
+            // A new one redirects nothing.
+            if redirect {
+                redirect_as_asked(&guard, redirect);
+            }
             Ok(guard)
         };
         // A thread begins in its parent's network namespace.
