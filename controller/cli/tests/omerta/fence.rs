@@ -273,15 +273,8 @@ fn a_tap_whose_guard_is_removed_while_no_watch_lives_is_fenced() {
     };
     let host = watched.within(service);
     let tap = made(&watched);
-    watched.soon("guarded", || {
-        watched.standing() == Some(Standing::InForce) && group_of_tap(&watched) != 0
-    });
-    watched.watch.kill().unwrap();
-    watched.watch.wait().unwrap();
-    watched.stage.omerta("guard detach omt0").done();
-    assert_eq!(group_of_tap(&watched), 0);
-    let passed = exchange(&watched, &tap, &host, A_WHILE);
-    assert_eq!(passed, (0, 0), "LEAKED");
+    watched.soon("guarded", || is_let_through(&watched));
+    is_fenced_once_detached(&mut watched, &tap, &host);
 }
 
 /// So it is where the guard is one that the watch has put in the place of another.
@@ -293,9 +286,6 @@ fn a_tap_that_was_guarded_anew_is_fenced_when_its_guard_is_removed() {
         };
         let host = watched.within(service);
         let tap = made(&watched);
-        let is_let_through = |watched: &Watched| {
-            watched.standing() == Some(Standing::InForce) && group_of_tap(watched) != 0
-        };
         watched.soon("guarded", || is_let_through(&watched));
         if is_started_anew {
             // Nothing is left of the guard but the group.
@@ -310,13 +300,22 @@ fn a_tap_that_was_guarded_anew_is_fenced_when_its_guard_is_removed() {
         } else {
             watched.lose_pins(|| ());
         }
-        watched.watch.kill().unwrap();
-        watched.watch.wait().unwrap();
-        watched.stage.omerta("guard detach omt0").done();
-        assert_eq!(group_of_tap(&watched), 0);
-        let passed = exchange(&watched, &tap, &host, A_WHILE);
-        assert_eq!(passed, (0, 0), "LEAKED");
+        is_fenced_once_detached(&mut watched, &tap, &host);
     }
+}
+
+fn is_let_through(watched: &Watched) -> bool {
+    watched.standing() == Some(Standing::InForce) && group_of_tap(watched) != 0
+}
+
+/// The watch dies, and its guard is removed.
+fn is_fenced_once_detached(watched: &mut Watched, tap: &Tap, host: &UdpSocket) {
+    watched.watch.kill().unwrap();
+    watched.watch.wait().unwrap();
+    watched.stage.omerta("guard detach omt0").done();
+    assert_eq!(group_of_tap(watched), 0);
+    let passed = exchange(watched, tap, host, A_WHILE);
+    assert_eq!(passed, (0, 0), "LEAKED");
 }
 
 fn notes_its_group(watched: &Watched) -> bool {
